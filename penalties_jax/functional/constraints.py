@@ -1,0 +1,313 @@
+"""Structural penalties: orthogonality, consistency, gradient penalties, output magnitude."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from penalties_jax.functional.decorators import compiled
+from penalties_jax.functional.divergences import kl_divergence
+from penalties_jax.functional.reduction import (
+    REDUCTIONS,
+    Axis,
+    AxisName,
+    Reduction,
+    check_choice,
+    check_same_shape,
+    check_where,
+    evaluate,
+    norm,
+    promote,
+    reduce,
+)
+
+_ROWS = {"rows": slice(None, -1), "sequence": slice(1, 2), "vocabulary": slice(-1, None)}
+
+
+@compiled("mode", "normalize", "axis")
+def orthogonality(
+    x: Float[Array, "..."],
+    *,
+    mode: Literal["soft", "hard", "spectral"] = "soft",
+    normalize: bool = True,
+    axis: Literal["rows", "sequence", "vocabulary"] = "rows",
+) -> Float[Array, ""]:
+    r"""How far rows are from orthogonal, by their Gram matrix $G$ of n rows.
+
+    - "soft" is $\sum_{i \ne j} G_{ij}^2$;
+    - "hard" is $\lVert G - I \rVert_F^2$;
+    - "spectral" is $(\operatorname{tr} G - n)^2$ plus soft.
+
+    With normalised nonzero rows the three coincide; a zero row, which stays zero, adds 1 to "hard",
+    and z zero rows add z^2 to "spectral".
+
+    Args:
+        x: Array of at least two axes, [n, d] or [batch, seq, vocab].
+        mode: "soft", "hard" or "spectral".
+        normalize: Divide each row by its 2-norm.
+        axis: What a row is: "rows" are the vectors along the last axis, "sequence" has a row for
+            each index of the second axis, "vocabulary" one for each index of the last axis.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: If `x` has fewer than two axes, or an option is unknown.
+
+    References:
+        Brock et al. (2017), Neural photo editing with introspective adversarial networks. Bansal,
+        Chen & Wang (2018), Can we gain more from orthogonality regularizations in training deep
+        CNNs?
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> float(pj.orthogonality(jnp.eye(3)))
+        0.0
+        >>> float(pj.orthogonality(jnp.ones((2, 4))))
+        2.0
+    """
+    check_choice("mode", mode, ("soft", "hard", "spectral"))
+    check_choice("axis", axis, tuple(_ROWS))
+    if jnp.ndim(x) < 2:
+        raise ValueError(f"x must have at least two axes, got shape {jnp.shape(x)}")
+    (x,) = promote(x)
+    rows = tuple(range(x.ndim))[_ROWS[axis]]
+    features = tuple(a for a in range(x.ndim) if a not in rows)
+    if normalize:
+        norms = jnp.expand_dims(norm(x, features), features)
+        x = x / jnp.where(norms > 0, norms, 1)
+    gram = jnp.tensordot(x, x, (features, features), precision=lax.Precision.HIGHEST)
+    size = tuple(x.shape[a] for a in rows)
+    n = math.prod(size)
+    identity = jnp.eye(n, dtype=bool).reshape(size + size)
+    if mode == "hard":
+        return jnp.sum(jnp.square(gram - identity))
+    soft = jnp.sum(jnp.square(jnp.where(identity, 0, gram)))
+    if mode == "soft":
+        return soft
+    return jnp.square(jnp.sum(jnp.square(x)) - n) + soft
+
+
+def consistency(
+    a: Float[Array, "..."],
+    b: Float[Array, "..."],
+    *,
+    metric: Literal["mse", "l1", "cosine", "kl"] = "mse",
+    reduction: Reduction = "mean",
+    where: Bool[Array, "..."] | None = None,
+    axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""How far two outputs for the same input differ.
+
+    - "mse" is $(a - b)^2$ and "l1" $|a - b|$, an entry at a time;
+    - "cosine" is $1 - a \cdot b / (\lVert a \rVert \lVert b \rVert)$ along the last axis, 1 with
+      gradient 0 where a vector is zero;
+    - "kl" is the mean of KL(a||b) and KL(b||a) of log-probabilities along the last axis.
+
+    Args:
+        a: Values of shape [..., C], of any real dtype.
+        b: Values of the same shape.
+        metric: "mse", "l1", "cosine" or "kl".
+        reduction: "mean" or "sum" over entries ("mse", "l1") or positions ("cosine", "kl"), or
+            "none".
+        where: Mask of entries or positions, which broadcasts to their shape.
+        axis_name: Mapped axes over whose members to sum or average.
+
+    Returns:
+        A scalar, or an array of the shape of the entries or positions for "none".
+
+    Raises:
+        ValueError: If the shapes differ, `where` does not fit, or an option is unknown.
+
+    References:
+        Laine & Aila (2017), Temporal ensembling for semi-supervised learning.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> a, b = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0]])
+        >>> float(pj.consistency(a, b)), float(pj.consistency(a, b, metric="cosine"))
+        (1.0, 1.0)
+    """
+    check_choice("metric", metric, ("kl", *_METRICS))
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_same_shape(a=a, b=b)
+    if metric == "kl":
+        return kl_divergence(
+            a, b, direction="symmetric", reduction=reduction, where=where, axis_name=axis_name
+        )
+    formula, axis = _METRICS[metric]
+    return evaluate(
+        formula,
+        (a, b),
+        {},
+        weights=1.0,
+        where=where,
+        axis=axis,
+        reduction=reduction,
+        axis_name=axis_name,
+    )
+
+
+def gradient_penalty(
+    f: Callable[[Array], Array], x: Float[Array, "batch ..."], *, target_norm: ArrayLike = 1.0
+) -> Float[Array, ""]:
+    r"""The gradient penalty: the mean over examples of $(\lVert \nabla f(x_i) \rVert_2 - t)^2$.
+
+    Not compiled by itself, since programs are cached by the identity of `f`: call it inside a
+    jitted step. An example whose gradient is zero gives a finite gradient of the penalty.
+
+    Args:
+        f: Maps one example, of shape [...], to a scalar (or an array of one element); it is mapped
+            over the batch. For a critic that takes a batch, pass `lambda x: critic(x[None])`.
+        x: Examples of shape [batch, ...].
+        target_norm: The $t$: 1 for a critic that should be 1-Lipschitz, 0 to flatten `f`.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: If `f` does not return one element for an example.
+
+    References:
+        Gulrajani et al. (2017), Improved training of Wasserstein GANs.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> float(pj.gradient_penalty(lambda x: 3 * x.sum(), jnp.ones((2, 1))))
+        4.0
+    """
+
+    def score(example):
+        value = f(example)
+        if jnp.size(value) != 1:
+            raise ValueError(
+                f"f must map one example to one element, got shape {jnp.shape(value)} "
+                f"for an example of shape {example.shape}"
+            )
+        return jnp.reshape(value, ())
+
+    gradients = jax.vmap(jax.grad(score))(*promote(x))
+    norms = norm(gradients, tuple(range(1, gradients.ndim)))
+    return jnp.mean(jnp.square(norms - target_norm))
+
+
+def interpolated_gradient_penalty(
+    f: Callable[[Array], Array],
+    a: Float[Array, "batch ..."],
+    b: Float[Array, "batch ..."],
+    key: Array,
+    *,
+    target_norm: ArrayLike = 1.0,
+) -> Float[Array, ""]:
+    r"""The gradient penalty at $\tilde x = e a + (1 - e) b$, one uniform $e$ for each example.
+
+    Args:
+        f: As in `gradient_penalty`.
+        a: Examples of shape [batch, ...], such as real ones.
+        b: Examples of the same shape, such as generated ones.
+        key: A JAX random key; the same key gives the same points.
+        target_norm: As in `gradient_penalty`.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: If the shapes differ, or `f` does not return one element for an example.
+
+    References:
+        Gulrajani et al. (2017), Improved training of Wasserstein GANs.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> real, fake, key = jnp.ones((2, 3)), jnp.zeros((2, 3)), jax.random.key(0)
+        >>> float(pj.interpolated_gradient_penalty(lambda x: x[0], real, fake, key))
+        0.0
+    """
+    check_same_shape(a=a, b=b)
+    a, b = promote(a, b)
+    e = jax.random.uniform(key, (a.shape[0],) + (1,) * (a.ndim - 1), a.dtype)
+    return gradient_penalty(f, e * a + (1 - e) * b, target_norm=target_norm)
+
+
+@compiled("axis", "reduction", "axis_name")
+def output_magnitude(
+    x: Float[Array, "..."],
+    *,
+    target: ArrayLike = 1.0,
+    axis: Axis | None = None,
+    reduction: Reduction = "mean",
+    where: Bool[Array, "..."] | None = None,
+    axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""Keeps outputs at a scale: $(\operatorname{rms}(x) - t)^2$.
+
+    Args:
+        x: Values of shape [...], of any real dtype.
+        target: The $t$, in the units of `x`.
+        axis: What one root mean square runs over: None for all of `x`, on every member of
+            `axis_name`; -1 for one at each position.
+        reduction: "mean" or "sum" over the positions that `axis` leaves, or "none".
+        where: Mask of entries that broadcasts to `x`; a position without any contributes nothing.
+        axis_name: Mapped axes over whose members to average.
+
+    Returns:
+        A scalar, or an array of the shape of the positions for "none".
+
+    Raises:
+        ValueError: If `where` does not broadcast to `x`, or `reduction` is unknown.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> float(pj.output_magnitude(jnp.array([3.0, -3.0])))
+        4.0
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_where(where, x.shape)
+    (x,) = promote(x)
+    count = jnp.asarray(x.size if axis is None else jnp.size(x, axis), x.dtype)
+    if where is not None:
+        where = jnp.broadcast_to(where, x.shape)
+        x = jnp.where(where, x, 0)
+        count = jnp.sum(where, axis, dtype=x.dtype)
+    shared = axis_name if axis is None else None
+    if shared is not None:
+        count = lax.psum(count, shared)
+    rms = norm(x, axis, axis_name=shared) / jnp.sqrt(jnp.maximum(count, 1))
+    values = jnp.where(count > 0, jnp.square(rms - target), 0)
+    if axis is None:
+        return values
+    positions = None if where is None else count > 0
+    return reduce(values, reduction=reduction, where=positions, axis_name=axis_name)
+
+
+def _squared_error(a, b):
+    return jnp.square(a - b)
+
+
+def _absolute_error(a, b):
+    return (a - b) * jnp.sign(a - b)
+
+
+def _cosine_distance(a, b, axis):
+    directions = []
+    for x in (a, b):
+        length = jnp.expand_dims(norm(x, axis), axis)
+        directions.append(x / jnp.where(length > 0, length, 1))
+    return 1 - jnp.sum(directions[0] * directions[1], axis)
+
+
+_METRICS = {
+    "mse": (_squared_error, None),
+    "l1": (_absolute_error, None),
+    "cosine": (_cosine_distance, -1),
+}
