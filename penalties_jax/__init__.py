@@ -1,3 +1,118 @@
-"""Penalties and divergences for JAX and Flax."""
+"""Penalties and divergences for JAX and Flax, exact at the edges and on any number of devices.
+
+Pure functions (`pj.l1`, `pj.kl_divergence`, ...), the same as configs that are pytrees (`pj.L1()`,
+`pj.KLDivergence()`, ...), schedules for their hyperparameters (`pj.anneal`), objectives made of
+them (`pj.Objective`), and optax transformations (`pj.add_penalty`, `pj.proximal`).
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from penalties_jax import functional
+from penalties_jax.functional import (
+    consistency,
+    elastic_net,
+    entropy,
+    gradient_penalty,
+    group_lasso,
+    huber,
+    interpolated_gradient_penalty,
+    js_divergence,
+    kl_divergence,
+    kl_estimate,
+    l1,
+    l2,
+    lp,
+    orthogonality,
+    output_magnitude,
+    smooth_l0,
+)
+from penalties_jax.objective import Objective, Term
+from penalties_jax.pytree import stack
+from penalties_jax.schedules import anneal, anneal_fraction
+from penalties_jax.serialization import (
+    from_dict,
+    from_json,
+    from_yaml,
+    to_dict,
+    to_json,
+    to_yaml,
+)
+from penalties_jax.terms import (
+    L1,
+    L2,
+    Consistency,
+    ElasticNet,
+    Entropy,
+    GroupLasso,
+    Huber,
+    JSDivergence,
+    KLDivergence,
+    Lp,
+    Orthogonality,
+    SmoothL0,
+)
+from penalties_jax.transforms import add_penalty, proximal
+
+if TYPE_CHECKING:
+    from penalties_jax import recipes as recipes
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "L1",
+    "L2",
+    "Consistency",
+    "ElasticNet",
+    "Entropy",
+    "GroupLasso",
+    "Huber",
+    "JSDivergence",
+    "KLDivergence",
+    "Lp",
+    "Objective",
+    "Orthogonality",
+    "SmoothL0",
+    "Term",
+    "add_penalty",
+    "anneal",
+    "anneal_fraction",
+    "consistency",
+    "elastic_net",
+    "entropy",
+    "from_dict",
+    "from_json",
+    "from_yaml",
+    "functional",
+    "gradient_penalty",
+    "group_lasso",
+    "huber",
+    "interpolated_gradient_penalty",
+    "js_divergence",
+    "kl_divergence",
+    "kl_estimate",
+    "l1",
+    "l2",
+    "lp",
+    "orthogonality",
+    "output_magnitude",
+    "proximal",
+    "smooth_l0",
+    "stack",
+    "to_dict",
+    "to_json",
+    "to_yaml",
+]
+
+# Rooms that need an extra, or take long to import: loaded on first use.
+_LAZY = ("recipes",)
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *_LAZY})

@@ -13,11 +13,11 @@ from jaxtyping import Array, Bool, Float
 from penalties_jax.functional.decorators import compiled
 from penalties_jax.functional.divergences import kl_divergence
 from penalties_jax.functional.reduction import (
-    REDUCTIONS,
     Axis,
     AxisName,
     Reduction,
     check_choice,
+    check_reduction,
     check_same_shape,
     check_where,
     evaluate,
@@ -26,16 +26,21 @@ from penalties_jax.functional.reduction import (
     reduce,
 )
 
-_ROWS = {"rows": slice(None, -1), "sequence": slice(1, 2), "vocabulary": slice(-1, None)}
+Mode = Literal["soft", "hard", "spectral"]
+Rows = Literal["rows", "sequence", "vocabulary"]
+Metric = Literal["mse", "l1", "cosine", "kl"]
+MODES = ("soft", "hard", "spectral")
+ROWS = ("rows", "sequence", "vocabulary")
+METRICS = ("mse", "l1", "cosine", "kl")
 
 
 @compiled("mode", "normalize", "axis")
 def orthogonality(
     x: Float[Array, "..."],
     *,
-    mode: Literal["soft", "hard", "spectral"] = "soft",
+    mode: Mode = "soft",
     normalize: bool = True,
-    axis: Literal["rows", "sequence", "vocabulary"] = "rows",
+    axis: Rows = "rows",
 ) -> Float[Array, ""]:
     r"""How far rows are from orthogonal, by their Gram matrix $G$ of n rows.
 
@@ -72,12 +77,13 @@ def orthogonality(
         >>> float(pj.orthogonality(jnp.ones((2, 4))))
         2.0
     """
-    check_choice("mode", mode, ("soft", "hard", "spectral"))
-    check_choice("axis", axis, tuple(_ROWS))
+    check_choice("mode", mode, MODES)
+    check_choice("axis", axis, ROWS)
     if jnp.ndim(x) < 2:
         raise ValueError(f"x must have at least two axes, got shape {jnp.shape(x)}")
     (x,) = promote(x)
-    rows = tuple(range(x.ndim))[_ROWS[axis]]
+    slices = {"rows": slice(None, -1), "sequence": slice(1, 2), "vocabulary": slice(-1, None)}
+    rows = tuple(range(x.ndim))[slices[axis]]
     features = tuple(a for a in range(x.ndim) if a not in rows)
     if normalize:
         norms = jnp.expand_dims(norm(x, features), features)
@@ -98,7 +104,7 @@ def consistency(
     a: Float[Array, "..."],
     b: Float[Array, "..."],
     *,
-    metric: Literal["mse", "l1", "cosine", "kl"] = "mse",
+    metric: Metric = "mse",
     reduction: Reduction = "mean",
     where: Bool[Array, "..."] | None = None,
     axis_name: AxisName | None = None,
@@ -135,14 +141,14 @@ def consistency(
         >>> float(pj.consistency(a, b)), float(pj.consistency(a, b, metric="cosine"))
         (1.0, 1.0)
     """
-    check_choice("metric", metric, ("kl", *_METRICS))
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("metric", metric, METRICS)
+    check_reduction(reduction)
     check_same_shape(a=a, b=b)
     if metric == "kl":
         return kl_divergence(
             a, b, direction="symmetric", reduction=reduction, where=where, axis_name=axis_name
         )
-    formula, axis = _METRICS[metric]
+    formula, axis = _DISTANCES[metric]
     return evaluate(
         formula,
         (a, b),
@@ -268,10 +274,10 @@ def output_magnitude(
     Examples:
         >>> import jax.numpy as jnp
         >>> import penalties_jax as pj
-        >>> float(pj.output_magnitude(jnp.array([3.0, -3.0])))
+        >>> round(float(pj.output_magnitude(jnp.array([3.0, -3.0]))), 4)
         4.0
     """
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_reduction(reduction)
     check_where(where, x.shape)
     (x,) = promote(x)
     count = jnp.asarray(x.size if axis is None else jnp.size(x, axis), x.dtype)
@@ -306,7 +312,7 @@ def _cosine_distance(a, b, axis):
     return 1 - jnp.sum(directions[0] * directions[1], axis)
 
 
-_METRICS = {
+_DISTANCES = {
     "mse": (_squared_error, None),
     "l1": (_absolute_error, None),
     "cosine": (_cosine_distance, -1),

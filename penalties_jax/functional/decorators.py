@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def compiled(*static: str) -> Callable[[Function], Function]:
         *static: The names of arguments that change the program.
     """
 
-    def declare(function):
+    def declare(function: Any) -> Any:
         program = jax.jit(function, static_argnames=static, inline=True)
 
         @functools.wraps(function)

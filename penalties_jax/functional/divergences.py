@@ -11,10 +11,10 @@ from jaxtyping import Array, Bool, Float
 
 from penalties_jax.functional.decorators import elementwise_derivatives
 from penalties_jax.functional.reduction import (
-    REDUCTIONS,
     AxisName,
     Reduction,
     check_choice,
+    check_reduction,
     check_same_shape,
     evaluate,
 )
@@ -177,7 +177,7 @@ def entropy(
 
 
 def _divergence(formula, inputs, axis, reduction, where, axis_name, scale=1.0, **parameters):
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_reduction(reduction)
     return evaluate(
         formula,
         inputs,
@@ -204,12 +204,12 @@ def expm1_minus(d: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def _log_ratio(log_p, log_q):
-    """log q - log p, and 0 for a class that has probability 0 in both."""
+    """Log q - log p, and 0 for a class that has probability 0 in both."""
     return jnp.where(log_p == log_q, 0, log_q - log_p)
 
 
 def _divergence_term(p, q, d):
-    """p (expm1(d) - d) = q - p - p d for d = log q - log p; q where p = 0, inf where only q is."""
+    """P (expm1(d) - d) = q - p - p d for d = log q - log p; q where p = 0, inf where only q is."""
     far = jnp.where(jnp.isneginf(d), jnp.inf, jnp.where(p > 0, q - p - p * d, q))
     return jnp.where(jnp.abs(d) < 1, p * expm1_minus(d), far)
 
@@ -259,7 +259,7 @@ def _log_mixture_slope(log_p, log_q, b, c):
     lambda log_p, log_q, b, c: _log_mixture_slope(log_p, log_q, b, c) / c,
 )
 def _log_mixture(log_p, log_q, b, c):
-    """log m - log p for m = b p + c q; inf where p = 0."""
+    """Log m - log p for m = b p + c q; inf where p = 0."""
     d = _log_ratio(log_p, log_q)
     return jnp.where(d > 1, _log_mean_exp(b, c, -d) + d, _log_mean_exp(c, b, d))
 

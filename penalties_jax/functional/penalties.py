@@ -9,12 +9,12 @@ from jaxtyping import Array, Bool, Float
 
 from penalties_jax.functional.decorators import compiled, elementwise_derivatives
 from penalties_jax.functional.reduction import (
-    REDUCTIONS,
     Axis,
     AxisName,
     Reduction,
     check_broadcast,
     check_choice,
+    check_reduction,
     check_where,
     evaluate,
     norm,
@@ -107,7 +107,7 @@ def l2(
         >>> float(pj.l2(jnp.array([1.0, 3.0]), center="mean"))
         2.0
     """
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_reduction(reduction)
     if isinstance(center, str):
         check_choice("center", center, ("mean",))
         return _l2_about_mean(
@@ -327,14 +327,14 @@ def group_lasso(
         >>> float(pj.group_lasso(jnp.array([[3.0, 4.0], [0.0, 0.0]]), axis=1))
         5.0
     """
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_reduction(reduction)
     return _group_lasso(
         x, weights, axis=axis, where=where, reduction=reduction, axis_name=axis_name
     )
 
 
 def _penalty(formula, x, weights, reduction, where, axis_name, **parameters):
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_reduction(reduction)
     return evaluate(
         formula,
         (x,),

@@ -64,6 +64,7 @@ def prox_l2(
     """
     v, t = _point_and_step(v, t)
     check_broadcast("center", center, v.shape)
+    center = jnp.asarray(center)
     return center + (v - center) / (1 + 2 * t)
 
 
@@ -118,6 +119,7 @@ def prox_huber(
         [0.5, 4.0]
     """
     v, t = _point_and_step(v, t)
+    delta = jnp.asarray(delta)
     return v - t * jnp.clip(v / (1 + t), -delta, delta)
 
 

@@ -1,4 +1,4 @@
-"""Masking, promotion and reduction: what `where=`, `axis_name=` and `reduction=` mean everywhere."""
+"""Masking, promotion and reduction: one meaning for `where`, `axis_name` and `reduction`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -21,13 +21,23 @@ class Sums(NamedTuple):
     """A reduction before its division: what several arrays share in one mean."""
 
     total: Float[Array, ""]
-    count: Float[Array, ""]
+    count: Float[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+
+    def reduce(self, reduction: str) -> Float[Array, ""]:
+        """The "sum" or "mean"; the mean over nothing is 0."""
+        return self.total if reduction == "sum" else self.total / jnp.maximum(self.count, 1)
 
 
 def check_choice(name: str, value: Any, valid: Sequence[str]) -> None:
     """Raises ValueError that lists the valid values of an option."""
     if value not in valid:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, valid))}, got {value!r}")
+
+
+def check_reduction(reduction: str) -> None:
+    """Raises ValueError for an unknown reduction; "sums" is for callers within the package."""
+    if reduction != "sums":
+        check_choice("reduction", reduction, REDUCTIONS)
 
 
 def check_same_shape(**arrays: Any) -> None:
@@ -95,13 +105,8 @@ def reduce(
         count = jnp.sum(where, dtype=jnp.int32).astype(values.dtype) * repeats
     if axis_name is not None:
         total, count = lax.psum((total, count), axis_name)
-    match reduction:
-        case "sum":
-            return total
-        case "mean":
-            return total / jnp.maximum(count, 1)
-        case _:
-            return Sums(total, count)
+    sums = Sums(total, count)
+    return sums if reduction == "sums" else sums.reduce(reduction)
 
 
 @partial(jax.jit, static_argnames=("formula", "axis", "reduction", "axis_name"), inline=True)

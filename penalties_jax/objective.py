@@ -1,0 +1,220 @@
+"""Named, weighted penalties on the outputs of a model: one total, and what it is made of."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from penalties_jax.functional.reduction import norm, promote
+from penalties_jax.pytree import Pytree, has_schedule, number, option, pytree, resolve
+from penalties_jax.terms import Numeric, Penalty
+
+Outputs = Mapping[str, Any]
+Metrics = dict[str, Float[Array, ""]]
+
+
+@pytree
+class Term(Pytree):
+    """A penalty, what it is applied to, and its weight.
+
+    Attributes:
+        penalty: The penalty: a config.
+        on: The key of its input in the outputs, a tuple of keys (one for each input), or a
+            function of the outputs that returns the input or a tuple of inputs.
+        where: The key of a mask, a function of the outputs that returns one, or None.
+        weight: The factor of its value in the total: a number, an array or a schedule. At weight 0
+            the term adds exactly 0, whatever its value.
+        enabled: A disabled term counts as one of weight 0; it keeps its weight, and its value is
+            still reported.
+
+    Examples:
+        >>> import penalties_jax as pj
+        >>> term = pj.Term(pj.KLDivergence(), on=("logprobs", "reference"), weight=0.1)
+        >>> term.weight
+        0.1
+    """
+
+    penalty: Penalty
+    on: str | tuple[str, ...] | Callable[[Outputs], Any] = option()
+    where: str | Callable[[Outputs], Any] | None = option(default=None)
+    weight: Numeric = number(default=1.0)
+    enabled: ArrayLike = number(default=True)
+
+    def _evaluate(self, name: str, outputs: Outputs) -> Metrics:
+        if callable(self.on):
+            picked = self.on(outputs)
+            inputs = picked if isinstance(picked, tuple) else (picked,)
+        else:
+            keys = (self.on,) if isinstance(self.on, str) else self.on
+            inputs = tuple(_pick(f"term {name!r}", outputs, key) for key in keys)
+        if self.where is None or callable(self.where):
+            mask = self.where and self.where(outputs)
+        else:
+            mask = _pick(f"term {name!r}", outputs, self.where)
+        value = _scalar(f"term {name!r}", self.penalty(*inputs, where=mask))
+        weight = jnp.where(self.enabled, self.weight, 0)
+        counted = jnp.where((weight != 0) | jnp.isfinite(value), value, 0)
+        return {name: value, f"{name}/weighted": weight * counted}
+
+
+@pytree
+class Objective(Pytree):
+    """A loss and named penalty terms on the outputs of a model.
+
+    A pytree: as an argument of a jitted step its numbers may change without a new compilation, and
+    a stack of objectives (`pj.stack`) can be mapped over.
+
+    Attributes:
+        loss: A function from the outputs to a scalar, or None for none.
+        terms: The penalty terms by name. "loss", "total" and names with a "/" are taken.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> objective = pj.Objective(
+        ...     loss=lambda outputs: jnp.mean((outputs["prediction"] - outputs["target"]) ** 2),
+        ...     terms={"l1": pj.Term(pj.L1(), on="hidden", weight=pj.anneal(0, 1, start=0, end=4))},
+        ... )
+        >>> outputs = {"prediction": jnp.ones(2), "target": jnp.zeros(2), "hidden": jnp.ones(3)}
+        >>> total, metrics = jax.jit(objective)(outputs, step=2)
+        >>> {name: float(value) for name, value in sorted(metrics.items())}
+        {'l1': 3.0, 'l1/weighted': 1.5, 'loss': 1.0, 'total': 2.5}
+    """
+
+    loss: Callable[[Outputs], ArrayLike] | None = option(default=None)
+    terms: Mapping[str, Term] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, term in self.terms.items():
+            if name in ("loss", "total") or "/" in name:
+                raise ValueError(
+                    f"a term can't be called {name!r}: 'loss', 'total' and names with a '/' "
+                    "stand for other metrics"
+                )
+            if not isinstance(term, Term):
+                raise TypeError(f"term {name!r} must be a pj.Term, got {term!r}")
+        object.__setattr__(self, "terms", dict(self.terms))
+
+    def __call__(
+        self, outputs: Outputs, *, step: ArrayLike | None = None
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """The total, and what it is made of.
+
+        Args:
+            outputs: What the loss and the terms pick their inputs from, by name.
+            step: The optimiser step, for schedules.
+
+        Returns:
+            The total, and a flat dict of scalars: "loss" (0 without one), the value of each term
+            under its name, its share of the total under "<name>/weighted", and "total".
+
+        Raises:
+            KeyError: If an input is missing: names the term, the key and the keys there are.
+            TypeError: If a schedule needs the `step` and there is none.
+            ValueError: If the loss or a term is not a scalar.
+        """
+        metrics = self._metrics(outputs, step)
+        return metrics["total"], metrics
+
+    def grad_norms(
+        self, outputs: Outputs, *, wrt: Sequence[str], step: ArrayLike | None = None
+    ) -> Metrics:
+        """The 2-norms of the gradients of the loss, of each term, and of the total.
+
+        Args:
+            outputs: As in a call.
+            wrt: The keys of the outputs to differentiate with respect to, together.
+            step: As in a call.
+
+        Returns:
+            A dict with the names of the metrics of a call.
+
+        Raises:
+            KeyError: If a key of `wrt` is not in the outputs, or as a call.
+
+        Examples:
+            >>> import jax.numpy as jnp
+            >>> import penalties_jax as pj
+            >>> objective = pj.Objective(terms={"l2": pj.Term(pj.L2(), on="x", weight=0.5)})
+            >>> norms = objective.grad_norms({"x": jnp.array([3.0, 4.0])}, wrt=("x",))
+            >>> {name: round(float(norm), 4) for name, norm in sorted(norms.items())}
+            {'l2': 10.0, 'l2/weighted': 5.0, 'loss': 0.0, 'total': 5.0}
+        """
+        inputs = {key: _pick("wrt", outputs, key) for key in wrt}
+        values, pullback = jax.vjp(
+            lambda inputs: self._metrics({**outputs, **inputs}, step), inputs
+        )
+
+        def gradient_norm(name):
+            one_hot = {other: jnp.ones_like(v) * (other == name) for other, v in values.items()}
+            leaves = jax.tree.leaves(pullback(one_hot))
+            return norm(jnp.stack([norm(promote(leaf)[0]) for leaf in leaves]))
+
+        return {name: gradient_norm(name) for name in values}
+
+    def _metrics(self, outputs, step):
+        objective = self
+        if has_schedule(self):
+            if step is None:
+                raise TypeError("the objective holds a schedule: pass step=")
+            objective = resolve(self, step)
+        loss = 0.0 if self.loss is None else self.loss(outputs)
+        metrics = {"loss": _scalar("the loss", loss)}
+        total = metrics["loss"]
+        for name, term in objective.terms.items():
+            metrics |= term._evaluate(name, outputs)
+            total = total + metrics[f"{name}/weighted"]
+        return metrics | {"total": total}
+
+    def with_weight(self, name: str, weight: Numeric) -> Self:
+        """The same objective with another weight for one term."""
+        return self.replace(name, weight=weight)
+
+    def enable(self, name: str) -> Self:
+        """The same objective with one term switched on, at the weight it had."""
+        return self._with_term(name, enabled=True)
+
+    def disable(self, name: str) -> Self:
+        """The same objective with one term switched off; its value is still reported."""
+        return self._with_term(name, enabled=False)
+
+    def replace(self, name: str, *, weight: Numeric | None = None, **hyperparameters: Any) -> Self:
+        """The same objective with other hyperparameters, or another weight, for one term.
+
+        Raises:
+            KeyError: If there is no such term.
+            TypeError: If its penalty has no such hyperparameter.
+            ValueError: If a value is out of range.
+        """
+        changes: dict[str, Any] = {} if weight is None else {"weight": weight}
+        if hyperparameters:
+            penalty: Any = self._term(name).penalty
+            changes["penalty"] = dataclasses.replace(penalty, **hyperparameters)
+        return self._with_term(name, **changes)
+
+    def _term(self, name):
+        if name not in self.terms:
+            raise KeyError(f"no term {name!r}; there are {sorted(self.terms)}")
+        return self.terms[name]
+
+    def _with_term(self, name, **changes):
+        term = dataclasses.replace(self._term(name), **changes)
+        return dataclasses.replace(self, terms={**self.terms, name: term})
+
+
+def _pick(name, outputs, key):
+    if key not in outputs:
+        raise KeyError(f"{name} needs {key!r}; the outputs have {sorted(outputs)}")
+    return outputs[key]
+
+
+def _scalar(label, value):
+    if jax.tree.structure(value) != jax.tree.structure(0) or jnp.ndim(value):
+        shapes = jax.tree.map(jnp.shape, value)
+        raise ValueError(f"{label} must be a scalar, got {shapes}; reduce it by 'sum' or 'mean'")
+    return promote(value)[0]

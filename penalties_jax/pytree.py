@@ -1,0 +1,258 @@
+"""Frozen dataclasses that are pytrees: numbers are leaves, options are structure."""
+
+import dataclasses
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from penalties_jax.functional.reduction import check_choice
+
+Class = TypeVar("Class", bound=type)
+Tree = TypeVar("Tree")
+
+# Every config class by its name, which is how a serialised config says what it is.
+TYPES: dict[str, type] = {}
+
+
+class Range(NamedTuple):
+    """The values that a number may take."""
+
+    description: str
+    contains: Callable[[float], bool]
+
+
+POSITIVE = Range("above 0", lambda value: value > 0)
+NONNEGATIVE = Range("at least 0", lambda value: value >= 0)
+UNIT = Range("in [0, 1]", lambda value: 0 <= value <= 1)
+ANY = Range("not NaN", lambda value: value == value)
+
+
+def number(
+    *,
+    default: Any = dataclasses.MISSING,
+    valid: Range = ANY,
+    choices: Sequence[str] = (),
+    kw_only: bool = False,
+) -> Any:
+    """A field that is a leaf: a number, an array, a schedule, or a pytree of them.
+
+    Args:
+        default: None makes the number optional.
+        valid: What a plain number has to satisfy in the constructor.
+        choices: Names that stand for a computed number; they are structure.
+        kw_only: As in `dataclasses.field`.
+    """
+    metadata = {"valid": valid, "choices": choices}
+    return dataclasses.field(default=default, kw_only=kw_only, metadata=metadata)
+
+
+def option(
+    *,
+    default: Any = dataclasses.MISSING,
+    choices: Sequence[str] | None = None,
+    kw_only: bool = False,
+) -> Any:
+    """A field that is structure: changing it changes the program."""
+    metadata = {"option": True, "choices": choices}
+    return dataclasses.field(default=default, kw_only=kw_only, metadata=metadata)
+
+
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(number, option))
+def abstract(cls: Class) -> Class:
+    """Gives a base class of configs fields that its subclasses share."""
+    return dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+
+
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(number, option))
+def pytree(cls: Class) -> Class:
+    """Makes a class a frozen dataclass and a pytree, whose unflattening never validates."""
+    cls = abstract(cls)
+    names = [field.name for field in fields(cls)]
+
+    options = {field.name for field in fields(cls) if field.metadata.get("option")}
+
+    def flatten_with_keys(config):
+        values = {name: getattr(config, name) for name in names}
+        static = {name: x for name, x in values.items() if name in options or isinstance(x, str)}
+        children = [
+            (jax.tree_util.GetAttrKey(name), x) for name, x in values.items() if name not in static
+        ]
+        return children, tuple(static.items())
+
+    def unflatten(static, children):
+        values = dict(static)
+        values |= zip([name for name in names if name not in values], children, strict=True)
+        return _build(cls, values)
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten)
+    TYPES[cls.__name__] = cls
+    return cls
+
+
+def fields(config: Any) -> tuple[dataclasses.Field, ...]:
+    """The dataclass fields of a config or its class."""
+    return dataclasses.fields(config)
+
+
+def _build(cls, values):
+    config = object.__new__(cls)
+    for name, value in values.items():
+        object.__setattr__(config, name, value)
+    return config
+
+
+class Pytree:
+    """What all configs share: a checked construction and equality by value."""
+
+    def __post_init__(self):
+        for field in fields(self):
+            label = f"{type(self).__name__}.{field.name}"
+            value = getattr(self, field.name)
+            if field.metadata.get("option"):
+                value = _checked_option(label, value, field)
+            elif "valid" in field.metadata:
+                value = _checked_number(label, value, field)
+            object.__setattr__(self, field.name, value)
+
+    def __eq__(self, other):
+        if type(self) is not type(other):
+            return NotImplemented
+        leaves, structure = jax.tree.flatten(self)
+        other_leaves, other_structure = jax.tree.flatten(other)
+        return structure == other_structure and all(
+            np.shape(a) == np.shape(b) and np.array_equal(a, b)
+            for a, b in zip(leaves, other_leaves, strict=True)
+        )
+
+    def __repr__(self):
+        shown = (
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)
+            if getattr(self, field.name) is not field.default
+        )
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def __hash__(self):
+        return hash((type(self), jax.tree.structure(self)))
+
+    def _with(self, **values: Any) -> Self:
+        current = {field.name: getattr(self, field.name) for field in fields(self)}
+        return _build(type(self), current | values)
+
+
+class Schedule:
+    """A value that depends on the step: a callable from the step, and a pytree."""
+
+
+@pytree
+class BareSchedule(Pytree, Schedule):
+    """A callable from the step that is not a pytree, kept as structure, equal by identity."""
+
+    schedule: Callable[[Any], Any] = option()
+    label: str = option()
+
+    def __call__(self, count: Any) -> Any:
+        """The value at step `count`."""
+        return self.schedule(count)
+
+    def refuse(self, what: str) -> TypeError:
+        """The error for what only schedules that are pytrees can do."""
+        return TypeError(
+            f"{self.label} is a bare schedule, {self.schedule!r}, and can't be {what}; "
+            "use pj.anneal"
+        )
+
+    def __reduce__(self):
+        raise self.refuse("pickled")
+
+
+def is_schedule(node: Any) -> bool:
+    """Whether a node of a config is a schedule."""
+    return isinstance(node, Schedule)
+
+
+def resolve(config: Tree, step: Any) -> Tree:
+    """Replaces every schedule in a pytree by its value at `step`."""
+    return jax.tree.map(
+        lambda node: node(step) if is_schedule(node) else node, config, is_leaf=is_schedule
+    )
+
+
+def has_schedule(config: Any) -> bool:
+    """Whether any value in a pytree still depends on the step."""
+    return any(map(is_schedule, jax.tree.leaves(config, is_leaf=is_schedule)))
+
+
+def stack(configs: Sequence[Tree]) -> Tree:
+    """Stacks configs of one type leaf by leaf, to map over them with `jax.vmap`.
+
+    Args:
+        configs: At least one config, schedule, term or objective, all with the same options.
+
+    Returns:
+        One of the same type, whose leaves have a new leading axis.
+
+    Raises:
+        ValueError: If there is none, or if two differ in type or in an option, which is named.
+        TypeError: If one holds a bare schedule, whose field is named.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> sweep = pj.stack([pj.SmoothL0(gamma=gamma) for gamma in (0.1, 1.0)])
+        >>> values = jax.vmap(lambda config: config(jnp.ones(3)))(sweep)
+        >>> [round(float(value), 3) for value in values]
+        [2.97, 1.5]
+    """
+    if not configs:
+        raise ValueError("stack needs at least one config, got none")
+    for node in jax.tree.leaves(configs, is_leaf=is_schedule):
+        if isinstance(node, BareSchedule):
+            raise node.refuse("stacked")
+    for other in configs[1:]:
+        _check_same_options(configs[0], other, type(configs[0]).__name__)
+    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *configs)
+
+
+def _check_same_options(a, b, label):
+    if type(a) is not type(b):
+        raise ValueError(f"stack needs configs of one type; {label} is {a!r} and {b!r}")
+    if isinstance(a, Pytree):
+        for field in fields(a):
+            x, y = getattr(a, field.name), getattr(b, field.name)
+            name = f"{label}.{field.name}"
+            if field.metadata.get("option") or isinstance(x, str):
+                if x != y:
+                    raise ValueError(f"stack needs the same options; {name} is {x!r} and {y!r}")
+            elif jax.tree.structure(x) != jax.tree.structure(y):
+                _check_same_options(x, y, name)
+    elif isinstance(a, dict) and a.keys() == b.keys():
+        for key in a:
+            _check_same_options(a[key], b[key], f"{label}[{key!r}]")
+    elif jax.tree.structure(a) != jax.tree.structure(b):
+        raise ValueError(f"stack needs configs of one structure; {label} is {a!r} and {b!r}")
+
+
+def _checked_option(label, value, field):
+    if field.metadata["choices"] is not None:
+        check_choice(label, value, field.metadata["choices"])
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _checked_number(label, value, field):
+    valid = field.metadata["valid"]
+    if isinstance(value, str) and field.metadata["choices"]:
+        check_choice(label, value, field.metadata["choices"])
+    elif isinstance(value, str) or (value is None and field.default is not None):
+        raise TypeError(f"{label} must be a number, an array or a schedule, got {value!r}")
+    elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+        if not valid.contains(value):
+            raise ValueError(f"{label} must be {valid.description}, got {value!r}")
+        return float(value) if isinstance(value, numbers.Integral) else value
+    elif callable(value) and not is_schedule(value):
+        return BareSchedule(value, label)
+    return value

@@ -1,0 +1,151 @@
+"""Schedules: functions of the step that are pytrees, so that annealing never recompiles."""
+
+import math
+import numbers
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from penalties_jax.pytree import Pytree, Schedule, number, option, pytree
+
+Shape = Literal["linear", "cosine", "exponential", "cubic", "quarters"]
+SHAPES = ("linear", "cosine", "exponential", "cubic", "quarters")
+
+
+@pytree
+class Anneal(Pytree, Schedule):
+    """A value that moves from `init` to `final` between two steps; made by `anneal`."""
+
+    init: Any = number()
+    final: Any = number()
+    start: Any
+    end: Any
+    shape: Shape = option(default="linear", choices=SHAPES, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if _plain(self.start, self.end) and not self.start <= self.end:
+            raise ValueError(f"start must be at most end, got start={self.start}, end={self.end}")
+        if (
+            self.shape == "exponential"
+            and _plain(self.init, self.final)
+            and not self.init * self.final > 0
+        ):
+            raise ValueError(
+                "an exponential anneal needs init and final nonzero and of one sign, "
+                f"got init={self.init}, final={self.final}"
+            )
+
+    def __call__(self, count: ArrayLike) -> Float[Array, "..."]:
+        """The value at step `count`."""
+        elapsed = jnp.asarray(count) - self.start
+        duration = self.end - self.start
+        u = jnp.clip(elapsed / jnp.where(duration > 0, duration, 1), 0, 1)
+        if self.shape == "exponential":
+            value = self.init * (self.final / self.init) ** u
+        else:
+            value = self.init + (self.final - self.init) * _fraction(self.shape, u)
+        return jnp.where(
+            jnp.asarray(count) >= self.end, self.final, jnp.where(elapsed <= 0, self.init, value)
+        )
+
+
+def _fraction(shape, u):
+    match shape:
+        case "cosine":
+            return (1 - jnp.cos(math.pi * u)) / 2
+        case "cubic":
+            return 1 - (1 - u) ** 3
+        case "quarters":
+            return jnp.select([u < 0.25, u < 0.5, u < 0.75], [0.0, 0.33, 0.67], 1.0)
+        case _:
+            return u
+
+
+def _plain(*values: Any) -> bool:
+    return all(isinstance(value, numbers.Real) for value in values)
+
+
+def anneal(
+    init: ArrayLike, final: ArrayLike, *, start: ArrayLike, end: ArrayLike, shape: Shape = "linear"
+) -> Anneal:
+    r"""A schedule from `init` to `final`, between the steps `start` and `end`.
+
+    With $u = (\text{step} - \text{start}) / (\text{end} - \text{start})$ clipped to [0, 1]:
+
+    - "linear", "cosine", "cubic" and "quarters" are init + (final - init) s(u), where s is $u$,
+      $(1 - \cos \pi u) / 2$, $1 - (1 - u)^3$, and 0, 0.33, 0.67, 1 on the four quarters;
+    - "exponential" is $\text{init}\,(\text{final} / \text{init})^u$.
+
+    Up to `start` it is `init`; from `end` on it is exactly `final`, also in float32. With
+    start == end it is a step. It is an `optax.Schedule` and a pytree whose leaves are the four
+    numbers: changing them never recompiles, and schedules can be stacked and mapped.
+
+    Args:
+        init: The value before.
+        final: The value after.
+        start: The step at which it starts to move.
+        end: The step from which it is `final`.
+        shape: "linear", "cosine", "exponential", "cubic" or "quarters".
+
+    Returns:
+        A callable from the step (an integer, or an array of them) to the value.
+
+    Raises:
+        ValueError: If `shape` is unknown, start > end, or an exponential has an endpoint of 0 or
+            endpoints of different sign.
+
+    References:
+        Zhu & Gupta (2017), To prune, or not to prune, for the cubic shape.
+
+    Examples:
+        >>> import penalties_jax as pj
+        >>> gamma = pj.anneal(1.0, 0.1, start=100, end=200)
+        >>> [round(float(gamma(step)), 3) for step in (0, 100, 150, 200, 300)]
+        [1.0, 1.0, 0.55, 0.1, 0.1]
+    """
+    return Anneal(init, final, start, end, shape=shape)
+
+
+def anneal_fraction(
+    init: ArrayLike,
+    final: ArrayLike,
+    *,
+    total_steps: int,
+    start_frac: float = 0.0,
+    end_frac: float = 1.0,
+    shape: Shape = "linear",
+) -> Anneal:
+    """`anneal` between two fractions of training.
+
+    Args:
+        init: The value before.
+        final: The value after.
+        total_steps: The number of steps in training.
+        start_frac: The fraction at which it starts to move, in [0, 1].
+        end_frac: The fraction from which it is `final`, in [0, 1].
+        shape: As in `anneal`.
+
+    Returns:
+        The same as `anneal` with start = start_frac total_steps, end = end_frac total_steps.
+
+    Raises:
+        ValueError: If `total_steps` is below 1, a fraction is outside [0, 1], or as in `anneal`.
+
+    Examples:
+        >>> import penalties_jax as pj
+        >>> p = pj.anneal_fraction(2.0, 0.4, total_steps=1_000, start_frac=0.5)
+        >>> [round(float(p(step)), 3) for step in (500, 750, 1_000)]
+        [2.0, 1.2, 0.4]
+    """
+    if total_steps < 1:
+        raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+    if not 0 <= start_frac <= end_frac <= 1:
+        raise ValueError(
+            "start_frac and end_frac must satisfy 0 <= start_frac <= end_frac <= 1, "
+            f"got start_frac={start_frac}, end_frac={end_frac}"
+        )
+    start, end = start_frac * total_steps, end_frac * total_steps
+    return Anneal(init, final, start, end, shape=shape)

@@ -1,0 +1,154 @@
+"""Configs as plain dicts, JSON and YAML."""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from penalties_jax.pytree import TYPES, BareSchedule, Pytree, fields
+
+_RESERVED = {"type", "array", "tuple"}
+
+
+def to_dict(config: Pytree) -> dict[str, Any]:
+    """A config as a dict of plain Python values.
+
+    Args:
+        config: A penalty, schedule, term or objective.
+
+    Returns:
+        {"type": its class, and its fields}. Arrays become {"array": nested lists, "dtype": name}.
+
+    Raises:
+        TypeError: If it holds a function, such as a bare schedule, whose field is named.
+
+    Examples:
+        >>> import penalties_jax as pj
+        >>> data = pj.to_dict(pj.L1(weights=0.5))
+        >>> data
+        {'type': 'L1', 'reduction': 'sum', 'axis_name': None, 'weights': 0.5}
+        >>> pj.from_dict(data) == pj.L1(weights=0.5)
+        True
+    """
+    name = type(config).__name__
+    if not isinstance(config, Pytree):
+        raise TypeError(f"to_dict takes a config, got {config!r}")
+    values = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.metadata.get("option") and isinstance(value, tuple):
+            value = list(value)
+        values[field.name] = _encode(value, f"{name}.{field.name}")
+    return {"type": name, **values}
+
+
+def from_dict(data: dict[str, Any]) -> Any:
+    """The config that `to_dict` was given; its numbers are checked as in the constructor.
+
+    Args:
+        data: What `to_dict` returned. Arrays come back as NumPy arrays.
+
+    Raises:
+        ValueError: If "type" is missing or unknown, or a value is out of range.
+        TypeError: If a field is missing or unknown.
+
+    Examples:
+        >>> import penalties_jax as pj
+        >>> pj.from_dict({"type": "SmoothL0", "gamma": 0.1}).gamma
+        0.1
+    """
+    if not isinstance(data, dict) or data.get("type") not in TYPES:
+        kind = data.get("type") if isinstance(data, dict) else data
+        raise ValueError(f"type must be one of {sorted(TYPES)}, got {kind!r}")
+    values = {name: _decode(value) for name, value in data.items() if name != "type"}
+    return TYPES[data["type"]](**values)
+
+
+def to_json(config: Pytree) -> str:
+    """A config as JSON; raises what `to_dict` raises.
+
+    Examples:
+        >>> import penalties_jax as pj
+        >>> pj.from_json(pj.to_json(pj.Huber(delta=2.0))).delta
+        2.0
+    """
+    return json.dumps(to_dict(config), indent=2)
+
+
+def from_json(text: str) -> Any:
+    """The config that `to_json` was given; raises what `from_dict` raises.
+
+    Examples:
+        >>> import penalties_jax as pj
+        >>> pj.from_json('{"type": "L2", "clip": 3.0}').clip
+        3.0
+    """
+    return from_dict(json.loads(text))
+
+
+def to_yaml(config: Pytree) -> str:
+    """A config as YAML (needs PyYAML, of the extra `recipes`); raises what `to_dict` raises.
+
+    Examples:
+        >>> import penalties_jax as pj
+        >>> pj.from_yaml(pj.to_yaml(pj.Lp(p=0.5))) == pj.Lp(p=0.5)
+        True
+    """
+    import yaml
+
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def from_yaml(text: str) -> Any:
+    """The config that `to_yaml` was given; raises what `from_dict` raises.
+
+    Examples:
+        >>> import penalties_jax as pj
+        >>> pj.from_yaml("{type: L1, reduction: mean}").reduction
+        'mean'
+    """
+    import yaml
+
+    return from_dict(yaml.safe_load(text))
+
+
+def _encode(value, label):
+    match value:
+        case BareSchedule():
+            raise value.refuse("serialised")
+        case Pytree():
+            return to_dict(value)
+        case None | bool() | str():
+            return value
+        case np.generic() | np.ndarray() | jax.Array():
+            return {"array": np.asarray(value).tolist(), "dtype": jnp.asarray(value).dtype.name}
+        case int() | float():
+            return value
+        case dict():
+            if _RESERVED & value.keys() or not all(isinstance(key, str) for key in value):
+                raise TypeError(f"{label}: keys must be strings other than {sorted(_RESERVED)}")
+            return {key: _encode(item, f"{label}[{key!r}]") for key, item in value.items()}
+        case list():
+            return [_encode(item, f"{label}[{i}]") for i, item in enumerate(value)]
+        case tuple():
+            return {"tuple": _encode(list(value), label)}
+        case _:
+            raise TypeError(f"{label} is {value!r}, which can't be serialised")
+
+
+def _decode(value):
+    match value:
+        case {"type": _}:
+            return from_dict(value)
+        case {"array": items, "dtype": dtype}:
+            return np.asarray(items, jnp.dtype(dtype))
+        case {"tuple": items}:
+            return tuple(_decode(item) for item in items)
+        case dict():
+            return {key: _decode(item) for key, item in value.items()}
+        case list():
+            return [_decode(item) for item in value]
+        case _:
+            return value

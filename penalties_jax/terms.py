@@ -1,0 +1,496 @@
+"""The penalties as configs: what a penalty is, apart from what it is applied to."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, Self
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, PyTree
+
+from penalties_jax import functional
+from penalties_jax.functional.constraints import METRICS, MODES, ROWS, Metric, Mode, Rows
+from penalties_jax.functional.divergences import DIRECTIONS, Direction
+from penalties_jax.functional.reduction import REDUCTIONS, Axis, AxisName, Reduction, Sums
+from penalties_jax.pytree import (
+    NONNEGATIVE,
+    POSITIVE,
+    UNIT,
+    Pytree,
+    abstract,
+    fields,
+    has_schedule,
+    number,
+    option,
+    pytree,
+    resolve,
+)
+
+# A number, an array or a schedule; or a pytree of them like the input.
+Numeric = Any
+
+
+class Penalty(Pytree):
+    """What every penalty can do: be evaluated, resolved at a step, scaled and added."""
+
+    # NumPy's arrays and scalars leave `array * config` to the config.
+    __array_ufunc__ = None
+
+    def __call__(self, *inputs: PyTree[Array], where: PyTree | None = None) -> PyTree[Array]:
+        """The penalty on arrays or pytrees of arrays.
+
+        Args:
+            *inputs: What is penalised: one pytree, or the two that are compared. None and
+                `optax.MaskedNode` leaves are skipped.
+            where: A mask for every array, or a pytree of masks like the first input.
+
+        Returns:
+            A scalar over all arrays; for reduction="none" a pytree of values like the first input.
+
+        Raises:
+            TypeError: If a hyperparameter still is a schedule.
+            ValueError: As the function of the same name.
+        """
+        if has_schedule(self):
+            raise TypeError(f"{self!r} holds a schedule: call .at(step) first")
+        return self._value(inputs, where)
+
+    def _value(self, inputs, where):
+        raise NotImplementedError
+
+    def at(self, step: ArrayLike) -> Self:
+        """The same penalty with every schedule replaced by its value at `step`."""
+        return resolve(self, step)
+
+    def elementwise(self, x: PyTree[Array]) -> PyTree[Array]:
+        """The penalty of each value, unreduced."""
+        raise NotImplementedError(f"{type(self).__name__} is not a sum over single values")
+
+    def prox(self, v: PyTree[Array], step_size: ArrayLike) -> PyTree[Array]:
+        r"""The proximal operator, $\arg\min_z \tfrac12 \lVert z - v \rVert^2 + t f(z)$.
+
+        Args:
+            v: The point: an array or a pytree of arrays.
+            step_size: The $t$; weights, scale and reduction of the penalty come on top.
+
+        Raises:
+            NotImplementedError: If the penalty has none in closed form.
+        """
+        raise NotImplementedError(f"{self!r} has no proximal operator in closed form")
+
+    def __mul__(self, scale: Numeric) -> "Scaled":
+        return Scaled(self, scale)
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: "Penalty") -> "Penalty":
+        if not isinstance(other, Penalty):
+            return NotImplemented
+        return Sum((*_summands(self), *_summands(other)))
+
+    def __radd__(self, other: Literal[0]) -> "Penalty":
+        return self if other == 0 else NotImplemented
+
+
+@pytree
+class Scaled(Penalty):
+    """`scale * penalty`."""
+
+    penalty: Penalty
+    scale: Numeric = number()
+
+    def _value(self, inputs, where):
+        return jax.tree.map(lambda value: self.scale * value, self.penalty(*inputs, where=where))
+
+    def elementwise(self, x):
+        return jax.tree.map(lambda value: self.scale * value, self.penalty.elementwise(x))
+
+    def prox(self, v, step_size):
+        return self.penalty.prox(v, self.scale * step_size)
+
+
+@pytree
+class Sum(Penalty):
+    """A sum of penalties on the same inputs."""
+
+    penalties: tuple[Penalty, ...]
+
+    def _value(self, inputs, where):
+        return _add(penalty(*inputs, where=where) for penalty in self.penalties)
+
+    def elementwise(self, x):
+        return _add(penalty.elementwise(x) for penalty in self.penalties)
+
+
+def _summands(penalty):
+    return penalty.penalties if isinstance(penalty, Sum) else (penalty,)
+
+
+def _add(trees):
+    return jax.tree.map(lambda *values: sum(values[1:], start=values[0]), *trees)
+
+
+@abstract
+class Reduced(Penalty):
+    """A penalty that is one pure function, reduced over the arrays of a pytree."""
+
+    reduction: Reduction = option(default="sum", choices=REDUCTIONS, kw_only=True)
+    axis_name: AxisName | None = option(default=None, kw_only=True)
+
+    # The pure function of one array of each input, with this config's hyperparameters.
+    _function: ClassVar[Callable[..., Any]]
+
+    def _value(self, inputs, where):
+        structure = jax.tree.structure(inputs[0], is_leaf=is_absent)
+        rows = zip(*(structure.flatten_up_to(tree) for tree in inputs), strict=True)
+        options = {
+            "reduction": "none" if self.reduction == "none" else "sums",
+            "axis_name": self.axis_name,
+        }
+        values = [
+            row[0] if is_absent(row[0]) else config._function(*row, where=mask, **options)
+            for config, row, mask in zip(
+                self._members(structure), rows, _spread(where, structure), strict=True
+            )
+        ]
+        if self.reduction == "none":
+            return structure.unflatten(values)
+        present = [value for value in values if isinstance(value, Sums)]
+        zero = jnp.zeros(())
+        sums = Sums(
+            sum((value.total for value in present), start=zero),
+            sum((value.count for value in present), start=zero),
+        )
+        return sums.reduce(self.reduction)
+
+    def _members(self, structure):
+        """One config for each array: numbers given as pytrees like the input are dealt out."""
+        columns = {
+            field.name: _spread(getattr(self, field.name), structure)
+            for field in fields(self)
+            if "valid" in field.metadata
+        }
+        return [
+            self._with(**{name: column[i] for name, column in columns.items()})
+            for i in range(structure.num_leaves)
+        ]
+
+
+def is_absent(node: Any) -> bool:
+    """Whether a node of the input stands for nothing: None, or left out by `optax.masked`."""
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
+def _spread(value, structure):
+    """One value for each array: `value` for all of them, or its own at each."""
+    if value is None or jax.tree_util.all_leaves([value]):
+        return [value] * structure.num_leaves
+    return structure.flatten_up_to(value)
+
+
+@abstract
+class Weighted(Reduced):
+    """A weighted sum over values or groups, which may have a proximal operator."""
+
+    weights: Numeric = number(default=1.0, valid=NONNEGATIVE, kw_only=True)
+
+    def _prox(self, v, t):
+        return super().prox(v, t)
+
+    def _count(self, v):
+        return v.size
+
+    def prox(self, v, step_size):
+        if self.reduction == "none":
+            raise ValueError('prox needs a scalar penalty: reduction must be "sum" or "mean"')
+        leaves, structure = jax.tree.flatten(v, is_leaf=is_absent)
+        if self.reduction == "mean":
+            count = sum(self._count(leaf) for leaf in leaves if not is_absent(leaf))
+            members = 1 if self.axis_name is None else lax.psum(1, self.axis_name)
+            step_size = step_size / max(count * members, 1)
+        return structure.unflatten(
+            leaf if is_absent(leaf) else config._prox(leaf, step_size * config.weights)
+            for config, leaf in zip(self._members(structure), leaves, strict=True)
+        )
+
+
+class Separable(Weighted):
+    """A sum over single values."""
+
+    def elementwise(self, x):
+        return self._with(reduction="none", axis_name=None)(x)
+
+
+@pytree
+class L1(Separable):
+    """The L1 norm, `pj.l1`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> penalty = 0.5 * pj.L1()
+        >>> float(penalty(jnp.array([1.0, -3.0])))
+        2.0
+        >>> penalty.prox(jnp.array([1.0, -3.0]), 1.0).tolist()
+        [0.5, -2.5]
+    """
+
+    def _function(self, x, **options):
+        return functional.l1(x, weights=self.weights, **options)
+
+    def _prox(self, v, t):
+        return functional.prox_l1(v, t)
+
+
+@pytree
+class L2(Separable):
+    """The squared L2 norm, `pj.l2`, about `center`, clipped at `clip`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> pretrained = {"kernel": jnp.ones(2), "bias": jnp.zeros(1)}
+        >>> float(pj.L2(center=pretrained)({"kernel": jnp.zeros(2), "bias": jnp.ones(1)}))
+        3.0
+    """
+
+    center: Numeric | Literal["mean"] | None = number(default=None, choices=("mean",))
+    clip: Numeric | None = number(default=None, valid=POSITIVE)
+
+    def _function(self, x, **options):
+        return functional.l2(x, center=self.center, clip=self.clip, weights=self.weights, **options)
+
+    def elementwise(self, x):
+        return Penalty.elementwise(self, x) if self.center == "mean" else super().elementwise(x)
+
+    def _prox(self, v, t):
+        if self.center == "mean" or self.clip is not None:
+            return super()._prox(v, t)
+        return functional.prox_l2(v, t, center=0.0 if self.center is None else self.center)
+
+
+@pytree
+class ElasticNet(Separable):
+    """The elastic net, `pj.elastic_net`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> float(pj.ElasticNet(l1_ratio=0.5)(jnp.array([-2.0, 1.0])))
+        4.0
+    """
+
+    l1_ratio: Numeric = number(default=0.5, valid=UNIT)
+
+    def _function(self, x, **options):
+        return functional.elastic_net(x, l1_ratio=self.l1_ratio, weights=self.weights, **options)
+
+    def _prox(self, v, t):
+        return functional.prox_elastic_net(v, t, l1_ratio=self.l1_ratio)
+
+
+@pytree
+class Lp(Separable):
+    """The L_p penalty, `pj.lp`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> penalty = pj.Lp(p=pj.anneal(2.0, 1.0, start=0, end=100))
+        >>> float(penalty.at(100)(jnp.array([-2.0, 1.0])))
+        3.0
+    """
+
+    p: Numeric = number(valid=POSITIVE)
+    eps: Numeric = number(default=1e-12, valid=NONNEGATIVE)
+
+    def _function(self, x, **options):
+        return functional.lp(x, self.p, eps=self.eps, weights=self.weights, **options)
+
+
+@pytree
+class SmoothL0(Separable):
+    """Smooth L0 (Geman-McClure), `pj.smooth_l0`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> float(pj.SmoothL0(gamma=1.0)(jnp.array([0.0, 1.0, 1e6])))
+        1.5
+    """
+
+    gamma: Numeric = number(valid=POSITIVE)
+    normalize_at_one: bool = option(default=False, kw_only=True)
+
+    def _function(self, x, **options):
+        return functional.smooth_l0(
+            x,
+            self.gamma,
+            normalize_at_one=self.normalize_at_one,
+            weights=self.weights,
+            **options,
+        )
+
+
+@pytree
+class Huber(Separable):
+    """The Huber penalty, `pj.huber`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> float(pj.Huber(delta=1.0)(jnp.array([1.0, -3.0])))
+        3.0
+    """
+
+    delta: Numeric = number(default=1.0, valid=POSITIVE)
+
+    def _function(self, x, **options):
+        return functional.huber(x, self.delta, weights=self.weights, **options)
+
+    def _prox(self, v, t):
+        return functional.prox_huber(v, t, delta=self.delta)
+
+
+@pytree
+class GroupLasso(Weighted):
+    """The group lasso, `pj.group_lasso`, on each array by itself.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> float(pj.GroupLasso(axis=1)(jnp.array([[3.0, 4.0], [0.0, 0.0]])))
+        5.0
+    """
+
+    axis: Axis = option()
+
+    def _function(self, x, **options):
+        return functional.group_lasso(x, axis=self.axis, weights=self.weights, **options)
+
+    def _prox(self, v, t):
+        return functional.prox_group_lasso(v, t, axis=self.axis)
+
+    def _count(self, v):
+        return v.size // jnp.size(v, self.axis)
+
+
+@pytree
+class KLDivergence(Reduced):
+    """The Kullback-Leibler divergence of two log-probabilities, `pj.kl_divergence`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> log_p, log_q = jnp.log(jnp.array([0.75, 0.25])), jnp.log(jnp.array([0.5, 0.5]))
+        >>> round(float(pj.KLDivergence()(log_p, log_q)), 4)
+        0.1308
+    """
+
+    direction: Direction = option(default="forward", choices=DIRECTIONS)
+    axis: int = option(default=-1, kw_only=True)
+    reduction: Reduction = option(default="mean", choices=REDUCTIONS, kw_only=True)
+
+    def _function(self, log_p, log_q, **options):
+        return functional.kl_divergence(
+            log_p, log_q, direction=self.direction, axis=self.axis, **options
+        )
+
+
+@pytree
+class JSDivergence(Reduced):
+    """The Jensen-Shannon divergence of two log-probabilities, `pj.js_divergence`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> log_p, log_q = jnp.log(jnp.array([1.0, 0.0])), jnp.log(jnp.array([0.0, 1.0]))
+        >>> round(float(pj.JSDivergence()(log_p, log_q)), 4)
+        0.6931
+    """
+
+    mixture: Numeric = number(default=0.5, valid=UNIT)
+    axis: int = option(default=-1, kw_only=True)
+    reduction: Reduction = option(default="mean", choices=REDUCTIONS, kw_only=True)
+
+    def _function(self, log_p, log_q, **options):
+        return functional.js_divergence(
+            log_p, log_q, mixture=self.mixture, axis=self.axis, **options
+        )
+
+
+@pytree
+class Entropy(Reduced):
+    """The entropy of log-probabilities, `pj.entropy`: +H to sharpen, -H with `maximize`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> round(float(pj.Entropy(maximize=True)(jnp.log(jnp.array([0.5, 0.5])))), 4)
+        -0.6931
+    """
+
+    maximize: bool = option(default=False, kw_only=True)
+    temperature: Numeric = number(default=1.0, valid=POSITIVE, kw_only=True)
+    normalize: bool = option(default=False, kw_only=True)
+    axis: int = option(default=-1, kw_only=True)
+    reduction: Reduction = option(default="mean", choices=REDUCTIONS, kw_only=True)
+
+    def _function(self, log_p, **options):
+        return functional.entropy(
+            log_p,
+            temperature=self.temperature,
+            normalize=self.normalize,
+            axis=self.axis,
+            **options,
+        )
+
+    def _value(self, inputs, where):
+        value = super()._value(inputs, where)
+        return jax.tree.map(jnp.negative, value) if self.maximize else value
+
+
+@pytree
+class Consistency(Reduced):
+    """How far two outputs for the same input differ, `pj.consistency`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> float(pj.Consistency("l1")(jnp.zeros(2), jnp.array([1.0, 3.0])))
+        2.0
+    """
+
+    metric: Metric = option(default="mse", choices=METRICS)
+    reduction: Reduction = option(default="mean", choices=REDUCTIONS, kw_only=True)
+
+    def _function(self, a, b, **options):
+        return functional.consistency(a, b, metric=self.metric, **options)
+
+
+@pytree
+class Orthogonality(Penalty):
+    """How far the rows of each array are from orthogonal, `pj.orthogonality`, summed.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> float(pj.Orthogonality()({"a": jnp.eye(2), "b": jnp.eye(2, 3)}))
+        0.0
+    """
+
+    mode: Mode = option(default="soft", choices=MODES)
+    normalize: bool = option(default=True, kw_only=True)
+    axis: Rows = option(default="rows", choices=ROWS, kw_only=True)
+
+    def _value(self, inputs, where):
+        if where is not None:
+            raise ValueError("Orthogonality takes no where: leave rows out of its input")
+        (tree,) = inputs
+        values = [
+            functional.orthogonality(x, mode=self.mode, normalize=self.normalize, axis=self.axis)
+            for x in jax.tree.leaves(tree)
+        ]
+        return sum(values, start=jnp.zeros(()))
