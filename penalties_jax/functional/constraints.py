@@ -7,6 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
@@ -88,7 +89,15 @@ def orthogonality(
     if normalize:
         norms = jnp.expand_dims(norm(x, features), features)
         x = x / jnp.where(norms > 0, norms, 1)
-    gram = jnp.tensordot(x, x, (features, features), precision=lax.Precision.HIGHEST)
+    # Every row meets every other, so on a mesh with explicit axes the result is replicated.
+    sharded = any(axis is not None for axis in jax.typeof(x).sharding.spec)
+    gram = jnp.tensordot(
+        x,
+        x,
+        (features, features),
+        precision=lax.Precision.HIGHEST,
+        out_sharding=PartitionSpec() if sharded else None,
+    )
     size = tuple(x.shape[a] for a in rows)
     n = math.prod(size)
     identity = jnp.eye(n, dtype=bool).reshape(size + size)
