@@ -1,6 +1,7 @@
 """The penalties as configs: what a penalty is, apart from what it is applied to."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 import jax
@@ -55,7 +56,7 @@ class Penalty(Pytree):
         """
         if has_schedule(self):
             raise TypeError(f"{self!r} holds a schedule: call .at(step) first")
-        return self._value(inputs, where)
+        return _evaluate(self, inputs, where)
 
     def _value(self, inputs, where):
         raise NotImplementedError
@@ -92,6 +93,11 @@ class Penalty(Pytree):
 
     def __radd__(self, other: Literal[0]) -> "Penalty":
         return self if other == 0 else NotImplemented
+
+
+@partial(jax.jit, inline=True)
+def _evaluate(penalty, inputs, where):
+    return penalty._value(inputs, where)
 
 
 @pytree
