@@ -1,0 +1,10 @@
+"""Eight host devices for the sharding tests, and one copy of the package for the doctests."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+# Pytest would load a second copy of a module whose doctests it collects before the package.
+import penalties_jax  # noqa: E402, F401

@@ -1,7 +1,0 @@
-"""Eight host devices for the sharding tests, set before jax starts."""
-
-import os
-
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
