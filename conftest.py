@@ -7,4 +7,4 @@ os.environ["XLA_FLAGS"] = (
 )
 
 # Pytest would load a second copy of a module whose doctests it collects before the package.
-import penalties_jax  # noqa: E402, F401
+import penalties_jax  # noqa: F401

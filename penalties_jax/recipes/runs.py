@@ -1,0 +1,129 @@
+"""A run's folder: its settings, its log, its checkpoints, written so that a crash loses nothing."""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+import yaml
+
+
+class UsageError(Exception):
+    """What the user asked for can't be done; the message is one line that says why."""
+
+
+SETTINGS = "config.yaml"
+LOG = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+
+
+def check_numbers(
+    config: object, *, positive: Iterable[str] = (), nonnegative: Iterable[str] = ()
+) -> None:
+    """Refuse a config whose named fields, numbers or tuples of them, are out of range.
+
+    Raises:
+        UsageError: If a value is not finite, or not above (or at) zero.
+    """
+    for names, allowed, in_range in (
+        (positive, "above 0", lambda value: value > 0),
+        (nonnegative, "0 or above", lambda value: value >= 0),
+    ):
+        for name in names:
+            values = getattr(config, name)
+            for value in values if isinstance(values, tuple) else (values,):
+                if not (math.isfinite(value) and in_range(value)):
+                    option = name.replace("_", "-")
+                    raise UsageError(f"--{option} must be a finite number {allowed}, not {value}")
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a whole file or nothing: readers see the old content or the new, never a part."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as new:
+        try:
+            new.write(data)
+            new.close()
+            os.chmod(new.name, 0o644)
+            os.replace(new.name, path)
+        except BaseException:
+            os.unlink(new.name)
+            raise
+
+
+def start_run(folder: Path, settings: Mapping[str, Any], products: Iterable[str]) -> None:
+    """Make `folder` ready for a run from its beginning.
+
+    The log, the checkpoints and the named `products` of an earlier run are removed, and
+    `config.yaml` is written. Everything else in the folder stays.
+
+    Raises:
+        UsageError: If the folder can't be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / CHECKPOINTS).exists():
+            shutil.rmtree(folder / CHECKPOINTS)
+        for name in (LOG, *products):
+            (folder / name).unlink(missing_ok=True)
+        write_file(folder / SETTINGS, yaml.safe_dump(dict(settings), sort_keys=False))
+    except OSError as error:
+        raise UsageError(f"can't write to the folder {folder}: {error.strerror}") from error
+
+
+def check_resumable(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Check that `folder` holds a run with the same settings.
+
+    Raises:
+        UsageError: If there is no run, or one with other settings.
+    """
+    try:
+        found = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"nothing to resume: no readable {SETTINGS} in {folder}") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"nothing to resume: no settings in {folder / SETTINGS}")
+    for name in {**settings, **found}:
+        if found.get(name) != settings.get(name):
+            raise UsageError(
+                f"can't resume {folder}: it was run with {name} {found.get(name)}, "
+                f"not {settings.get(name)}"
+            )
+
+
+def append_log(folder: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Append one line of JSON for each record, all in one write."""
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    with open(folder / LOG, "a", encoding="utf-8") as log:
+        log.write(lines)
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of the log; a last line that a crash cut short is left out."""
+    path = folder / LOG
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def rewind_log(folder: Path, step: int) -> None:
+    """Keep only the log's training records up to `step`, those that a checkpoint there has seen."""
+    kept = [
+        record
+        for record in read_log(folder)
+        if record["kind"] == "train" and record["step"] <= step
+    ]
+    write_file(folder / LOG, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+@contextmanager
+def open_checkpoints(folder: Path) -> Iterator[ocp.CheckpointManager]:
+    """Open a run's checkpoints: the latest is kept, and each appears whole or not at all."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    with ocp.CheckpointManager((folder / CHECKPOINTS).absolute(), options=options) as manager:
+        yield manager

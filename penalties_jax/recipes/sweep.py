@@ -1,0 +1,152 @@
+"""Fine-tune several members at once: one program, a stack of objectives and of adapters."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+
+import penalties_jax as pj
+from penalties_jax.recipes.language_model import LanguageModel, mean_loss, with_adapters
+from penalties_jax.recipes.text import sample_windows
+from penalties_jax.recipes.training import Metrics, Step
+
+
+class Member(NamedTuple):
+    """What fine-tuning changes; stacked, its leaves have the members as their first axis.
+
+    Attributes:
+        adapters: The low-rank adapters, an `nnx.State`.
+        optimizer: The state of their optimiser.
+    """
+
+    adapters: Any
+    optimizer: optax.OptState
+
+
+class Shared(NamedTuple):
+    """What fine-tuning reads, the same for all members but for the objectives.
+
+    Attributes:
+        base: The frozen base model, split into graph and parameters.
+        adapted: The model with adapters, split into graph and everything but the adapters.
+        objectives: The members' objectives, stacked.
+        text: The bytes to learn.
+        key: The random key of the batches.
+    """
+
+    base: tuple[nnx.GraphDef, nnx.State]
+    adapted: tuple[nnx.GraphDef, nnx.State]
+    objectives: pj.Objective
+    text: UInt8[Array, " bytes"]
+    key: Array
+
+
+class Scores(NamedTuple):
+    """Means over some windows of text, one for each member, in nats per byte.
+
+    Attributes:
+        base_loss: The cross-entropy of the base model, the same for all members.
+        loss: The cross-entropy of the member.
+        kl: KL(member || base model).
+    """
+
+    base_loss: Float[Array, " members"]
+    loss: Float[Array, " members"]
+    kl: Float[Array, " members"]
+
+
+def start_sweep(
+    base: LanguageModel,
+    objectives: Sequence[pj.Objective],
+    text: UInt8[Array, " bytes"],
+    *,
+    optimizer: optax.GradientTransformation,
+    rank: int,
+    seed: int,
+) -> tuple[Member, Shared]:
+    """Return the stacked members before their first step, all alike, and what they share."""
+    graph, adapters, rest = nnx.split(
+        with_adapters(base, rank, rngs=nnx.Rngs(seed)), nnx.LoRAParam, ...
+    )
+    member = Member(adapters, optimizer.init(adapters))
+    members = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(objectives)), member)
+    shared = Shared(
+        base=nnx.split(base),
+        adapted=(graph, rest),
+        objectives=pj.stack(objectives),
+        text=text,
+        key=jax.random.key(seed),
+    )
+    # On a device by name, as what a checkpoint restores is: else resuming would be another program.
+    return jax.device_put((members, shared), jax.local_devices()[0])
+
+
+def sweep_step(optimizer: optax.GradientTransformation, *, batch_size: int, length: int) -> Step:
+    """Return `step(members, shared, index) -> (members, metrics)`, one step of every member.
+
+    All members see the same batch, and the base model's log-probabilities of it are computed once.
+    An objective's outputs are "logits", "reference_logprobs" and "targets". The metrics are its
+    own and, under "gradient/<name>", the norm of the gradient of each with respect to the logits,
+    where a divergence has gradient 0 at its minimum. Each has one value for each member.
+    """
+
+    def step(members: Member, shared: Shared, index: Array) -> tuple[Member, Metrics]:
+        windows = sample_windows(
+            shared.text, jax.random.fold_in(shared.key, index), batch_size=batch_size, length=length
+        )
+        reference_logprobs = jax.nn.log_softmax(nnx.merge(*shared.base)(windows[:, :-1]))
+
+        def update(member: Member, objective: pj.Objective) -> tuple[Member, Metrics]:
+            def total(adapters):
+                outputs = {
+                    "logits": _logits(shared, adapters, windows),
+                    "reference_logprobs": reference_logprobs,
+                    "targets": windows[:, 1:],
+                }
+                value, metrics = objective(outputs, step=index)
+                return value, (metrics, outputs)
+
+            gradient, (metrics, outputs) = jax.grad(total, has_aux=True)(member.adapters)
+            updates, state = optimizer.update(gradient, member.optimizer, member.adapters)
+            norms = objective.grad_norms(outputs, step=index, wrt=("logits",))
+            return (
+                Member(optax.apply_updates(member.adapters, updates), state),
+                metrics | {f"gradient/{name}": norm for name, norm in norms.items()},
+            )
+
+        return jax.vmap(update)(members, shared.objectives)
+
+    return step
+
+
+def _logits(
+    shared: Shared, adapters: nnx.State, windows: Int[Array, "batch length"]
+) -> Float[Array, "batch length-1 256"]:
+    graph, rest = shared.adapted
+    return nnx.merge(graph, adapters, rest)(windows[:, :-1])
+
+
+@jax.jit
+def evaluate(members: Member, shared: Shared, windows: Int[Array, "windows length"]) -> Scores:
+    """Score every member, and the base model, on `windows`."""
+
+    def score(window: Int[Array, " length"]) -> Scores:
+        windows, targets = window[None], window[None, 1:]
+        base_logits = nnx.merge(*shared.base)(windows[:, :-1])
+
+        def member_score(adapters: nnx.State) -> Scores:
+            logits = _logits(shared, adapters, windows)
+            return Scores(
+                base_loss=mean_loss(base_logits, targets),
+                loss=mean_loss(logits, targets),
+                kl=pj.kl_divergence(jax.nn.log_softmax(logits), jax.nn.log_softmax(base_logits)),
+            )
+
+        return jax.vmap(member_score)(members.adapters)
+
+    scores = jax.lax.map(score, windows, batch_size=16)
+    return jax.tree.map(lambda values: values.mean(axis=0), scores)

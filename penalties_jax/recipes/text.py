@@ -1,0 +1,138 @@
+"""Real text as bytes: two corpora that every Python carries, held-out parts, windows, batches."""
+
+import hashlib
+import math
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, UInt8
+
+from penalties_jax.recipes.runs import UsageError
+
+HELD_OUT_FRACTION = 0.1
+LARGEST_CORPUS = 1_000_000
+
+
+class Corpus(NamedTuple):
+    """A text as bytes, its last tenth held out.
+
+    Attributes:
+        name: Where the text comes from, for reports.
+        train: The part that batches are drawn from, uint8.
+        held_out: The part that is never trained on, uint8. It follows `train` in the text.
+    """
+
+    name: str
+    train: np.ndarray
+    held_out: np.ndarray
+
+    def describe(self) -> str:
+        """Say in one line what the corpus is, so that two runs can tell if they read the same."""
+        digest = hashlib.sha256(self.train.tobytes() + self.held_out.tobytes()).hexdigest()
+        total = len(self.train) + len(self.held_out)
+        return f"{self.name}, {total} bytes, sha256 {digest[:16]}"
+
+
+def help_topics() -> Corpus:
+    """Return Python's own help topics (`help("...")`): English prose about the language.
+
+    Raises:
+        UsageError: If this Python is installed without them.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise UsageError("this Python has no help topics; give a text with --base-text") from error
+    return split("Python's help topics", "\n".join(topics[name] for name in sorted(topics)))
+
+
+def standard_library() -> Corpus:
+    """Return the source of the standard library's top-level modules, by name, up to 1 MB.
+
+    Raises:
+        UsageError: If this Python is installed without its source files.
+    """
+    folder = Path(sysconfig.get_path("stdlib"))
+    texts = []
+    room = LARGEST_CORPUS
+    for path in sorted(folder.glob("*.py")):
+        if room <= 0:
+            break
+        texts.append(path.read_text(encoding="utf-8"))
+        room -= len(texts[-1])
+    if not texts:
+        raise UsageError(f"no Python source in {folder}; give a text with --target-text")
+    return split("Python's standard library", "".join(texts)[:LARGEST_CORPUS])
+
+
+def read_text(path: Path) -> Corpus:
+    """Read the user's own UTF-8 text.
+
+    Raises:
+        UsageError: If the file can't be read, is empty, or isn't UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"can't read the text file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the text file {path} is not UTF-8 (byte {error.start})") from error
+    if not text:
+        raise UsageError(f"the text file {path} is empty")
+    return split(path.name, text)
+
+
+def split(name: str, text: str) -> Corpus:
+    """Encode `text` as UTF-8 and hold out its last tenth."""
+    data = np.frombuffer(text.encode("utf-8"), np.uint8)
+    cut = len(data) - math.ceil(len(data) * HELD_OUT_FRACTION)
+    return Corpus(name, data[:cut], data[cut:])
+
+
+def check_length(corpus: Corpus, *, batch_size: int, context: int) -> None:
+    """Refuse a corpus without one batch of distinct windows to train on and one to evaluate on.
+
+    A window is `context + 1` bytes: the inputs, and the same shifted by one.
+
+    Raises:
+        UsageError: If a part is too short.
+    """
+    for part, data, windows in (
+        ("training", corpus.train, batch_size),
+        ("held-out", corpus.held_out, 1),
+    ):
+        needed = windows * (context + 1)
+        if len(data) < needed:
+            raise UsageError(
+                f"the text {corpus.name!r} is too short: its {part} part has {len(data)} bytes "
+                f"and needs {needed} ({windows} x {context + 1})"
+            )
+
+
+def sample_windows(
+    data: UInt8[Array, " bytes"], key: Array, *, batch_size: int, length: int
+) -> Int[Array, "batch length"]:
+    """Draw windows of `length` bytes that start anywhere in `data`, uniformly."""
+    starts = jax.random.randint(key, (batch_size,), 0, len(data) - length + 1)
+    return data[starts[:, None] + jnp.arange(length)].astype(jnp.int32)
+
+
+def spread_windows(data: np.ndarray, *, count: int, length: int) -> Int[Array, "windows length"]:
+    """Cut `data` into windows that don't overlap, and keep at most `count`, spread evenly."""
+    windows = data[: len(data) // length * length].reshape(-1, length)
+    chosen = np.linspace(0, len(windows) - 1, min(count, len(windows))).round().astype(int)
+    return jnp.asarray(windows[chosen], jnp.int32)
+
+
+def unigram_loss(corpus: Corpus) -> float:
+    """Return what byte frequencies alone score on the held-out part, in nats per byte.
+
+    The frequencies are those of the training part, one added to each of the 256 counts. A model
+    that has learnt anything from context is below this.
+    """
+    counts = np.bincount(corpus.train, minlength=256) + 1
+    return float(-np.log(counts / counts.sum())[corpus.held_out].mean())

@@ -1,0 +1,245 @@
+import base64
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+
+from penalties_jax.recipes import finetune
+from penalties_jax.recipes.cli import main
+
+WEIGHTS = ("0", "0.5", "5")
+SIZES = {
+    "steps": 7,
+    "log-every": 3,
+    "batch-size": 2,
+    "rank": 2,
+    "learning-rate": 0.03,
+    "pretrain-steps": 8,
+    "pretrain-batch-size": 2,
+    "evaluation-windows": 4,
+    "width": 16,
+    "layers": 1,
+    "heads": 2,
+    "context": 16,
+}
+TINY = [
+    "finetune",
+    *(f"--{name}={value}" for name, value in SIZES.items()),
+    "--kl-weights",
+    *WEIGHTS,
+]
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class Run(NamedTuple):
+    """A whole run through the command.
+
+    Attributes:
+        folder: Its output.
+        killed: Its output as it was between logging step 6 and saving the checkpoint there.
+        chunk: The compiled chunk of its sweep.
+    """
+
+    folder: Path
+    killed: Path
+    chunk: Any
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder, killed = tmp_path_factory.mktemp("run") / "out", tmp_path_factory.mktemp("killed")
+    chunks = []
+    compile_chunk, append_log = finetune.compile_chunk, finetune.append_log
+
+    def keep_chunk(step):
+        chunks.append(compile_chunk(step))
+        return chunks[-1]
+
+    def copy_at_step_6(folder, records):
+        append_log(folder, records)
+        if records[0]["step"] == 6:
+            shutil.copytree(folder, killed, dirs_exist_ok=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "compile_chunk", keep_chunk)
+        patch.setattr(finetune, "append_log", copy_at_step_6)
+        main([*TINY, "--out", str(folder)])
+    [chunk] = chunks
+    return Run(folder, killed, chunk)
+
+
+def test_everything_is_written(run):
+    folder = run.folder
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "adaptation.png",
+        "curves.png",
+        "report.html",
+        "checkpoints",
+        "pretrained",
+    }
+    for plot in folder.glob("*.png"):
+        assert plot.stat().st_size < 200_000
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    assert settings["kl_weights"] == [0.0, 0.5, 5.0]
+    assert settings["target_text"].startswith("Python's standard library, ")
+
+
+def test_the_sweep_is_one_program(run):
+    assert run.chunk._cache_size() == 1
+
+
+def test_log_has_a_line_for_each_weight_and_finite_numbers(run):
+    folder = run.folder
+    records = log(folder)
+    assert [(record["kind"], record["step"], record["kl_weight"]) for record in records] == [
+        (kind, step, float(weight))
+        for kind, step in (("train", 3), ("train", 6), ("train", 7), ("evaluation", 7))
+        for weight in WEIGHTS
+    ]
+    values = [value for record in records for value in record.values() if value != record["kind"]]
+    assert np.isfinite(values).all()
+    for record in records:
+        if record["kind"] == "train":
+            assert {"loss", "total", "kl", "kl/weighted"} <= set(record)
+            assert {"gradient/loss", "gradient/kl", "gradient/kl/weighted"} <= set(record)
+
+
+def test_a_larger_weight_is_nearer_the_base_model(run):
+    folder = run.folder
+    kl = [record["kl"] for record in log(folder) if record["kind"] == "evaluation"]
+    assert kl == sorted(kl, reverse=True)
+    assert min(kl) > 0
+
+
+def test_report_is_self_contained(run):
+    folder = run.folder
+    html = (folder / "report.html").read_text()
+    assert not re.search(r"https?:|<link|<script|url\(", html)
+    sources = re.findall(r'src="([^"]*)"', html)
+    images = [base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in sources]
+    assert images == [(folder / name).read_bytes() for name in ("adaptation.png", "curves.png")]
+    for name in yaml.safe_load((folder / "config.yaml").read_text()):
+        assert f"<td>{name}</td>" in html
+
+
+def test_resuming_a_killed_run_gives_the_same_numbers(run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run.killed, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(finetune, "compile_chunk", lambda step: run.chunk)
+    assert [record["step"] for record in log(tmp_path)] == [3, 3, 3, 6, 6, 6]
+    assert not (tmp_path / "report.html").exists()
+
+    main([*TINY, "--out", str(tmp_path), "--resume"])
+    for resumed, whole in zip(log(tmp_path), log(run.folder), strict=True):
+        assert resumed.keys() == whole.keys()
+        for name, value in whole.items():
+            assert resumed[name] == (value if name == "kind" else pytest.approx(value, rel=1e-5))
+    assert (tmp_path / "report.html").exists()
+    assert run.chunk._cache_size() == 1
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main([*TINY, "--seed", "1", "--out", str(tmp_path), "--resume"])
+    assert "it was run with seed 0, not 1" in capsys.readouterr().err
+
+
+def test_a_rerun_starts_over_and_keeps_the_pretrained_model(run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run.folder, tmp_path, dirs_exist_ok=True)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "train", interrupt)
+    with pytest.raises(SystemExit, match="130"):
+        main([*TINY, "--out", str(tmp_path)])
+    assert "--resume continues" in capsys.readouterr().err
+    assert log(tmp_path) == []
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    assert not (tmp_path / "report.html").exists()
+    kept, before = (
+        [path.name for path in (folder / "pretrained").iterdir()]
+        for folder in (tmp_path, run.folder)
+    )
+    assert kept == before
+
+
+def test_terms_are_those_with_a_weight():
+    assert set(finetune.make_objective(finetune.FinetuneConfig()).terms) == {"kl"}
+    config = finetune.FinetuneConfig(l1_weight=2.0, l2_weight=3.0, entropy_weight=4.0, on="probs")
+    outputs = {
+        "logits": jnp.zeros((1, 2, 256)),
+        "reference_logprobs": jax.nn.log_softmax(jnp.zeros((1, 2, 256))),
+        "targets": jnp.zeros((1, 2), int),
+    }
+    _, metrics = jax.jit(finetune.make_objective(config))(outputs)
+    expected = {
+        "loss": np.log(256),
+        "kl": 0,
+        "kl/weighted": 0,
+        "l1": 1 / 256,
+        "l1/weighted": 2 / 256,
+        "l2": 1 / 256**2,
+        "l2/weighted": 3 / 256**2,
+        "entropy": -np.log(256),
+        "entropy/weighted": -4 * np.log(256),
+        "total": -3 * np.log(256) + 2 / 256 + 3 / 256**2,
+    }
+    assert {name: float(value) for name, value in metrics.items()} == pytest.approx(
+        expected, rel=1e-5, abs=1e-9
+    )
+    on_logprobs = finetune.make_objective(finetune.FinetuneConfig(l1_weight=1.0))
+    np.testing.assert_allclose(jax.jit(on_logprobs)(outputs)[1]["l1"], np.log(256), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ("--steps 0", "--steps must be"),
+        ("--steps -3", "--steps must be"),
+        ("--steps many", "--steps"),
+        ("--seed -1", "--seed must be"),
+        ("--seed 4294967296", "--seed must be below"),
+        ("--learning-rate nan", "--learning-rate must be"),
+        ("--l1-weight -0.1", "--l1-weight must be"),
+        ("--kl-weights", "--kl-weights needs at least one"),
+        ("--kl-weights 0 -1", "--kl-weights must be"),
+        ("--kl-weights 1 1", "--kl-weights must differ"),
+        ("--width 10 --heads 4", "--width must be a multiple"),
+        ("--on tokens", "--on"),
+        ("--unknown 1", "--unknown"),
+        ("--base-text {folder}/missing", "can't read the text file"),
+        ("--target-text {folder}/empty", "is empty"),
+        ("--target-text {folder}/binary", "is not UTF-8"),
+        ("--base-text {folder}/short", "is too short"),
+        ("--out {folder}/short", "can't write to the folder"),
+        ("--out {folder}/short/below", "can't write to the folder"),
+        ("--resume", "nothing to resume"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, options, problem):
+    (tmp_path / "empty").touch()
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "short").write_text("not enough text")
+    before = sorted(tmp_path.iterdir())
+    arguments = options.format(folder=tmp_path).split()
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stop:
+        main(["finetune", *out, *arguments])
+    assert stop.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert len(output.err.splitlines()) == 1
+    assert output.err.startswith("penalties-jax: error: ")
+    assert problem in output.err
+    assert sorted(tmp_path.iterdir()) == before
