@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
 import jax
@@ -28,8 +29,8 @@ class Term(Pytree):
         where: The key of a mask, a function of the outputs that returns one, or None.
         weight: The factor of its value in the total: a number, an array or a schedule. At weight 0
             the term adds exactly 0, whatever its value.
-        enabled: A disabled term counts as one of weight 0; it keeps its weight, and its value is
-            still reported.
+        enabled: False or 0 for a term that counts as one of weight 0; it keeps its weight, and
+            its value is still reported.
 
     Examples:
         >>> import penalties_jax as pj
@@ -42,9 +43,16 @@ class Term(Pytree):
     on: str | tuple[str, ...] | Callable[[Outputs], Any] = option()
     where: str | Callable[[Outputs], Any] | None = option(default=None)
     weight: Numeric = number(default=1.0)
-    enabled: ArrayLike = number(default=True)
+    enabled: ArrayLike = number(default=1.0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.penalty, Penalty):
+            raise TypeError(f"Term.penalty must be a config such as pj.L1(), got {self.penalty!r}")
 
     def _evaluate(self, name: str, outputs: Outputs) -> Metrics:
+        weight = _scalar(f"the weight of term {name!r}", jnp.where(self.enabled, self.weight, 0))
+        outputs = {key: jax.tree.map(partial(_gate, weight), x) for key, x in outputs.items()}
         if callable(self.on):
             picked = self.on(outputs)
             inputs = picked if isinstance(picked, tuple) else (picked,)
@@ -56,7 +64,6 @@ class Term(Pytree):
         else:
             mask = _pick(f"term {name!r}", outputs, self.where)
         value = _scalar(f"term {name!r}", self.penalty(*inputs, where=mask))
-        weight = jnp.where(self.enabled, self.weight, 0)
         counted = jnp.where((weight != 0) | jnp.isfinite(value), value, 0)
         return {name: value, f"{name}/weighted": weight * counted}
 
@@ -128,7 +135,7 @@ class Objective(Pytree):
 
         Args:
             outputs: As in a call.
-            wrt: The keys of the outputs to differentiate with respect to, together.
+            wrt: The keys of the outputs to differentiate with respect to, together; at least one.
             step: As in a call.
 
         Returns:
@@ -136,6 +143,7 @@ class Objective(Pytree):
 
         Raises:
             KeyError: If a key of `wrt` is not in the outputs, or as a call.
+            ValueError: If `wrt` is empty.
 
         Examples:
             >>> import jax.numpy as jnp
@@ -145,17 +153,33 @@ class Objective(Pytree):
             >>> {name: round(float(norm), 4) for name, norm in sorted(norms.items())}
             {'l2': 10.0, 'l2/weighted': 5.0, 'loss': 0.0, 'total': 5.0}
         """
-        inputs = {key: _pick("wrt", outputs, key) for key in wrt}
-        values, pullback = jax.vjp(
-            lambda inputs: self._metrics({**outputs, **inputs}, step), inputs
+        keys = (wrt,) if isinstance(wrt, str) else wrt
+        if not keys:
+            raise ValueError("wrt needs at least one key of the outputs")
+        inputs = {key: _pick("wrt", outputs, key) for key in keys}
+        # A term of weight 0 passes no gradient on, so that its own comes from one of weight 1.
+        unweighted = dataclasses.replace(
+            self,
+            terms={
+                name: dataclasses.replace(term, weight=1.0, enabled=1.0)
+                for name, term in self.terms.items()
+            },
         )
 
-        def gradient_norm(name):
-            one_hot = {other: jnp.ones_like(v) * (other == name) for other, v in values.items()}
-            leaves = jax.tree.leaves(pullback(one_hot))
-            return norm(jnp.stack([norm(promote(leaf)[0]) for leaf in leaves]))
+        def gradient_norms(objective, names):
+            values, pullback = jax.vjp(
+                lambda inputs: objective._metrics({**outputs, **inputs}, step), inputs
+            )
+            for name in names:
+                one_hot = {other: jnp.full_like(v, other == name) for other, v in values.items()}
+                leaves = jax.tree.leaves(pullback(one_hot))
+                yield name, norm(jnp.stack([norm(promote(leaf)[0]) for leaf in leaves]))
 
-        return {name: gradient_norm(name) for name in values}
+        weighted = [f"{name}/weighted" for name in self.terms]
+        return {
+            **dict(gradient_norms(unweighted, ["loss", *self.terms])),
+            **dict(gradient_norms(self, [*weighted, "total"])),
+        }
 
     def _metrics(self, outputs, step):
         objective = self
@@ -177,11 +201,11 @@ class Objective(Pytree):
 
     def enable(self, name: str) -> Self:
         """The same objective with one term switched on, at the weight it had."""
-        return self._with_term(name, enabled=True)
+        return self._with_term(name, enabled=1.0)
 
     def disable(self, name: str) -> Self:
         """The same objective with one term switched off; its value is still reported."""
-        return self._with_term(name, enabled=False)
+        return self._with_term(name, enabled=0.0)
 
     def replace(self, name: str, *, weight: Numeric | None = None, **hyperparameters: Any) -> Self:
         """The same objective with other hyperparameters, or another weight, for one term.
@@ -205,6 +229,23 @@ class Objective(Pytree):
     def _with_term(self, name, **changes):
         term = dataclasses.replace(self._term(name), **changes)
         return dataclasses.replace(self, terms={**self.terms, name: term})
+
+
+@jax.custom_jvp
+def _gated(weight, x):
+    return x
+
+
+@_gated.defjvp
+def _(primals, tangents):
+    weight, x = primals
+    return x, jnp.where(weight != 0, tangents[1], 0)
+
+
+def _gate(weight, x):
+    """The identity, which at weight 0 passes no gradient on: not even 0 times inf."""
+    floating = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+    return _gated(weight, x) if floating else x
 
 
 def _pick(name, outputs, key):

@@ -73,15 +73,15 @@ def pytree(cls: Class) -> Class:
     cls = abstract(cls)
     names = [field.name for field in fields(cls)]
 
-    options = {field.name for field in fields(cls) if field.metadata.get("option")}
-
     def flatten_with_keys(config):
-        values = {name: getattr(config, name) for name in names}
-        static = {name: x for name, x in values.items() if name in options or isinstance(x, str)}
-        children = [
-            (jax.tree_util.GetAttrKey(name), x) for name, x in values.items() if name not in static
-        ]
-        return children, tuple(static.items())
+        static, children = [], []
+        for field in fields(cls):
+            value = getattr(config, field.name)
+            if _is_structure(field, value):
+                static.append((field.name, value))
+            else:
+                children.append((jax.tree_util.GetAttrKey(field.name), value))
+        return children, tuple(static)
 
     def unflatten(static, children):
         values = dict(static)
@@ -96,6 +96,13 @@ def pytree(cls: Class) -> Class:
 def fields(config: Any) -> tuple[dataclasses.Field, ...]:
     """The dataclass fields of a config or its class."""
     return dataclasses.fields(config)
+
+
+def _is_structure(field, value):
+    """Options are, and names that stand for a computed number."""
+    return field.metadata.get("option") or (
+        isinstance(value, str) and value in field.metadata.get("choices", ())
+    )
 
 
 def _build(cls, values):
@@ -130,9 +137,9 @@ class Pytree:
 
     def __repr__(self):
         shown = (
-            f"{field.name}={getattr(self, field.name)!r}"
-            for field in fields(self)
-            if getattr(self, field.name) is not field.default
+            f"{field.name}={value!r}"
+            for field, value in ((field, getattr(self, field.name)) for field in fields(self))
+            if type(value) is not type(field.default) or value != field.default
         )
         return f"{type(self).__name__}({', '.join(shown)})"
 
@@ -148,12 +155,13 @@ class Schedule:
     """A value that depends on the step: a callable from the step, and a pytree."""
 
 
-@pytree
-class BareSchedule(Pytree, Schedule):
+@jax.tree_util.register_static
+class BareSchedule(Schedule):
     """A callable from the step that is not a pytree, kept as structure, equal by identity."""
 
-    schedule: Callable[[Any], Any] = option()
-    label: str = option()
+    def __init__(self, schedule: Callable[[Any], Any], label: str):
+        self.schedule = schedule
+        self.label = label
 
     def __call__(self, count: Any) -> Any:
         """The value at step `count`."""
@@ -165,6 +173,18 @@ class BareSchedule(Pytree, Schedule):
             f"{self.label} is a bare schedule, {self.schedule!r}, and can't be {what}; "
             "use pj.anneal"
         )
+
+    def __eq__(self, other):
+        return isinstance(other, BareSchedule) and self.schedule is other.schedule
+
+    def __hash__(self):
+        return id(self.schedule)
+
+    def __repr__(self):
+        return repr(self.schedule)
+
+    def __deepcopy__(self, memo):
+        return self
 
     def __reduce__(self):
         raise self.refuse("pickled")
@@ -225,8 +245,8 @@ def _check_same_options(a, b, label):
         for field in fields(a):
             x, y = getattr(a, field.name), getattr(b, field.name)
             name = f"{label}.{field.name}"
-            if field.metadata.get("option") or isinstance(x, str):
-                if x != y:
+            if _is_structure(field, x) or _is_structure(field, y):
+                if type(x) is not type(y) or x != y:
                     raise ValueError(f"stack needs the same options; {name} is {x!r} and {y!r}")
             elif jax.tree.structure(x) != jax.tree.structure(y):
                 _check_same_options(x, y, name)
@@ -244,15 +264,24 @@ def _checked_option(label, value, field):
 
 
 def _checked_number(label, value, field):
-    valid = field.metadata["valid"]
     if isinstance(value, str) and field.metadata["choices"]:
         check_choice(label, value, field.metadata["choices"])
-    elif isinstance(value, str) or (value is None and field.default is not None):
+        return value
+    if (
+        (isinstance(value, Pytree) and not is_schedule(value))
+        or isinstance(value, str | complex)
+        or (value is None and field.default is not None)
+    ):
         raise TypeError(f"{label} must be a number, an array or a schedule, got {value!r}")
-    elif isinstance(value, numbers.Real) and not isinstance(value, bool):
-        if not valid.contains(value):
-            raise ValueError(f"{label} must be {valid.description}, got {value!r}")
-        return float(value) if isinstance(value, numbers.Integral) else value
-    elif callable(value) and not is_schedule(value):
-        return BareSchedule(value, label)
-    return value
+    valid = field.metadata["valid"]
+
+    def check(number):
+        if isinstance(number, numbers.Real):
+            if not valid.contains(number):
+                raise ValueError(f"{label} must be {valid.description}, got {number!r}")
+            return float(number) if isinstance(number, numbers.Integral) else number
+        if callable(number) and not is_schedule(number):
+            return BareSchedule(number, label)
+        return number
+
+    return jax.tree.map(check, value, is_leaf=is_schedule)

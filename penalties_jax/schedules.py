@@ -20,33 +20,38 @@ class Anneal(Pytree, Schedule):
 
     init: Any = number()
     final: Any = number()
-    start: Any
-    end: Any
+    start: Any = number()
+    end: Any = number()
     shape: Shape = option(default="linear", choices=SHAPES, kw_only=True)
 
     def __post_init__(self):
         super().__post_init__()
         if _plain(self.start, self.end) and not self.start <= self.end:
             raise ValueError(f"start must be at most end, got start={self.start}, end={self.end}")
-        if (
-            self.shape == "exponential"
-            and _plain(self.init, self.final)
-            and not self.init * self.final > 0
-        ):
-            raise ValueError(
-                "an exponential anneal needs init and final nonzero and of one sign, "
-                f"got init={self.init}, final={self.final}"
-            )
+        if self.shape == "exponential" and _plain(self.init, self.final):
+            same_sign = self.init > 0 < self.final or self.init < 0 > self.final
+            if not same_sign:
+                raise ValueError(
+                    "an exponential anneal needs init and final nonzero and of one sign, "
+                    f"got init={self.init}, final={self.final}"
+                )
 
     def __call__(self, count: ArrayLike) -> Float[Array, "..."]:
         """The value at step `count`."""
         elapsed = jnp.asarray(count) - self.start
         duration = self.end - self.start
         u = jnp.clip(elapsed / jnp.where(duration > 0, duration, 1), 0, 1)
-        if self.shape == "exponential":
-            value = self.init * (self.final / self.init) ** u
-        else:
-            value = self.init + (self.final - self.init) * _fraction(self.shape, u)
+        match self.shape:
+            case "exponential":
+                sizes = jnp.abs(self.init) ** (1 - u) * jnp.abs(self.final) ** u
+                value = jnp.sign(self.init) * sizes
+            case "quarters":
+                # Compared without the division, whose rounding would move a switch by a step.
+                switched = [4 * elapsed >= k * duration for k in (3, 2, 1)]
+                fraction = jnp.select(switched, [1.0, 0.67, 0.33], 0.0)
+                value = self.init + (self.final - self.init) * fraction
+            case shape:
+                value = self.init + (self.final - self.init) * _fraction(shape, u)
         return jnp.where(
             jnp.asarray(count) >= self.end, self.final, jnp.where(elapsed <= 0, self.init, value)
         )
@@ -58,8 +63,6 @@ def _fraction(shape, u):
             return (1 - jnp.cos(math.pi * u)) / 2
         case "cubic":
             return 1 - (1 - u) ** 3
-        case "quarters":
-            return jnp.select([u < 0.25, u < 0.5, u < 0.75], [0.0, 0.33, 0.67], 1.0)
         case _:
             return u
 

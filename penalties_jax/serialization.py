@@ -59,11 +59,11 @@ def from_dict(data: dict[str, Any]) -> Any:
         >>> pj.from_dict({"type": "SmoothL0", "gamma": 0.1}).gamma
         0.1
     """
-    if not isinstance(data, dict) or data.get("type") not in TYPES:
-        kind = data.get("type") if isinstance(data, dict) else data
+    kind = data.get("type") if isinstance(data, dict) else data
+    if not isinstance(kind, str) or kind not in TYPES:
         raise ValueError(f"type must be one of {sorted(TYPES)}, got {kind!r}")
     values = {name: _decode(value) for name, value in data.items() if name != "type"}
-    return TYPES[data["type"]](**values)
+    return TYPES[kind](**values)
 
 
 def to_json(config: Pytree) -> str:
@@ -123,7 +123,7 @@ def _encode(value, label):
         case None | bool() | str():
             return value
         case np.generic() | np.ndarray() | jax.Array():
-            return {"array": np.asarray(value).tolist(), "dtype": jnp.asarray(value).dtype.name}
+            return {"array": np.asarray(value).tolist(), "dtype": np.asarray(value).dtype.name}
         case int() | float():
             return value
         case dict():

@@ -54,20 +54,22 @@ class Penalty(Pytree):
             TypeError: If a hyperparameter still is a schedule.
             ValueError: As the function of the same name.
         """
-        if has_schedule(self):
-            raise TypeError(f"{self!r} holds a schedule: call .at(step) first")
+        self._check_resolved()
         return _evaluate(self, inputs, where)
-
-    def _value(self, inputs, where):
-        raise NotImplementedError
 
     def at(self, step: ArrayLike) -> Self:
         """The same penalty with every schedule replaced by its value at `step`."""
         return resolve(self, step)
 
     def elementwise(self, x: PyTree[Array]) -> PyTree[Array]:
-        """The penalty of each value, unreduced."""
-        raise NotImplementedError(f"{type(self).__name__} is not a sum over single values")
+        """The penalty of each value, unreduced.
+
+        Raises:
+            NotImplementedError: If the penalty is not a sum over single values.
+            TypeError: If a hyperparameter still is a schedule.
+        """
+        self._check_resolved()
+        return self._elementwise(x)
 
     def prox(self, v: PyTree[Array], step_size: ArrayLike) -> PyTree[Array]:
         r"""The proximal operator, $\arg\min_z \tfrac12 \lVert z - v \rVert^2 + t f(z)$.
@@ -78,11 +80,27 @@ class Penalty(Pytree):
 
         Raises:
             NotImplementedError: If the penalty has none in closed form.
+            TypeError: If a hyperparameter still is a schedule.
+            ValueError: If the penalty is not a scalar (reduction="none").
         """
+        self._check_resolved()
+        return self._proximal(v, step_size)
+
+    def _check_resolved(self):
+        if has_schedule(self):
+            raise TypeError(f"{self!r} holds a schedule: call .at(step) first")
+
+    def _value(self, inputs, where):
+        raise NotImplementedError
+
+    def _elementwise(self, x):
+        raise NotImplementedError(f"{self!r} is not a sum over single values")
+
+    def _proximal(self, v, step_size):
         raise NotImplementedError(f"{self!r} has no proximal operator in closed form")
 
     def __mul__(self, scale: Numeric) -> "Scaled":
-        return Scaled(self, scale)
+        return NotImplemented if isinstance(scale, Penalty) else Scaled(self, scale)
 
     __rmul__ = __mul__
 
@@ -110,10 +128,10 @@ class Scaled(Penalty):
     def _value(self, inputs, where):
         return jax.tree.map(lambda value: self.scale * value, self.penalty(*inputs, where=where))
 
-    def elementwise(self, x):
+    def _elementwise(self, x):
         return jax.tree.map(lambda value: self.scale * value, self.penalty.elementwise(x))
 
-    def prox(self, v, step_size):
+    def _proximal(self, v, step_size):
         return self.penalty.prox(v, self.scale * step_size)
 
 
@@ -126,7 +144,7 @@ class Sum(Penalty):
     def _value(self, inputs, where):
         return _add(penalty(*inputs, where=where) for penalty in self.penalties)
 
-    def elementwise(self, x):
+    def _elementwise(self, x):
         return _add(penalty.elementwise(x) for penalty in self.penalties)
 
 
@@ -203,12 +221,12 @@ class Weighted(Reduced):
     weights: Numeric = number(default=1.0, valid=NONNEGATIVE, kw_only=True)
 
     def _prox(self, v, t):
-        return super().prox(v, t)
+        return super()._proximal(v, t)
 
     def _count(self, v):
         return v.size
 
-    def prox(self, v, step_size):
+    def _proximal(self, v, step_size):
         if self.reduction == "none":
             raise ValueError('prox needs a scalar penalty: reduction must be "sum" or "mean"')
         leaves, structure = jax.tree.flatten(v, is_leaf=is_absent)
@@ -225,7 +243,7 @@ class Weighted(Reduced):
 class Separable(Weighted):
     """A sum over single values."""
 
-    def elementwise(self, x):
+    def _elementwise(self, x):
         return self._with(reduction="none", axis_name=None)(x)
 
 
@@ -268,11 +286,13 @@ class L2(Separable):
     def _function(self, x, **options):
         return functional.l2(x, center=self.center, clip=self.clip, weights=self.weights, **options)
 
-    def elementwise(self, x):
-        return Penalty.elementwise(self, x) if self.center == "mean" else super().elementwise(x)
+    def _elementwise(self, x):
+        if isinstance(self.center, str):
+            return Penalty._elementwise(self, x)
+        return super()._elementwise(x)
 
     def _prox(self, v, t):
-        if self.center == "mean" or self.clip is not None:
+        if isinstance(self.center, str) or self.clip is not None:
             return super()._prox(v, t)
         return functional.prox_l2(v, t, center=0.0 if self.center is None else self.center)
 

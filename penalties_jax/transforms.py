@@ -57,7 +57,9 @@ def add_penalty(
     def change(updates, params, count):
         resolved, scale = penalty.at(count), _at(weight, count)
         gradients = jax.grad(lambda params: resolved(params))(params)
-        return jax.tree.map(lambda u, g: u + scale * g, updates, gradients)
+        return jax.tree.map(
+            lambda u, g: jnp.asarray(u + scale * g, jnp.result_type(u)), updates, gradients
+        )
 
     return _transformation(change, mask)
 
@@ -80,7 +82,7 @@ def proximal(
         mask: As in `add_penalty`.
 
     Returns:
-        A transformation that keeps each update's dtype.
+        A transformation whose updates have the parameters' dtypes.
 
     Raises:
         TypeError: If `penalty` is not a config.
@@ -105,7 +107,7 @@ def proximal(
         step_size = _at(learning_rate, count) * _at(weight, count)
         moved = jax.tree.map(jnp.add, params, updates)
         nearest = penalty.at(count).prox(moved, step_size)
-        return jax.tree.map(jnp.subtract, nearest, params)
+        return jax.tree.map(lambda z, p: jnp.asarray(z - p, jnp.result_type(p)), nearest, params)
 
     return _transformation(change, mask)
 
@@ -146,7 +148,7 @@ def _transformation(change, mask):
 
         changed = change(select(update_leaves), select(leaves), state.count)
         updates = structure.unflatten(
-            u if new is None else new.astype(jnp.result_type(u))
+            u if new is None else new
             for u, new in zip(update_leaves, structure.flatten_up_to(changed), strict=True)
         )
         return updates, PenaltyState(count=optax.safe_increment(state.count))

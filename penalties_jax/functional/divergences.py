@@ -210,12 +210,12 @@ def _log_ratio(log_p, log_q):
 
 def _divergence_term(p, q, d):
     """P (expm1(d) - d) = q - p - p d for d = log q - log p; q where p = 0, inf where only q is."""
-    far = jnp.where(jnp.isneginf(d), jnp.inf, jnp.where(p > 0, q - p - p * d, q))
+    far = jnp.where(jnp.isneginf(d), jnp.inf, jnp.where(p == 0, q, q - p - p * d))
     return jnp.where(jnp.abs(d) < 1, p * expm1_minus(d), far)
 
 
 def _kl_slope_p(log_p, log_q):
-    supported = (log_p > -jnp.inf) & (log_q > -jnp.inf)
+    supported = ~(jnp.isneginf(log_p) | jnp.isneginf(log_q))
     log_p, log_q = (jnp.where(supported, x, 0) for x in (log_p, log_q))
     return jnp.where(supported, jnp.exp(log_p) * (log_p - log_q + 1), 0)
 
@@ -266,19 +266,19 @@ def _log_mixture(log_p, log_q, b, c):
 
 def _js_slope_p(log_p, log_q, b):
     p = jnp.exp(log_p)
-    return jnp.where(log_p > -jnp.inf, -b * p * _log_mixture(log_p, log_q, b, 1 - b), 0)
+    return jnp.where(jnp.isneginf(log_p), 0, -b * p * _log_mixture(log_p, log_q, b, 1 - b))
 
 
 def _js_slope_q(log_p, log_q, b):
     q = jnp.exp(log_q)
-    return jnp.where(log_q > -jnp.inf, -(1 - b) * q * _log_mixture(log_q, log_p, 1 - b, b), 0)
+    return jnp.where(jnp.isneginf(log_q), 0, -(1 - b) * q * _log_mixture(log_q, log_p, 1 - b, b))
 
 
 def _js_slope_b(log_p, log_q, b):
     """The term of KL(P||M) - KL(Q||M): what m gains cancels in the sum over classes."""
     from_p = jnp.exp(log_p) * _log_mixture(log_p, log_q, b, 1 - b)
     from_q = jnp.exp(log_q) * _log_mixture(log_q, log_p, 1 - b, b)
-    return jnp.where(log_q > -jnp.inf, from_q, 0) - jnp.where(log_p > -jnp.inf, from_p, 0)
+    return jnp.where(jnp.isneginf(log_q), 0, from_q) - jnp.where(jnp.isneginf(log_p), 0, from_p)
 
 
 @elementwise_derivatives(_js_slope_p, _js_slope_q, _js_slope_b)
@@ -295,7 +295,7 @@ def _js(log_p, log_q, mixture, axis):
 
 
 def _entropy(log_p, temperature, axis):
-    supported = log_p > -jnp.inf
+    supported = ~jnp.isneginf(log_p)
     scaled = jnp.where(supported, jnp.where(supported, log_p, 0) / temperature, -jnp.inf)
     log_pi = jnp.where(supported, log_softmax(scaled, axis), 0)
     return -jnp.sum(jnp.where(supported, jnp.exp(log_pi) * log_pi, 0), axis)

@@ -1,0 +1,108 @@
+"""Float64 oracles: numpy, scipy, mpmath and finite differences. Nothing here uses jax."""
+
+import mpmath
+import numpy as np
+from scipy import special
+
+
+def lattice(seed, *shape):
+    """Random odd multiples of 1/64 within 2: exact in every dtype, and off every kink."""
+    return (2 * np.random.default_rng(seed).integers(-64, 64, size=shape) + 1) / 64
+
+
+def assert_close(actual, desired, *, rtol=1e-5, atol=0.0):
+    """Agree within the tolerances, infinities exactly, and hold no NaN anywhere."""
+    actual = np.asarray(actual).astype(np.float64)
+    np.testing.assert_allclose(
+        actual, np.broadcast_to(desired, actual.shape), rtol=rtol, atol=atol, equal_nan=False
+    )
+
+
+def as_float32(values):
+    """The float32 neighbours of float64 values: infinite beyond 3.4e38."""
+    with np.errstate(over="ignore"):
+        return np.asarray(values, np.float64).astype(np.float32).astype(np.float64)
+
+
+def gradient(function, x, step=2e-4):
+    """Gradient of a scalar function by five-point differences, in float64."""
+    x = np.asarray(x, np.float64)
+    result = np.empty_like(x)
+    for index in np.ndindex(x.shape):
+
+        def shifted(distance, index=index):
+            moved = x.copy()
+            moved[index] += distance
+            return function(moved)
+
+        near = shifted(step) - shifted(-step)
+        far = shifted(2 * step) - shifted(-2 * step)
+        result[index] = (8 * near - far) / (12 * step)
+    return result
+
+
+# Divergences of one or many rows of log-probabilities, classes on the last axis.
+
+
+def kl(log_p, log_q):
+    """The generalised KL divergence, sum p log(p/q) - p + q."""
+    return special.kl_div(np.exp(log_p), np.exp(log_q)).sum(-1)
+
+
+def js(log_p, log_q, mixture=0.5):
+    """The generalised Jensen-Shannon divergence."""
+    p, q = np.exp(log_p), np.exp(log_q)
+    m = mixture * p + (1 - mixture) * q
+    return (mixture * special.rel_entr(p, m) + (1 - mixture) * special.rel_entr(q, m)).sum(-1)
+
+
+def entropy(log_p, temperature=1.0):
+    """Shannon entropy of softmax(log p / T)."""
+    return special.entr(special.softmax(np.asarray(log_p) / temperature, axis=-1)).sum(-1)
+
+
+def exact_kl(log_p, log_q):
+    """The generalised KL of one row, with 60 digits and any exponent."""
+    with mpmath.workdps(60):
+        total = mpmath.mpf(0)
+        for log_a, log_b in zip(log_p, log_q, strict=True):
+            a, b = mpmath.exp(mpmath.mpf(float(log_a))), mpmath.exp(mpmath.mpf(float(log_b)))
+            if a == 0:
+                total += b
+            elif b == 0:
+                return np.inf
+            else:
+                total += a * (mpmath.mpf(float(log_a)) - mpmath.mpf(float(log_b))) - a + b
+        return float(total)
+
+
+def exact_js_parts(log_p, log_q, mixture):
+    """For each class of one row, b p log(p/m) and (1-b) q log(q/m): also the gradient of JS."""
+    with mpmath.workdps(60):
+        b = mpmath.mpf(float(mixture))
+        parts = []
+        for log_one, log_two in zip(log_p, log_q, strict=True):
+            one, two = (mpmath.exp(mpmath.mpf(float(value))) for value in (log_one, log_two))
+            m = b * one + (1 - b) * two
+            through_p = b * one * mpmath.log(one / m) if b * one else mpmath.mpf(0)
+            through_q = (1 - b) * two * mpmath.log(two / m) if (1 - b) * two else mpmath.mpf(0)
+            parts.append((through_p, through_q))
+        total = float(sum(one + two for one, two in parts))
+        gradients = np.array([[float(one), float(two)] for one, two in parts]).T
+        return total, gradients[0], gradients[1]
+
+
+def kl_gradient(log_p, log_q):
+    """The declared gradient of KL(P||Q) through log_p and through log_q, with its edges."""
+    log_p, log_q = np.asarray(log_p, np.float64), np.asarray(log_q, np.float64)
+    p = np.exp(log_p)
+    present = np.isfinite(log_p) & np.isfinite(log_q)
+    difference = np.where(present, log_p, 0.0) - np.where(present, log_q, 0.0)
+    return np.where(present, p * (difference + 1), 0.0), -p
+
+
+def k3(log_ratio):
+    """Exact expm1(r) - r, elementwise."""
+    with mpmath.workdps(60):
+        exact = [float(mpmath.expm1(mpmath.mpf(float(r))) - float(r)) for r in np.ravel(log_ratio)]
+    return np.reshape(exact, np.shape(log_ratio))

@@ -1,0 +1,146 @@
+"""The public face: names, docstrings, what an import costs, and which way imports run."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import penalties_jax as pj
+
+PENALTIES = "l1 l2 elastic_net lp smooth_l0 huber group_lasso"
+DIVERGENCES = "kl_divergence js_divergence entropy kl_estimate"
+STRUCTURE = """orthogonality consistency gradient_penalty interpolated_gradient_penalty
+    output_magnitude"""
+CONFIGS = """L1 L2 ElasticNet Lp SmoothL0 Huber GroupLasso KLDivergence JSDivergence Entropy
+    Orthogonality Consistency Term Objective"""
+TOOLS = "stack anneal anneal_fraction add_penalty proximal"
+TEXT = "to_dict from_dict to_json from_json to_yaml from_yaml"
+FUNCTIONS = f"{PENALTIES} {DIVERGENCES} {STRUCTURE}".split()
+NAMES = {*FUNCTIONS, *f"{CONFIGS} {TOOLS} {TEXT}".split(), "functional"}
+SOURCED = [*FUNCTIONS, "proximal", "anneal"]
+
+PACKAGE = Path(pj.__file__).parent
+# A module imports from those before it only; modules in one row are apart.
+ORDER = [
+    ("functional",),
+    ("pytree",),
+    ("schedules",),
+    ("terms",),
+    ("objective",),
+    ("transforms", "serialization", "nnx", "linen", "adapters"),
+    ("recipes",),
+]
+RANKS = {room: rank for rank, row in enumerate(ORDER) for room in row}
+
+
+def test_all_names():
+    assert set(pj.__all__) == NAMES
+    assert len(pj.__all__) == len(NAMES)
+    by_kind = sorted(pj.__all__, key=lambda name: (not name.isupper(), name.islower(), name))
+    assert pj.__all__ == by_kind
+    assert set(dir(pj)) >= {*NAMES, "recipes", "__version__"}
+    assert all(hasattr(pj, name) for name in dir(pj))
+
+
+def test_functions_are_those_of_functional():
+    assert set(pj.functional.__all__) >= set(FUNCTIONS)
+    for name in pj.functional.__all__:
+        assert inspect.isfunction(getattr(pj.functional, name))
+    for name in FUNCTIONS:
+        assert getattr(pj, name) is getattr(pj.functional, name)
+
+
+def test_an_unknown_name():
+    with pytest.raises(AttributeError, match="'penalties_jax' has no attribute 'l3'"):
+        pj.l3  # noqa: B018
+
+
+LIGHT = """
+import sys
+import penalties_jax as pj
+heavy = ["flax", "torch", "matplotlib", "yaml", "orbax", "tqdm", "tyro", "jinja2", "scipy.stats"]
+heavy += ["penalties_jax.recipes", "penalties_jax.nnx", "penalties_jax.linen"]
+loaded = [name for name in heavy if name in sys.modules]
+assert not loaded, loaded
+assert "recipes" in dir(pj) and "recipes" not in vars(pj)
+assert pj.recipes.__name__ == "penalties_jax.recipes"
+assert "recipes" in vars(pj)
+"""
+
+
+def test_an_import_loads_only_what_it_needs():
+    subprocess.run([sys.executable, "-W", "error", "-c", LIGHT], check=True, cwd=PACKAGE.parent)
+
+
+@pytest.mark.parametrize("name", sorted(NAMES - {"functional"}))
+def test_docstrings(name):
+    value = getattr(pj, name)
+    doc = inspect.getdoc(value)
+    assert doc
+    assert "Examples:" in doc
+    assert ">>> " in doc
+    if inspect.isfunction(value):
+        parameters = list(inspect.signature(value).parameters)
+        for parameter in parameters if "Args:" in doc else []:
+            assert f"{parameter}:" in doc, parameter
+        raised = "Raises:" in doc or "raises what" in doc
+        assert raised, "says what it raises"
+    if name in SOURCED:
+        for section in ("Args:", "Returns:", "Raises:"):
+            assert section in doc, section
+        assert "References:" in doc or name == "output_magnitude"
+        assert all(f"{parameter}:" in doc for parameter in inspect.signature(value).parameters)
+
+
+@pytest.mark.parametrize("name", sorted(pj.functional.__all__))
+def test_functions_have_typed_signatures(name):
+    signature = inspect.signature(getattr(pj.functional, name))
+    assert signature.return_annotation is not inspect.Signature.empty
+    for parameter in signature.parameters.values():
+        assert parameter.annotation is not inspect.Parameter.empty, parameter
+
+
+@pytest.mark.parametrize("name", sorted(NAMES & {name for name in NAMES if name[0].isupper()}))
+def test_public_methods_are_documented(name):
+    for method, value in inspect.getmembers(getattr(pj, name), inspect.isfunction):
+        if not method.startswith("_"):
+            assert inspect.getdoc(value), method
+
+
+def imported_rooms(path):
+    """The rooms of the package that a module imports from."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "penalties_jax":
+                yield parts[1] if len(parts) > 1 else "penalties_jax"
+
+
+MODULES = [
+    path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAGE or path.stem in RANKS
+]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    rooms = set(imported_rooms(path)) - {room}
+    if room != "recipes":
+        assert "penalties_jax" not in rooms, "imports the public face"
+    for other in rooms & RANKS.keys():
+        assert RANKS[other] < RANKS[room], f"{room} imports from {other}"
+
+
+def test_every_module_has_its_place():
+    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in MODULES}
+    assert rooms <= RANKS.keys()

@@ -1,0 +1,208 @@
+"""Configs through dicts, JSON, YAML, pickle and an Orbax checkpoint."""
+
+import json
+import pickle
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+import yaml
+
+import penalties_jax as pj
+from tests.configs import EXAMPLES
+from tests.oracles import assert_close
+
+SHAPES = ("linear", "cosine", "exponential", "cubic", "quarters")
+CONFIGS = {name: example.config for name, example in EXAMPLES.items()} | {
+    **{shape: pj.anneal(1.0, 0.1, start=0, end=10, shape=shape) for shape in SHAPES},
+    "fraction": pj.anneal_fraction(2, 0.4, total_steps=100, start_frac=0.1),
+    "every option": pj.L2(center=1, clip=2.0, weights=3, reduction="mean", axis_name=("a", "b")),
+    "axes": pj.GroupLasso(axis=(0, -1), reduction="none"),
+    "scheduled": pj.SmoothL0(gamma=pj.anneal(1.0, 0.1, start=0, end=10), normalize_at_one=True),
+    "scaled": 0.1 * pj.L1(),
+    "nested": 0.5 * (pj.L1() + 2.0 * (pj.L2() + pj.anneal(0, 1, start=0, end=3) * pj.Huber())),
+    "tree": pj.L1(weights={"a": 1.0, "b": [0.5, None], "c": (2.0, 3.0)}),
+    "term": pj.Term(pj.L1(), on=("x", "y"), where="mask", weight=0.5),
+    "objective": pj.Objective(
+        terms={
+            "kl": pj.Term(pj.KLDivergence(), on=("p", "q"), where="mask", weight=0.1),
+            "l1": pj.Term(0.5 * pj.L1(), on="x", weight=pj.anneal(0, 1, start=0, end=5)),
+        }
+    ).disable("kl"),
+}
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+
+ARRAYS = {
+    "float32": np.float32([[0.1, 1e30], [1e-30, -0.0]]),
+    "float64": np.array([0.1, 1e300, 1 / 3]),
+    "float16": np.float16([0.1, 6e4]),
+    "bfloat16": np.array([0.1, 1e30], ml_dtypes.bfloat16),
+    "int32": np.int32([1, -(2**31)]),
+    "int64": np.array([2**40]),
+    "uint8": np.uint8([0, 255]),
+    "bool": np.array([True, False]),
+    "a scalar": np.float32(0.1),
+    "a 0-d array": np.array(0.1, np.float32),
+    "inf and nan": np.float32([np.inf, -np.inf, np.nan]),
+    "jax": jnp.array([0.1, 0.2]),
+    "jax, bfloat16": jnp.array([0.1, 0.2], jnp.bfloat16),
+}
+
+ROUTES = {
+    "dict": (pj.to_dict, pj.from_dict),
+    "json": (pj.to_json, pj.from_json),
+    "yaml": (pj.to_yaml, pj.from_yaml),
+    "json of dict": (lambda c: json.dumps(pj.to_dict(c)), lambda s: pj.from_dict(json.loads(s))),
+    "yaml of dict": (lambda c: yaml.dump(pj.to_dict(c)), lambda s: pj.from_dict(yaml.safe_load(s))),
+    "pickle": (pickle.dumps, pickle.loads),
+}
+every_route = pytest.mark.parametrize(("there", "back"), ROUTES.values(), ids=ROUTES.keys())
+
+
+def plain(data):
+    """Whether data is made of plain Python values only."""
+    if isinstance(data, dict):
+        return all(type(key) is str and plain(value) for key, value in data.items())
+    if isinstance(data, list):
+        return all(map(plain, data))
+    return data is None or type(data) in (bool, int, float, str)
+
+
+@every_config
+@every_route
+def test_round_trip(config, there, back):
+    again = back(there(config))
+    assert again == config
+    assert type(again) is type(config)
+    assert jax.tree.structure(again) == jax.tree.structure(config)
+
+
+@pytest.mark.parametrize("array", ARRAYS.values(), ids=ARRAYS.keys())
+@every_route
+def test_arrays_keep_dtype_shape_and_values(array, there, back):
+    weights = back(there(pj.L1(weights=array))).weights
+    assert np.asarray(weights).dtype == np.asarray(array).dtype
+    np.testing.assert_array_equal(np.asarray(weights), np.asarray(array))
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values(), pj.L1(weights=ARRAYS["bfloat16"])])
+def test_a_dict_is_plain(config):
+    data = pj.to_dict(config)
+    assert plain(data)
+    assert data["type"] == type(config).__name__
+
+
+def test_the_format():
+    config = 2 * pj.L1(weights=np.float32([0.5, 1]), axis_name=("a", "b"))
+    assert pj.to_dict(config) == {
+        "type": "Scaled",
+        "penalty": {
+            "type": "L1",
+            "reduction": "sum",
+            "axis_name": ["a", "b"],
+            "weights": {"array": [0.5, 1.0], "dtype": "float32"},
+        },
+        "scale": 2.0,
+    }
+    assert pj.from_yaml("{type: GroupLasso, axis: [0, 1]}") == pj.GroupLasso(axis=(0, 1))
+    assert pj.from_json('{"type": "Lp", "p": 1}') == pj.Lp(p=1.0)
+
+
+def test_a_round_trip_works_the_same():
+    config = CONFIGS["nested"]
+    again = pj.from_json(pj.to_json(config))
+    x = jnp.array([0.5, -2.0])
+    value = jax.jit(lambda config: config.at(2)(x))
+    assert float(value(again)) == float(value(config))
+    data = pj.to_dict(config)
+    pj.from_dict(data)
+    assert data == pj.to_dict(config)
+
+
+def loss(outputs):
+    return outputs["x"]
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        (pj.Objective(loss=loss), r"Objective\.loss"),
+        (pj.Term(pj.L1(), on=loss), r"Term\.on"),
+        (pj.Term(pj.L1(), on="x", where=loss), r"Term\.where"),
+        (pj.L1(weights=loss), r"L1\.weights.*pj\.anneal"),
+        (pj.L1(weights={"a": object()}), r"L1\.weights\['a'\]"),
+        (pj.L1(weights={"array": 1.0}), r"L1\.weights"),
+        (pj.L1(weights={1: 1.0}), r"L1\.weights"),
+    ],
+)
+def test_what_is_not_data(config, field):
+    for there in (pj.to_dict, pj.to_json, pj.to_yaml):
+        with pytest.raises(TypeError, match=field):
+            there(config)
+
+
+@pytest.mark.parametrize("value", [None, 1.0, {}, [pj.L1()], pj.L1, pj.l1])
+def test_what_is_not_a_config(value):
+    with pytest.raises(TypeError, match="to_dict takes a config"):
+        pj.to_dict(value)
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ({"type": "L3"}, ValueError, "type must be one of .*'L1'.*got 'L3'"),
+        ({"type": "Penalty"}, ValueError, "got 'Penalty'"),
+        ({"weights": 1.0}, ValueError, "got None"),
+        ({}, ValueError, "got None"),
+        ({"type": ["L1"]}, ValueError, r"got \['L1'\]"),
+        (None, ValueError, "got None"),
+        ("L1", ValueError, "got 'L1'"),
+        ([{"type": "L1"}], ValueError, "type must be one of"),
+        ({"type": "L1", "gamma": 1.0}, TypeError, "L1.*'gamma'"),
+        ({"type": "SmoothL0"}, TypeError, "SmoothL0.*'gamma'"),
+        ({"type": "SmoothL0", "gamma": -1}, ValueError, r"SmoothL0\.gamma must be above 0, got -1"),
+        ({"type": "L1", "reduction": "avg"}, ValueError, r"L1\.reduction must be one of"),
+        ({"type": "L1", "weights": "much"}, TypeError, r"L1\.weights must be a number"),
+        ({"type": "Scaled", "penalty": {"type": "?"}, "scale": 1}, ValueError, "got '\\?'"),
+    ],
+)
+def test_bad_data(data, error, message):
+    with pytest.raises(error, match=message):
+        pj.from_dict(data)
+
+
+def test_bad_text():
+    with pytest.raises(ValueError, match="Expecting"):
+        pj.from_json("{type: L1}")
+    with pytest.raises(ValueError, match="type must be one of"):
+        pj.from_json("[]")
+    with pytest.raises(ValueError, match="type must be one of"):
+        pj.from_yaml("")
+
+
+def test_an_orbax_checkpoint(tmp_path):
+    params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
+    optimizer = optax.chain(pj.add_penalty(pj.L2(), weight=1e-3), optax.adam(1e-2))
+    state = {
+        "params": params,
+        "optimizer": optimizer.init(params),
+        "penalty": 0.5 * pj.SmoothL0(gamma=pj.anneal(1.0, 0.1, start=0, end=10)) + pj.L1(),
+        "center": pj.L2(center=params, weights=jnp.float32(2)),
+        "objective": CONFIGS["objective"],
+        "step": jnp.int32(7),
+    }
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        blank = jax.tree.map(lambda x: 0 * x if isinstance(x, float) else jnp.zeros_like(x), state)
+        restored = checkpointer.restore(tmp_path / "state", blank)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for name in ("penalty", "center", "objective"):
+        assert restored[name] == state[name], name
+    x = jnp.array([0.5, -1.0])
+    value = jax.jit(lambda penalty: penalty.at(5)(x))
+    assert_close(value(restored["penalty"]), value(state["penalty"]))
