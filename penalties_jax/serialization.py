@@ -60,7 +60,7 @@ def from_dict(data: dict[str, Any]) -> Any:
         0.1
     """
     kind = data.get("type") if isinstance(data, dict) else data
-    if not isinstance(kind, str) or kind not in TYPES:
+    if kind is data or not isinstance(kind, str) or kind not in TYPES:
         raise ValueError(f"type must be one of {sorted(TYPES)}, got {kind!r}")
     values = {name: _decode(value) for name, value in data.items() if name != "type"}
     return TYPES[kind](**values)
