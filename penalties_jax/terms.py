@@ -1,7 +1,6 @@
 """The penalties as configs: what a penalty is, apart from what it is applied to."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 import jax
@@ -113,7 +112,7 @@ class Penalty(Pytree):
         return self if other == 0 else NotImplemented
 
 
-@partial(jax.jit, inline=True)
+@jax.jit
 def _evaluate(penalty, inputs, where):
     return penalty._value(inputs, where)
 

@@ -20,7 +20,7 @@ def compiled(*static: str) -> Callable[[Function], Function]:
     """
 
     def declare(function: Any) -> Any:
-        program = jax.jit(function, static_argnames=static, inline=True)
+        program = jax.jit(function, static_argnames=static)
 
         @functools.wraps(function)
         def call(*args, **kwargs):

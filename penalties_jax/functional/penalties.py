@@ -380,8 +380,9 @@ def _identity(x):
     return x
 
 
+@elementwise_derivatives(jnp.sign)
 def _absolute(x):
-    return x * jnp.sign(x)
+    return jnp.abs(x)
 
 
 def _squared_distance(x, center=0.0, clip=None):
@@ -391,47 +392,83 @@ def _squared_distance(x, center=0.0, clip=None):
     return jnp.square(distance)
 
 
+def _elastic_net_slope(x, l1_ratio):
+    rest = 1 - l1_ratio
+    return l1_ratio * jnp.sign(x) + jnp.where(rest > 0, 2 * rest * x, 0)
+
+
+def _elastic_net_ratio_slope(x, l1_ratio):
+    magnitude = jnp.abs(x)
+    return magnitude * (1 - magnitude)
+
+
+@elementwise_derivatives(_elastic_net_slope, _elastic_net_ratio_slope)
 def _elastic_net(x, l1_ratio):
-    magnitude = _absolute(x)
-    return magnitude * (l1_ratio + (1 - l1_ratio) * magnitude)
+    magnitude = jnp.abs(x)
+    finite = jnp.minimum(magnitude, jnp.finfo(x.dtype).max)
+    return magnitude * (l1_ratio + (1 - l1_ratio) * finite)
 
 
-def _power(x, p, eps):
+def _power_slope(x, p, eps):
+    magnitude = jnp.abs(x)
+    nonzero = magnitude > 0
+    base = jnp.where(nonzero, magnitude + eps, 1)
+    return p * base ** (p - 1) * jnp.sign(x)
+
+
+def _power_p_slope(x, p, eps):
     base = _absolute(x) + eps
     positive = base > 0
-    return jnp.where(positive, jnp.where(positive, base, 1) ** p, 0)
+    base = jnp.where(positive, base, 1)
+    return jnp.where(positive, base**p * jnp.log(base), 0)
+
+
+def _power_eps_slope(x, p, eps):
+    base = _absolute(x) + eps
+    positive = base > 0
+    return jnp.where(positive, p * jnp.where(positive, base, 1) ** (p - 1), 0)
+
+
+@elementwise_derivatives(_power_slope, _power_p_slope, _power_eps_slope)
+def _power(x, p, eps):
+    return (jnp.abs(x) + eps) ** p
 
 
 def _geman_mcclure_ratio(x, gamma):
-    """The smaller of x / gamma and gamma / x, and which: its square cannot overflow."""
-    beyond = jnp.abs(x) > gamma
-    ratio = jnp.where(beyond, gamma, x) / jnp.where(beyond, x, gamma)
-    return ratio, beyond
+    largest = float(jnp.finfo(x.dtype).max) ** 0.5
+    return jnp.clip(x / gamma, -largest, largest)
 
 
 def _geman_mcclure_slope(x, gamma):
-    r, beyond = _geman_mcclure_ratio(x, gamma)
-    square = jnp.square(r)
-    return 2 * r * jnp.where(beyond, square, 1) / (gamma * jnp.square(1 + square))
+    r = _geman_mcclure_ratio(x, gamma)
+    rest = 1 / (1 + jnp.square(r))
+    return 2 / gamma * (r * rest) * rest
 
 
 def _geman_mcclure_gamma_slope(x, gamma):
-    square = jnp.square(_geman_mcclure_ratio(x, gamma)[0])
-    return -2 * square / (gamma * jnp.square(1 + square))
+    r = _geman_mcclure_ratio(x, gamma)
+    return -2 / gamma * jnp.square(r / (1 + jnp.square(r)))
 
 
 @elementwise_derivatives(_geman_mcclure_slope, _geman_mcclure_gamma_slope)
 def _geman_mcclure(x, gamma):
-    r, beyond = _geman_mcclure_ratio(x, gamma)
-    square = jnp.square(r)
-    return jnp.where(beyond, 1, square) / (1 + square)
+    return gamma / (gamma + gamma * jnp.square(gamma / x))
 
 
 def _geman_mcclure_at_one(x, gamma):
     return (1 + jnp.square(gamma)) * _geman_mcclure(x, gamma)
 
 
+def _huber_slope(x, delta):
+    return jnp.clip(x, -delta, delta)
+
+
+def _huber_delta_slope(x, delta):
+    return jnp.maximum(jnp.abs(x) - delta, 0)
+
+
+@elementwise_derivatives(_huber_slope, _huber_delta_slope)
 def _huber(x, delta):
-    magnitude = _absolute(x)
+    magnitude = jnp.abs(x)
     inside = jnp.minimum(magnitude, delta)
-    return jnp.square(inside) / 2 + delta * jnp.maximum(magnitude - delta, 0)
+    return inside * (magnitude - inside / 2)

@@ -109,7 +109,7 @@ def reduce(
     return sums if reduction == "sums" else sums.reduce(reduction)
 
 
-@partial(jax.jit, static_argnames=("formula", "axis", "reduction", "axis_name"), inline=True)
+@partial(jax.jit, static_argnames=("formula", "axis", "reduction", "axis_name"))
 def evaluate(
     formula: Callable[..., Array],
     inputs: tuple[Array, ...],
@@ -148,7 +148,6 @@ def evaluate(
     check_broadcast("weights", weights, shape)
     check_where(where, shape)
 
-    @jax.checkpoint
     def values(inputs, parameters, weights, where):
         inputs = promote(*inputs)
         dtype = jnp.result_type(*inputs, *parameters.values(), weights)
@@ -165,12 +164,17 @@ def evaluate(
         weights = jnp.where(where, weights, 0) if weights.ndim else weights
         return jnp.where(where, weights * _apply(formula, inputs, parameters, axis), 0)
 
-    return reduce(
-        values(inputs, parameters, weights, where),
-        reduction=reduction,
-        where=where,
-        axis_name=axis_name,
-    )
+    # With the sum inside, the cotangent that the backward pass waits for is a scalar.
+    @jax.checkpoint
+    def reduced(inputs, parameters, weights, where):
+        return reduce(
+            values(inputs, parameters, weights, where),
+            reduction=reduction,
+            where=where,
+            axis_name=axis_name,
+        )
+
+    return reduced(inputs, parameters, weights, where)
 
 
 def _apply(formula, inputs, parameters, axis):
