@@ -21,8 +21,10 @@ from penalties_jax.functional.reduction import (
     check_reduction,
     check_same_shape,
     check_where,
+    direction,
     evaluate,
     norm,
+    norm_across,
     promote,
     reduce,
 )
@@ -87,8 +89,7 @@ def orthogonality(
     rows = tuple(range(x.ndim))[slices[axis]]
     features = tuple(a for a in range(x.ndim) if a not in rows)
     if normalize:
-        norms = jnp.expand_dims(norm(x, features), features)
-        x = x / jnp.where(norms > 0, norms, 1)
+        x = direction(x, features)
     # Every row meets every other, so on a mesh with explicit axes the result is replicated.
     sharded = any(axis is not None for axis in jax.typeof(x).sharding.spec)
     gram = jnp.tensordot(
@@ -294,10 +295,10 @@ def output_magnitude(
         where = jnp.broadcast_to(where, x.shape)
         x = jnp.where(where, x, 0)
         count = jnp.sum(where, axis, dtype=x.dtype)
-    shared = axis_name if axis is None else None
-    if shared is not None:
-        count = lax.psum(count, shared)
-    rms = norm(x, axis, axis_name=shared) / jnp.sqrt(jnp.maximum(count, 1))
+    norms = norm(x, axis)
+    if axis is None and axis_name is not None:
+        count, norms = lax.psum(count, axis_name), norm_across(norms, axis_name)
+    rms = norms / jnp.sqrt(jnp.maximum(count, 1))
     values = jnp.where(count > 0, jnp.square(rms - target), 0)
     if axis is None:
         return values
@@ -314,11 +315,7 @@ def _absolute_error(a, b):
 
 
 def _cosine_distance(a, b, axis):
-    directions = []
-    for x in (a, b):
-        length = jnp.expand_dims(norm(x, axis), axis)
-        directions.append(x / jnp.where(length > 0, length, 1))
-    return 1 - jnp.sum(directions[0] * directions[1], axis)
+    return 1 - jnp.sum(direction(a, axis) * direction(b, axis), axis)
 
 
 _DISTANCES = {

@@ -261,7 +261,8 @@ def _log_mixture_slope(log_p, log_q, b, c):
 def _log_mixture(log_p, log_q, b, c):
     """Log m - log p for m = b p + c q; inf where p = 0."""
     d = _log_ratio(log_p, log_q)
-    return jnp.where(d > 1, _log_mean_exp(b, c, -d) + d, _log_mean_exp(c, b, d))
+    ratio = jnp.where(d > 1, _log_mean_exp(b, c, -d) + d, _log_mean_exp(c, b, d))
+    return jnp.where(c == 0, 0, ratio)
 
 
 def _js_slope_p(log_p, log_q, b):

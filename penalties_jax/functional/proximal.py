@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from penalties_jax.functional.decorators import compiled
-from penalties_jax.functional.reduction import Axis, check_broadcast, norm, promote
+from penalties_jax.functional.reduction import Axis, check_broadcast, direction, norm, promote
 
 
 @compiled()
@@ -148,8 +148,7 @@ def prox_group_lasso(v: Float[Array, "..."], t: ArrayLike, *, axis: Axis) -> Flo
     (v,) = promote(v)
     norms = norm(v, axis)
     check_broadcast("t", t, norms.shape)
-    shrunk = jnp.maximum(norms - t, 0) / jnp.where(norms > 0, norms, 1)
-    return v * jnp.expand_dims(shrunk, axis)
+    return direction(v, axis) * jnp.expand_dims(jnp.maximum(norms - t, 0), axis)
 
 
 def _point_and_step(v, t):

@@ -181,23 +181,48 @@ def _apply(formula, inputs, parameters, axis):
     return formula(*inputs, **parameters, **({} if axis is None else {"axis": axis}))
 
 
-def norm(
-    x: Float[Array, "..."], axis: Axis | None = None, *, axis_name: AxisName | None = None
-) -> Float[Array, "..."]:
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def norm(x: Float[Array, "..."], axis: Axis | None = None) -> Float[Array, "..."]:
     """The 2-norm, without overflow or underflow, and with derivative 0 at 0.
 
     Args:
         x: Array of shape [...].
         axis: What to sum over; None is everything.
-        axis_name: Mapped axes that are summed over too.
     """
-    largest = jnp.max(jnp.abs(lax.stop_gradient(x)), axis=axis, keepdims=True, initial=0)
-    if axis_name is not None:
-        largest = lax.pmax(largest, axis_name)
+    scale = _scale(x, axis)
+    return _root(jnp.sum(jnp.square(x / scale), axis)) * jnp.squeeze(scale, axis)
+
+
+@norm.defjvp
+def _(axis, primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    return norm(x, axis), jnp.sum(direction(x, axis) * tangent, axis)
+
+
+def direction(x: Float[Array, "..."], axis: Axis | None = None) -> Float[Array, "..."]:
+    """The unit vectors x / norm(x); 0, with derivative 0, where the norm is 0.
+
+    Args:
+        x: Array of shape [...].
+        axis: What the norm sums over; None is everything.
+    """
+    scaled = x / _scale(x, axis)
+    length = _root(jnp.sum(jnp.square(scaled), axis, keepdims=True))
+    return scaled / jnp.where(length > 0, length, 1)
+
+
+def norm_across(norms: Float[Array, ""], axis_name: AxisName) -> Float[Array, ""]:
+    """The norm over the members of mapped axes, from the norm on each."""
+    largest = lax.pmax(lax.stop_gradient(norms), axis_name)
     scale = jnp.where((largest > 0) & (largest < jnp.inf), largest, 1)
-    squares = jnp.sum(jnp.square(x / scale), axis=axis)
-    if axis_name is not None:
-        squares = lax.psum(squares, axis_name)
-    nonzero = squares > 0
-    root = jnp.where(nonzero, jnp.sqrt(jnp.where(nonzero, squares, 1)), 0)
-    return root * jnp.squeeze(scale, axis)
+    return _root(lax.psum(jnp.square(norms / scale), axis_name)) * scale
+
+
+def _scale(x, axis):
+    largest = jnp.max(jnp.abs(lax.stop_gradient(x)), axis, keepdims=True, initial=0)
+    return jnp.where((largest > 0) & (largest < jnp.inf), largest, 1)
+
+
+def _root(squares):
+    positive = squares > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)
