@@ -267,12 +267,16 @@ def _log_mixture(log_p, log_q, b, c):
 
 def _js_slope_p(log_p, log_q, b):
     p = jnp.exp(log_p)
-    return jnp.where(jnp.isneginf(log_p), 0, -b * p * _log_mixture(log_p, log_q, b, 1 - b))
+    return jnp.where(
+        jnp.isneginf(log_p) | (b == 0), 0, -b * p * _log_mixture(log_p, log_q, b, 1 - b)
+    )
 
 
 def _js_slope_q(log_p, log_q, b):
     q = jnp.exp(log_q)
-    return jnp.where(jnp.isneginf(log_q), 0, -(1 - b) * q * _log_mixture(log_q, log_p, 1 - b, b))
+    return jnp.where(
+        jnp.isneginf(log_q) | (b == 1), 0, -(1 - b) * q * _log_mixture(log_q, log_p, 1 - b, b)
+    )
 
 
 def _js_slope_b(log_p, log_q, b):
