@@ -1,0 +1,1 @@
+"""Measurements of penalties-jax beside its peers: `python -m benchmarks`."""

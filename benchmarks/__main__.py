@@ -1,0 +1,36 @@
+"""Runs the benchmarks: `python -m benchmarks [--quick] [--out DIRECTORY] [NAME ...]`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from benchmarks import penalties, transforms
+from benchmarks.harness import machine
+
+BENCHMARKS = {"penalties": penalties.run, "transforms": transforms.run}
+Name = Literal["penalties", "transforms"]
+
+
+def main(
+    names: Annotated[tuple[Name, ...], tyro.conf.Positional] = (),
+    /,
+    quick: bool = False,
+    out: Path = Path(__file__).parent / "results",
+) -> None:
+    """Measures penalties-jax beside its peers, and prints tables.
+
+    Args:
+        names: What to run; all of it if none is named.
+        quick: Smaller arrays.
+        out: Where JSON and plots go.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    print(", ".join(f"{key} {value}" for key, value in machine().items()), flush=True)
+    for name in names or BENCHMARKS:
+        print(f"\n{name}: {BENCHMARKS[name](quick=quick, out=out)}", flush=True)
+    print(f"\nJSON and plots: {out}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

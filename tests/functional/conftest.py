@@ -1,0 +1,11 @@
+"""Fixtures of the tests of functional/."""
+
+import jax
+import pytest
+
+
+@pytest.fixture
+def x64():
+    """Float64 arithmetic for one test."""
+    with jax.enable_x64(True):
+        yield

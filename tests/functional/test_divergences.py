@@ -1,0 +1,522 @@
+"""Divergences: exact values and declared gradients at every edge, and accuracy from logits."""
+
+import math
+from functools import partial
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from scipy import special
+
+import penalties_jax.functional as F  # noqa: N812
+from tests import oracles
+from tests.functional.cases import quick_jit
+from tests.oracles import assert_close, gradient, lattice
+
+INF = math.inf
+DIRECTIONS = ("forward", "reverse", "symmetric")
+properties = hypothesis.settings(deadline=None, max_examples=30, derandomize=True, database=None)
+
+# Rows of (log p, log q), four classes each.
+ROWS = np.array(
+    [
+        ([0.0, -INF, -INF, -INF], [0.0, -INF, -INF, -INF]),  # the same one-hot
+        ([0.0, -INF, -INF, -INF], [-INF, 0.0, -INF, -INF]),  # disjoint
+        (np.log([0.5, 0.5, 0.0001, 0.0002])[[0, 2, 1, 3]], [-INF, -INF, 0.0, -INF]),
+        ([0.0, -INF, -INF, -INF], np.log([0.25] * 4)),  # p = 0
+        (np.log([0.25] * 4), [-INF, 0.0, -INF, -INF]),  # q = 0 where p > 0
+        ([*np.log([0.2, 0.8]), -INF, -INF], [*np.log([0.7, 0.3]), -INF, -INF]),  # p = q = 0
+        (np.log([0.1, 0.2, 0.3, 0.4]), np.log([0.4, 0.3, 0.2, 0.1])),
+        (np.log([0.1, 0.2, 0.3, 0.4]), np.log([0.1, 0.2, 0.3, 0.4])),
+        (np.log([0.1, 0.2, 0.3, 0.4]), np.log([0.100001, 0.199999, 0.3, 0.4])),
+        ([0.0, -1e30, -1e30, -INF], [*np.log([0.5, 0.25]), -1e30, *np.log([0.25])]),
+        ([*np.log([0.5, 0.5]), -1e30, -INF], [0.0, -1e30, -1e30, -1e30]),
+        ([0.0, -80.0, -100.0, -1000.0], [-1000.0, -100.0, 0.0, -80.0]),
+        ([-1e-30, -69.0, -200.0, -1e4], [-1e-30, -70.0, -1e4, -200.0]),
+        ([0.0, -20.0, -21.0, -22.0], [0.0, -20.5, -20.0, -25.0]),
+    ],
+    dtype=np.float32,
+).astype(np.float64)
+LOG_P, LOG_Q = ROWS[:, 0], ROWS[:, 1]
+
+
+def directed(direction, forward, log_p, log_q):
+    """From a function of (log_p, log_q) for KL(P||Q), the one for another direction."""
+    if direction == "forward":
+        return forward(log_p, log_q)
+    if direction == "reverse":
+        return forward(log_q, log_p)
+    return (forward(log_p, log_q) + forward(log_q, log_p)) / 2
+
+
+def exact_kl(direction):
+    return [
+        directed(direction, oracles.exact_kl, log_p, log_q)
+        for log_p, log_q in zip(LOG_P, LOG_Q, strict=True)
+    ]
+
+
+def exact_kl_gradients(direction):
+    through_p, through_q = oracles.kl_gradient(LOG_P, LOG_Q)
+    back_q, back_p = oracles.kl_gradient(LOG_Q, LOG_P)
+    return {
+        "forward": (through_p, through_q),
+        "reverse": (back_p, back_q),
+        "symmetric": ((through_p + back_p) / 2, (through_q + back_q) / 2),
+    }[direction]
+
+
+def exact_js(mixture):
+    rows = [
+        oracles.exact_js_parts(log_p, log_q, mixture)
+        for log_p, log_q in zip(LOG_P, LOG_Q, strict=True)
+    ]
+    return tuple(map(np.array, zip(*rows, strict=True)))
+
+
+def value_and_slopes(call):
+    """Unreduced values and the gradients of their sum, through both inputs."""
+
+    def everything(log_p, log_q):
+        def total(log_p, log_q):
+            return call(log_p, log_q, reduction="sum")
+
+        return (
+            call(log_p, log_q, reduction="none"),
+            jax.grad(total, (0, 1))(log_p, log_q),
+            jax.jvp(
+                lambda *x: sum(map(jnp.sum, jax.grad(total, (0, 1))(*x))),
+                (log_p, log_q),
+                (jnp.ones_like(log_p), jnp.full_like(log_q, 0.5)),
+            )[1],
+        )
+
+    return jax.jit(everything)
+
+
+def single(*arrays):
+    return tuple(jnp.asarray(x, jnp.float32) for x in arrays)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_kl_at_the_edges(direction):
+    call = value_and_slopes(partial(F.kl_divergence, direction=direction))
+    values, slopes, second = call(*single(LOG_P, LOG_Q))
+    assert_close(values, oracles.as_float32(exact_kl(direction)), rtol=1e-5, atol=1e-37)
+    for slope, desired in zip(slopes, exact_kl_gradients(direction), strict=True):
+        # The two halves of the symmetric one cancel; the others are exact entry by entry.
+        atol = 3e-8 if direction == "symmetric" else 1e-34
+        assert_close(slope, desired, rtol=1e-5, atol=atol)
+    assert np.isfinite(second)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_kl_of_half_precision_is_that_of_the_rounded_numbers(dtype):
+    rows = np.clip(ROWS, -6e4, None) if dtype == jnp.float16 else ROWS
+    rows = np.where(np.isneginf(ROWS), -INF, rows)
+    log_p, log_q = (jnp.asarray(rows[:, index], dtype) for index in range(2))
+    exact = [
+        oracles.exact_kl(*row)
+        for row in zip(
+            np.asarray(log_p).astype(float), np.asarray(log_q).astype(float), strict=True
+        )
+    ]
+    values = F.kl_divergence(log_p, log_q, reduction="none")
+    assert values.dtype == jnp.float32
+    assert_close(values, oracles.as_float32(exact), rtol=1e-5, atol=1e-37)
+    # Inputs of two dtypes meet in float32.
+    mixed = F.kl_divergence(log_p, log_q.astype(jnp.float32), reduction="none")
+    assert_close(mixed, values, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mixture", [0.5, 0.1, 0.75])
+def test_js_at_the_edges(mixture):
+    value, through_p, through_q = exact_js(mixture)
+    values, slopes, second = value_and_slopes(partial(F.js_divergence, mixture=mixture))(
+        *single(LOG_P, LOG_Q)
+    )
+    assert_close(values, value, rtol=1e-5, atol=1e-37)
+    assert np.asarray(values)[0] == 0
+    # b p log(p/m) is a difference of logarithms of order one, times p.
+    assert_close(slopes[0], through_p, rtol=2e-5, atol=3e-8)
+    assert_close(slopes[1], through_q, rtol=2e-5, atol=3e-8)
+    absent_p, absent_q = np.isneginf(LOG_P), np.isneginf(LOG_Q)
+    assert np.all(np.asarray(slopes[0])[absent_p] == 0)
+    assert np.all(np.asarray(slopes[1])[absent_q] == 0)
+    assert np.isfinite(second)
+
+
+def test_js_bounds_and_ends():
+    """Disjoint distributions reach H(b); the ends of the mixture are exactly 0."""
+    log_p, log_q = single([[0.0, -INF]], [[-INF, 0.0]])
+    mixtures = jnp.linspace(0.0, 1.0, 11)
+    js = jax.jit(jax.vmap(lambda b: F.js_divergence(log_p, log_q, mixture=b)))
+    binary = special.entr(np.linspace(0, 1, 11)) + special.entr(1 - np.linspace(0, 1, 11))
+    assert_close(js(mixtures), binary, rtol=2e-6)
+    assert_close(F.js_divergence(log_p, log_q), math.log(2), rtol=1e-6)
+    ends = jax.jit(jax.value_and_grad(lambda p, q, b: F.js_divergence(p, q, mixture=b), (0, 1)))
+    for mixture in (0.0, 1.0):
+        value, slopes = ends(*single(LOG_P, LOG_Q), mixture)
+        assert value == 0
+        assert all(np.all(np.asarray(slope) == 0) for slope in slopes)
+
+
+def test_js_over_mixture_tends_to_kl():
+    log_p, log_q = (special.log_softmax(lattice(seed, 6, 9), axis=-1) for seed in (0, 1))
+    js = jax.jit(partial(F.js_divergence, reduction="none"))
+    for mixture, tolerance in ((1e-3, 1e-2), (1e-5, 2e-4), (1e-7, 1e-5)):
+        values = js(*single(log_p, log_q), mixture=mixture)
+        assert_close(np.asarray(values) / mixture, oracles.kl(log_p, log_q), rtol=tolerance)
+        values = js(*single(log_q, log_p), mixture=mixture)
+        assert_close(np.asarray(values) / mixture, oracles.kl(log_q, log_p), rtol=tolerance)
+
+
+def test_derivative_with_respect_to_the_mixture(x64):
+    log_p, log_q = (special.log_softmax(lattice(seed, 4, 5), axis=-1) for seed in (2, 3))
+    log_p[0], log_q[0] = np.log([0.5, 0.5, 1, 1, 1]), np.log([1, 0.2, 0.8, 1, 1])
+    log_p[0, 2:], log_q[0, [0, 3, 4]] = -INF, -INF
+    slope = jax.jit(jax.grad(lambda b: F.js_divergence(log_p, log_q, mixture=b)))
+    for mixture in (0.05, 0.5, 0.9):
+        desired = gradient(lambda b: oracles.js(log_p, log_q, b).mean(), np.array(mixture))
+        assert_close(slope(mixture), desired, rtol=1e-7, atol=1e-10)
+    # At 0, where the value is 0, the derivative is KL(P||Q).
+    slope = jax.grad(lambda b: F.js_divergence(log_p[1:], log_q[1:], mixture=b))
+    assert_close(slope(0.0), oracles.kl(log_p[1:], log_q[1:]).mean(), rtol=1e-9)
+    assert_close(slope(1.0), -oracles.kl(log_q[1:], log_p[1:]).mean(), rtol=1e-9)
+
+
+LOGITS = np.array([[0.0, 1.0, -2.0, 0.5], [-INF, 1.0, 2.0, 0.0], [3.0, -INF, -INF, 1.0]])
+OTHER_LOGITS = np.array([[0.0, -INF, 1.0, 0.5], [-INF, 2.0, 0.0, -1.0], [0.5, -INF, 0.0, 0.0]])
+
+
+def softmax_gradient(log_p, through):
+    """The chain rule of log_softmax."""
+    return through - np.exp(log_p) * through.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_kl_gradient_through_log_softmax(direction):
+    """p (log p - log q - KL) and q - p; finite also from logits that hold -inf."""
+
+    def total(a, b, **options):
+        log_p, log_q = jax.nn.log_softmax(a), jax.nn.log_softmax(b)
+        return F.kl_divergence(log_p, log_q, direction=direction, **options)
+
+    slopes = jax.jit(jax.grad(partial(total, reduction="sum"), (0, 1)))
+    logits = np.asarray(lattice(4, 6, 7)), np.asarray(lattice(5, 6, 7))
+    log_p, log_q = (special.log_softmax(x, axis=-1) for x in logits)
+    p, q = np.exp(log_p), np.exp(log_q)
+
+    def of_p(log_p, log_q, p):
+        return p * (log_p - log_q - (p * (log_p - log_q)).sum(-1, keepdims=True))
+
+    forward = np.stack([of_p(log_p, log_q, p), q - p])
+    backward = np.stack([p - q, of_p(log_q, log_p, q)])
+    desired = {
+        "forward": forward,
+        "reverse": backward,
+        "symmetric": (forward + backward) / 2,
+    }[direction]
+    assert_close(np.stack(slopes(*single(*logits))), desired, rtol=1e-5, atol=1e-6)
+
+    log_p, log_q = (special.log_softmax(x, axis=-1) for x in (LOGITS, OTHER_LOGITS))
+    forward = [
+        softmax_gradient(log, through)
+        for log, through in zip((log_p, log_q), oracles.kl_gradient(log_p, log_q), strict=True)
+    ]
+    backward = [
+        softmax_gradient(log, through)
+        for log, through in zip(
+            (log_p, log_q), oracles.kl_gradient(log_q, log_p)[::-1], strict=True
+        )
+    ]
+    desired = {
+        "forward": np.stack(forward),
+        "reverse": np.stack(backward),
+        "symmetric": (np.stack(forward) + np.stack(backward)) / 2,
+    }[direction]
+    slopes = jax.jit(jax.grad(partial(total, reduction="sum"), (0, 1)))
+    assert_close(np.stack(slopes(*single(LOGITS, OTHER_LOGITS))), desired, rtol=1e-5, atol=1e-6)
+
+
+SMOOTH = {
+    "forward": F.kl_divergence,
+    "reverse": partial(F.kl_divergence, direction="reverse"),
+    "js": partial(F.js_divergence, mixture=0.3),
+    "entropy": lambda log_p, log_q, **options: F.entropy(log_p, temperature=0.7, **options),
+}
+
+
+@pytest.mark.parametrize("call", SMOOTH.values(), ids=SMOOTH.keys())
+def test_derivatives_from_logits_that_hold_minus_infinity(call, x64):
+    """Classes masked in both rows: differences of the finite logits, first and second order."""
+    absent = np.array([[False] * 4, [True, False, False, False], [False, True, True, False]])
+    a, b = (np.where(absent, -INF, lattice(seed, 3, 4)) for seed in (6, 7))
+    tangents = tuple(lattice(seed, 3, 4) for seed in (8, 9))
+
+    def total(a, b):
+        return call(jax.nn.log_softmax(a), jax.nn.log_softmax(b), reduction="sum")
+
+    slopes = jax.grad(total, (0, 1))
+
+    @quick_jit
+    def everything(a, b):
+        return (
+            jax.jvp(jax.value_and_grad(total, (0, 1)), (a, b), tangents),
+            jax.grad(
+                lambda *x: sum((s * t).sum() for s, t in zip(slopes(*x), tangents, strict=True)),
+                (0, 1),
+            )(a, b),
+        )
+
+    def moved(distance):
+        return everything(*(x + distance * t for x, t in zip((a, b), tangents, strict=True)))
+
+    ((_, first), (forward, forward_over_reverse)), reverse_over_reverse = everything(a, b)
+    ((ahead, slopes_ahead), _), _ = moved(1e-5)
+    ((behind, slopes_behind), _), _ = moved(-1e-5)
+    assert_close(forward, (ahead - behind) / 2e-5, rtol=1e-6, atol=1e-9)
+    assert_close(
+        forward, sum((s * t).sum() for s, t in zip(first, tangents, strict=True)), rtol=1e-9
+    )
+    for index in range(2):
+        desired = (slopes_ahead[index] - slopes_behind[index]) / 2e-5
+        assert_close(forward_over_reverse[index], desired, rtol=1e-6, atol=1e-8)
+        assert_close(reverse_over_reverse[index], desired, rtol=1e-6, atol=1e-8)
+        assert np.all(np.asarray(first[index])[absent] == 0)
+
+
+@pytest.mark.parametrize("call", [F.kl_divergence, partial(F.kl_divergence, direction="reverse")])
+def test_the_declared_derivative_can_be_differentiated_again(call, x64):
+    """p (log p - log q + 1) and -p, differentiated by differences, off the simplex too."""
+    inputs = tuple(special.log_softmax(lattice(seed, 2, 4), axis=-1) + 0.1 for seed in (10, 11))
+    tangents = tuple(lattice(seed, 2, 4) for seed in (12, 13))
+    slopes = jax.jit(jax.grad(partial(call, reduction="sum"), (0, 1)))
+    second = jax.jvp(slopes, inputs, tangents)[1]
+    ahead, behind = (
+        slopes(*(x + h * t for x, t in zip(inputs, tangents, strict=True))) for h in (1e-5, -1e-5)
+    )
+    for index in range(2):
+        desired = (ahead[index] - behind[index]) / 2e-5
+        assert_close(second[index], desired, rtol=1e-6, atol=1e-9)
+
+
+def required(value):
+    """The relative error that float32 may have at a divergence of this size."""
+    return np.select(
+        [value >= 1e-2, value >= 1e-6, value >= 1e-8, value >= 1e-10],
+        [3e-5, 1e-3, 1e-2, 5e-2],
+        np.inf,
+    )
+
+
+@pytest.mark.parametrize(("classes", "rows"), [(1_000, 8), (131_072, 2)])
+def test_accuracy_in_float32(classes, rows):
+    """Nearby distributions, from float32 logits: each row, and the mean of those of one size."""
+    noises = np.array([1e-5, 2e-5, 5e-5, 1e-4, 3e-4, 1e-3, 1e-2, 0.1, 1.0])
+    random = np.random.default_rng(classes)
+    a = random.normal(size=(len(noises), rows, classes)).astype(np.float32)
+    b = (a + noises[:, None, None] * random.normal(size=a.shape)).astype(np.float32)
+    log_p, log_q = (special.log_softmax(x.astype(np.float64), axis=-1) for x in (a, b))
+    desired = {
+        "forward": oracles.kl(log_p, log_q),
+        "reverse": oracles.kl(log_q, log_p),
+        "js": oracles.js(log_p, log_q),
+        "js-mixture": oracles.js(log_p, log_q, 0.1),
+    }
+    desired["symmetric"] = (desired["forward"] + desired["reverse"]) / 2
+    assert desired["forward"].min() < 1e-10 < 1e-2 < desired["forward"].max()
+
+    @jax.jit
+    def everything(a, b):
+        log_p, log_q = jax.nn.log_softmax(a), jax.nn.log_softmax(b)
+        options = {"reduction": "none"}
+        result = {
+            direction: F.kl_divergence(log_p, log_q, direction=direction, **options)
+            for direction in DIRECTIONS
+        }
+        result["js"] = F.js_divergence(log_p, log_q, **options)
+        result["js-mixture"] = F.js_divergence(log_p, log_q, mixture=0.1, **options)
+        return result, jax.vmap(F.kl_divergence)(log_p, log_q)
+
+    result, means = everything(a, b)
+    for name, values in result.items():
+        values = np.asarray(values)
+        assert np.all(values >= 0)
+        error = np.abs(values / desired[name] - 1)
+        assert np.all(error <= required(desired[name])), (name, error, desired[name])
+    error = np.abs(np.asarray(means) / desired["forward"].mean(-1) - 1)
+    assert np.all(error <= required(desired["forward"].mean(-1)))
+
+
+def test_entropy():
+    """With temperature, normalised or not, from one-hot to uniform rows."""
+    n = 5
+    one_hot, two = np.full(n, -INF), np.full(n, -INF)
+    one_hot[2], two[:2] = 0.0, np.log(0.5)
+    rows = np.stack(
+        [one_hot, two, np.full(n, -np.log(n)), *special.log_softmax(lattice(14, 4, n), axis=-1)]
+    )
+    rows = np.vstack([rows, [0.0, -1e30, -1e30, -INF, -1e30], [0.0, -50.0, -90.0, -200.0, -1e4]])
+    rows = rows.astype(np.float32).astype(np.float64)
+
+    @jax.jit
+    def everything(x, temperature):
+        def total(x):
+            return F.entropy(x, temperature=temperature, reduction="sum")
+
+        return (
+            F.entropy(x, temperature=temperature, reduction="none"),
+            F.entropy(x, temperature=temperature, reduction="none", normalize=True),
+            jax.grad(total)(x),
+            jax.jvp(jax.grad(total), (x,), (jnp.ones_like(x),))[1],
+        )
+
+    for temperature in (1.0, 0.5, 3.0, 0.01, 1e3):
+        values, normalised, slopes, second = everything(*single(rows), temperature)
+        desired = oracles.entropy(rows, temperature)
+        assert_close(values, desired, rtol=1e-5, atol=1e-6)
+        assert_close(normalised, desired / np.log(n), rtol=1e-5, atol=1e-6)
+        scaled = rows / temperature
+        log_pi = scaled - special.logsumexp(scaled, axis=-1, keepdims=True)
+        pi = np.exp(log_pi)
+        finite = np.where(pi > 0, log_pi, 0.0)
+        slope = -pi * (finite + desired[:, None]) / temperature
+        assert_close(slopes, slope, rtol=1e-4, atol=1e-6 / temperature)
+        assert np.isfinite(second).all()
+        assert np.all(np.asarray(values) >= 0)
+    values, normalised, slopes, _ = everything(*single(rows), 1.0)
+    assert values[0] == 0
+    assert_close(normalised[2], 1.0, rtol=1e-6)
+    assert np.all(np.asarray(slopes)[0] == 0)
+
+
+def test_entropy_of_one_class_is_zero():
+    for normalize in (False, True):
+        value, slope = jax.value_and_grad(partial(F.entropy, normalize=normalize))(
+            jnp.zeros((3, 1))
+        )
+        assert value == 0
+        assert np.all(np.asarray(slope) == 0)
+
+
+def test_derivative_with_respect_to_the_temperature(x64):
+    log_p = special.log_softmax(lattice(15, 4, 5), axis=-1)
+    log_p[0, 2] = -INF
+    for normalize, scale in ((False, 1.0), (True, math.log(5))):
+        slope = jax.jit(jax.grad(lambda t: F.entropy(log_p, temperature=t, normalize=normalize)))  # noqa: B023
+        for temperature in (0.3, 1.0, 4.0):
+            desired = gradient(lambda t: oracles.entropy(log_p, t).mean(), np.array(temperature))
+            assert_close(slope(temperature), desired / scale, rtol=1e-7, atol=1e-10)
+
+
+CALLS = {
+    "kl": F.kl_divergence,
+    "js": F.js_divergence,
+    "entropy": lambda log_p, log_q, **options: F.entropy(log_p, **options),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_axis_and_shapes(call):
+    log_p, log_q = (
+        np.asarray(special.log_softmax(lattice(seed, 2, 3, 5), axis=-1), np.float32)
+        for seed in (16, 17)
+    )
+    values = call(log_p, log_q, reduction="none")
+    assert values.shape == (2, 3)
+    moved = (np.moveaxis(x, -1, 1) for x in (log_p, log_q))
+    assert_close(call(*moved, axis=-2, reduction="none"), values, rtol=1e-6)
+    moved = (np.moveaxis(x, -1, 0) for x in (log_p, log_q))
+    mask = np.array([[True, False, True]])
+    assert_close(call(*moved, axis=0, where=mask), np.asarray(values)[:, [0, 2]].mean(), rtol=1e-6)
+    one_row = call(log_p[0, 0], log_q[0, 0])
+    assert_close(one_row, values[0, 0], rtol=1e-6)
+    with pytest.raises(ValueError, match="axis"):
+        call(log_p, log_q, axis=3)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_an_excluded_position_may_hold_anything(call):
+    """Rows of NaN, inf, an infinite divergence: value and gradient as if they were not there."""
+    good = np.asarray(special.log_softmax(lattice(18, 2, 4), axis=-1), np.float32)
+    one_hot, mixed = [0.0, -INF, -INF, -INF], [1e30, -1e30, np.nan, INF]
+    bad = np.float32([[np.nan] * 4, [INF] * 4, [-INF] * 4, one_hot, one_hot[::-1], mixed])
+    calls = quick_jit(jax.value_and_grad(lambda *x, where: call(*x, where=where), (0, 1)))
+    mask = np.arange(8) < 2
+    value, slopes = calls(
+        np.vstack([good, bad]), np.vstack([good[::-1], np.roll(bad, 1, 0)]), where=mask
+    )
+    clean, clean_slopes = calls(np.tile(good, (4, 1)), np.tile(good[::-1], (4, 1)), where=mask)
+    assert_close(value, clean, rtol=1e-6)
+    for slope, clean_slope in zip(slopes, clean_slopes, strict=True):
+        assert_close(slope, clean_slope, rtol=1e-6)
+        assert np.all(np.asarray(slope)[2:] == 0)
+
+
+def test_an_infinite_row_does_not_hide_behind_nan():
+    log_p, log_q = single([[0.0, -INF], [-1.0, -0.4586751]], [[-INF, 0.0], [-1.0, -0.4586751]])
+    for reduction in ("sum", "mean"):
+        assert F.kl_divergence(log_p, log_q, reduction=reduction) == INF
+        assert F.kl_divergence(log_p, log_q, direction="symmetric", reduction=reduction) == INF
+    assert F.kl_divergence(log_p, log_q, where=np.array([False, True])) == 0
+
+
+ROW = st.lists(st.floats(-40, 40, width=32), min_size=6, max_size=6)
+
+
+def test_properties():
+    """Nonnegative, symmetric where it should be, bounded, and blind to the order of classes."""
+    binary = float(special.entr(0.3) + special.entr(0.7))
+
+    @jax.jit
+    def everything(a, b):
+        p, q = jax.nn.log_softmax(a), jax.nn.log_softmax(b)
+        return {
+            "forward": F.kl_divergence(p, q),
+            "reverse": F.kl_divergence(p, q, direction="reverse"),
+            "symmetric": F.kl_divergence(p, q, direction="symmetric"),
+            "js": F.js_divergence(p, q),
+            "js-mixture": F.js_divergence(p, q, mixture=0.3),
+            "js-complement": F.js_divergence(p, q, mixture=0.7),
+            "entropy": F.entropy(p),
+            "same": F.kl_divergence(p, p) + F.js_divergence(p, p),
+        }
+
+    @properties
+    @hypothesis.given(ROW, ROW, st.permutations(range(6)))
+    def holds(a, b, order):
+        a, b = np.float32([a]), np.float32([b])
+        values = {k: float(v) for k, v in everything(a, b).items()}
+        swapped = {k: float(v) for k, v in everything(b, a).items()}
+        permuted = {k: float(v) for k, v in everything(a[:, order], b[:, order]).items()}
+        assert all(value >= 0 for value in values.values())
+        assert values["same"] == 0
+        close = {"rtol": 1e-5, "atol": 1e-6}
+        assert_close(swapped["forward"], values["reverse"], rtol=1e-6)
+        assert_close(swapped["symmetric"], values["symmetric"], rtol=1e-6)
+        assert_close(swapped["js"], values["js"], **close)
+        assert_close(swapped["js-mixture"], values["js-complement"], **close)
+        assert values["js"] <= math.log(2) * (1 + 1e-6)
+        assert values["js-mixture"] <= binary * (1 + 1e-6)
+        assert values["entropy"] <= math.log(6) * (1 + 1e-6)
+        for name, value in permuted.items():
+            assert_close(value, values[name], **close)
+
+    holds()
+
+
+@pytest.mark.parametrize(
+    ("call", "valid"),
+    [
+        (partial(F.kl_divergence, direction="backward"), DIRECTIONS),
+        (partial(F.kl_divergence, reduction="batchmean"), ("sum", "mean", "none")),
+    ],
+)
+def test_bad_options_list_the_valid_ones(call, valid):
+    with pytest.raises(ValueError, match=r"batchmean|backward") as raised:
+        call(jnp.zeros((2, 1)), jnp.zeros((2, 1)))
+    assert all(option in str(raised.value) for option in valid)
