@@ -294,7 +294,7 @@ def output_magnitude(
     if where is not None:
         where = jnp.broadcast_to(where, x.shape)
         x = jnp.where(where, x, 0)
-        count = jnp.sum(where, axis, dtype=x.dtype)
+        count = jnp.sum(where, axis, dtype=jnp.int32).astype(x.dtype)
     norms = norm(x, axis)
     if axis is None and axis_name is not None:
         count, norms = lax.psum(count, axis_name), norm_across(norms, axis_name)

@@ -182,6 +182,19 @@ def test_derivative_with_respect_to_the_mixture(x64):
     for mixture in (0.05, 0.5, 0.9):
         desired = gradient(lambda b: oracles.js(log_p, log_q, b).mean(), np.array(mixture))
         assert_close(slope(mixture), desired, rtol=1e-7, atol=1e-10)
+    # Second derivatives: in the mixture alone, and mixed with the inputs.
+    total = partial(F.js_divergence, reduction="sum")
+
+    @quick_jit
+    def everything(b):
+        def slopes(b):
+            return jax.grad(lambda p, q, b: total(p, q, mixture=b), (0, 1, 2))(log_p, log_q, b)
+
+        return slopes(b), jax.jvp(slopes, (b,), (1.0,))[1]
+
+    ahead, behind = (everything(0.3 + h)[0] for h in (1e-5, -1e-5))
+    for second, one, two in zip(everything(0.3)[1], ahead, behind, strict=True):
+        assert_close(second, (one - two) / 2e-5, rtol=1e-6, atol=1e-8)
     # At 0, where the value is 0, the derivative is KL(P||Q).
     slope = jax.grad(lambda b: F.js_divergence(log_p[1:], log_q[1:], mixture=b))
     assert_close(slope(0.0), oracles.kl(log_p[1:], log_q[1:]).mean(), rtol=1e-9)

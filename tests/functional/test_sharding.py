@@ -189,20 +189,45 @@ def test_pmap():
     assert_close(np.mean(parameters), 4 * mean, rtol=1e-5)
 
 
-def test_output_magnitude_of_everything_is_of_the_global_batch(mesh):
-    """With axis=None the root mean square itself is over all members."""
-    x, mask = lattice(7, MEMBERS, 5).astype(np.float32), lattice(8, MEMBERS, 5) > -0.5
-    desired = (np.sqrt((x.astype(np.float64)[mask] ** 2).mean()) - 0.3) ** 2
-    call = partial(F.output_magnitude, target=0.3, axis_name="batch")
-    for check_vma in (True, False):
-        sharded = jax.shard_map(
-            lambda x, mask: call(x, where=mask),
-            mesh=mesh,
-            in_specs=(P("batch"), P("batch")),
-            out_specs=P(),
-            check_vma=check_vma,
+def test_output_magnitude_of_everything_is_of_the_global_batch(mesh, x64):
+    """With axis=None the root mean square itself is over all members; its gradients too."""
+    x, mask = lattice(7, MEMBERS, 5), lattice(8, MEMBERS, 5) > -0.5
+
+    def oracle(scale, x):
+        return (np.sqrt(((scale * x)[mask] ** 2).mean()) - 0.3) ** 2
+
+    def loss(scale, x, mask):
+        return F.output_magnitude(scale * x, target=0.3, where=mask, axis_name="batch")
+
+    def sharded(function, out_specs, check_vma):
+        in_specs = (P(), P("batch"), P("batch"))
+        return jax.shard_map(
+            function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma
         )
-        assert_close(sharded(x, mask), desired, rtol=1e-5)
+
+    def slopes(scale, x, mask):
+        return jax.value_and_grad(loss, (0, 1))(scale, x, mask)
+
+    def mean_slopes(scale, x, mask):
+        value, (own, data) = slopes(scale, x, mask)
+        return value, (jax.lax.pmean(own, "batch"), data / MEMBERS)
+
+    @quick_jit
+    def everything(*arguments):
+        out_specs = (P(), (P(), P("batch")))
+        return (
+            jax.value_and_grad(sharded(loss, P(), True), (0, 1))(*arguments),
+            jax.value_and_grad(sharded(loss, P(), False), (0, 1))(*arguments),
+            sharded(slopes, out_specs, True)(*arguments),
+            sharded(mean_slopes, out_specs, False)(*arguments),
+        )
+
+    parameter = gradient(lambda scale: oracle(scale, x), np.array(0.75))
+    data = gradient(lambda x: oracle(0.75, x), x)
+    for value, (parameter_slope, data_slope) in everything(0.75, x, mask):
+        assert_close(value, oracle(0.75, x), rtol=1e-11)
+        assert_close(parameter_slope, parameter, rtol=1e-6)
+        assert_close(data_slope, data, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["l1", "l2-mean", "group_lasso", "kl", "k3", "output_magnitude"])
