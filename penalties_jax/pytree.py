@@ -154,6 +154,10 @@ class Pytree:
 class Schedule:
     """A value that depends on the step: a callable from the step, and a pytree."""
 
+    def endpoints(self) -> tuple[Any, ...]:
+        """The values that bound it, as far as they are known."""
+        return ()
+
 
 @jax.tree_util.register_static
 class BareSchedule(Schedule):
@@ -276,10 +280,11 @@ def _checked_number(label, value, field):
     valid = field.metadata["valid"]
 
     def check(number):
-        if isinstance(number, numbers.Real):
-            if not valid.contains(number):
+        for plain in number.endpoints() if is_schedule(number) else (number,):
+            if isinstance(plain, numbers.Real) and not valid.contains(plain):
                 raise ValueError(f"{label} must be {valid.description}, got {number!r}")
-            return float(number) if isinstance(number, numbers.Integral) else number
+        if isinstance(number, numbers.Integral):
+            return float(number)
         if callable(number) and not is_schedule(number):
             return BareSchedule(number, label)
         return number

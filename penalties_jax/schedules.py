@@ -36,6 +36,10 @@ class Anneal(Pytree, Schedule):
                     f"got init={self.init}, final={self.final}"
                 )
 
+    def endpoints(self) -> tuple[Any, ...]:
+        """The values before and after."""
+        return self.init, self.final
+
     def __call__(self, count: ArrayLike) -> Float[Array, "..."]:
         """The value at step `count`."""
         elapsed = jnp.asarray(count) - self.start

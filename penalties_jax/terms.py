@@ -164,8 +164,14 @@ class Reduced(Penalty):
 
     # The pure function of one array of each input, with this config's hyperparameters.
     _function: ClassVar[Callable[..., Any]]
+    _inputs: ClassVar[int] = 1
 
     def _value(self, inputs, where):
+        if len(inputs) != self._inputs:
+            raise TypeError(
+                f"{type(self).__name__} takes {self._inputs} input(s), got {len(inputs)}; "
+                "a mask is passed as where="
+            )
         structure = jax.tree.structure(inputs[0], is_leaf=is_absent)
         rows = zip(*(structure.flatten_up_to(tree) for tree in inputs), strict=True)
         options = {
@@ -414,6 +420,8 @@ class KLDivergence(Reduced):
         0.1308
     """
 
+    _inputs: ClassVar[int] = 2
+
     direction: Direction = option(default="forward", choices=DIRECTIONS)
     axis: int = option(default=-1, kw_only=True)
     reduction: Reduction = option(default="mean", choices=REDUCTIONS, kw_only=True)
@@ -435,6 +443,8 @@ class JSDivergence(Reduced):
         >>> round(float(pj.JSDivergence()(log_p, log_q)), 4)
         0.6931
     """
+
+    _inputs: ClassVar[int] = 2
 
     mixture: Numeric = number(default=0.5, valid=UNIT)
     axis: int = option(default=-1, kw_only=True)
@@ -487,6 +497,8 @@ class Consistency(Reduced):
         >>> float(pj.Consistency("l1")(jnp.zeros(2), jnp.array([1.0, 3.0])))
         2.0
     """
+
+    _inputs: ClassVar[int] = 2
 
     metric: Metric = option(default="mse", choices=METRICS)
     reduction: Reduction = option(default="mean", choices=REDUCTIONS, kw_only=True)

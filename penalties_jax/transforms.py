@@ -1,5 +1,6 @@
 """Penalties on parameters as optax gradient transformations."""
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -86,6 +87,7 @@ def proximal(
 
     Raises:
         TypeError: If `penalty` is not a config.
+        ValueError: If the learning rate or the weight is a negative number.
         NotImplementedError: In `update`, if the penalty has no proximal operator.
         ValueError: In `update`, if it is called without parameters.
 
@@ -102,6 +104,9 @@ def proximal(
         [1.5, 0.0]
     """
     _check_config(penalty, "proximal")
+    for name, value in (("learning_rate", learning_rate), ("weight", weight)):
+        if isinstance(value, numbers.Real) and value < 0:
+            raise ValueError(f"{name} must be at least 0, got {value!r}")
 
     def change(updates, params, count):
         step_size = _at(learning_rate, count) * _at(weight, count)

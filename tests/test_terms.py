@@ -625,3 +625,33 @@ def _prox_pair(config, a, b, step_size):
 def test_prox_is_nonexpansive(config, a, b, step_size):
     near_a, near_b = _prox_pair(config, a, b, step_size)
     assert np.linalg.norm(near_a - near_b) <= np.linalg.norm(a - b) * (1 + 1e-6) + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: pj.SmoothL0(gamma=pj.anneal(1.0, 0.0, start=0, end=9)), "gamma must be above 0"),
+        (lambda: pj.Lp(p=pj.anneal(-1.0, 1.0, start=0, end=9)), "p must be above 0"),
+        (lambda: pj.proximal(pj.L1(), -0.1), "learning_rate must be at least 0, got -0.1"),
+    ],
+)
+def test_the_ends_of_a_schedule_are_in_range(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: pj.KLDivergence()(jnp.zeros(2)), r"KLDivergence takes 2 input\(s\), got 1"),
+        (lambda: pj.L1()(jnp.zeros(2), jnp.ones(2, bool)), "a mask is passed as where="),
+        (lambda: pj.l1([1.0, 2.0]), "expected an array, got a list"),
+        (
+            lambda: pj.smooth_l0(jnp.zeros(2), pj.anneal(1.0, 0.1, start=0, end=9)),
+            "gamma is a schedule",
+        ),
+    ],
+)
+def test_wrong_inputs_are_named(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()

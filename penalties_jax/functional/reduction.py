@@ -50,7 +50,12 @@ def check_same_shape(**arrays: Any) -> None:
 
 
 def check_broadcast(name: str, array: Any, shape: tuple[int, ...]) -> None:
-    """Raises ValueError that shows both shapes if `array` does not broadcast to `shape`."""
+    """Raises ValueError that shows both shapes if `array` does not broadcast to `shape`.
+
+    Raises TypeError for a schedule, which has a value only at a step.
+    """
+    if callable(array):
+        raise TypeError(f"{name} is a schedule, {array!r}: pass its value at the step")
     own = jnp.shape(array)
     fits = len(own) <= len(shape) and all(
         n in (1, m) for n, m in zip(reversed(own), reversed(shape), strict=False)
@@ -138,6 +143,11 @@ def evaluate(
         reduction: As in `reduce`.
         axis_name: As in `reduce`.
     """
+    for x in inputs:
+        if not isinstance(x, jax.Array):
+            raise TypeError(
+                f"expected an array, got a {type(x).__name__}; for pytrees use a config, as pj.L1()"
+            )
     shape = inputs[0].shape
     parameters = {name: value for name, value in parameters.items() if value is not None}
     for name, value in parameters.items():

@@ -64,8 +64,14 @@ def start_run(folder: Path, settings: Mapping[str, Any], products: Iterable[str]
     `config.yaml` is written. Everything else in the folder stays.
 
     Raises:
-        UsageError: If the folder can't be made or written.
+        UsageError: If the folder can't be made or written, or if what would be removed is not from
+            an earlier run of this kind: its `config.yaml` has other options.
     """
+    taken = [name for name in (SETTINGS, LOG, CHECKPOINTS, *products) if (folder / name).exists()]
+    if taken and _read_settings(folder).keys() != settings.keys():
+        raise UsageError(
+            f"{folder} holds a {taken[0]} that is not from a run of this kind; choose another --out"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / CHECKPOINTS).exists():
@@ -83,18 +89,24 @@ def check_resumable(folder: Path, settings: Mapping[str, Any]) -> None:
     Raises:
         UsageError: If there is no run, or one with other settings.
     """
-    try:
-        found = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"nothing to resume: no readable {SETTINGS} in {folder}") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"nothing to resume: no settings in {folder / SETTINGS}")
+    found = _read_settings(folder)
+    if not found:
+        raise UsageError(f"nothing to resume: no settings of a run in {folder / SETTINGS}")
     for name in {**settings, **found}:
         if found.get(name) != settings.get(name):
             raise UsageError(
                 f"can't resume {folder}: it was run with {name} {found.get(name)}, "
                 f"not {settings.get(name)}"
             )
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of the run in `folder`; none if there is no readable run."""
+    try:
+        found = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def append_log(folder: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -41,6 +41,7 @@ def test_write_file_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
 
 
 def test_start_run_removes_only_what_a_run_wrote(tmp_path):
+    runs.start_run(tmp_path, {"seed": 0}, products=[])
     for name in ("mine.txt", "report.html", "metrics.jsonl", "checkpoints/10/leaf", "pretrained/a"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,6 +50,16 @@ def test_start_run_removes_only_what_a_run_wrote(tmp_path):
     found = {path.name for path in tmp_path.iterdir()}
     assert found == {"mine.txt", "pretrained", "config.yaml"}
     runs.check_resumable(tmp_path, {"seed": 1})
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "checkpoints/model.npz", "report.html"])
+def test_start_run_refuses_a_folder_with_somebody_elses_files(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("theirs: 1")
+    with pytest.raises(runs.UsageError, match="not from a run of this kind; choose another --out"):
+        runs.start_run(tmp_path, {"seed": 1}, products=["report.html"])
+    assert path.read_text() == "theirs: 1"
 
 
 def test_check_resumable_names_what_differs(tmp_path):
