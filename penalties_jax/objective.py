@@ -63,7 +63,8 @@ class Term(Pytree):
             mask = self.where and self.where(outputs)
         else:
             mask = _pick(f"term {name!r}", outputs, self.where)
-        value = _scalar(f"term {name!r}", self.penalty(*inputs, where=mask))
+        penalty = jax.tree.map(partial(_gate, weight), self.penalty)
+        value = _scalar(f"term {name!r}", penalty(*inputs, where=mask))
         counted = jnp.where((weight != 0) | jnp.isfinite(value), value, 0)
         return {name: value, f"{name}/weighted": weight * counted}
 

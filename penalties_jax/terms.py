@@ -187,7 +187,7 @@ class Reduced(Penalty):
         if self.reduction == "none":
             return structure.unflatten(values)
         present = [value for value in values if isinstance(value, Sums)]
-        zero = jnp.zeros(())
+        zero = jnp.zeros((), jnp.float32)
         sums = Sums(
             sum((value.total for value in present), start=zero),
             sum((value.count for value in present), start=zero),
@@ -229,7 +229,7 @@ class Weighted(Reduced):
         return super()._proximal(v, t)
 
     def _count(self, v):
-        return v.size
+        return jnp.size(v)
 
     def _proximal(self, v, step_size):
         if self.reduction == "none":
@@ -405,7 +405,7 @@ class GroupLasso(Weighted):
         return functional.prox_group_lasso(v, t, axis=self.axis)
 
     def _count(self, v):
-        return v.size // jnp.size(v, self.axis)
+        return jnp.size(v) // max(jnp.size(v, self.axis), 1)
 
 
 @pytree
@@ -530,4 +530,4 @@ class Orthogonality(Penalty):
             functional.orthogonality(x, mode=self.mode, normalize=self.normalize, axis=self.axis)
             for x in jax.tree.leaves(tree)
         ]
-        return sum(values, start=jnp.zeros(()))
+        return sum(values, start=jnp.zeros((), jnp.float32))

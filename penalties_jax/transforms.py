@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array
 from optax._src.base import NO_PARAMS_MSG
 
+from penalties_jax.functional.reduction import promote
 from penalties_jax.terms import Numeric, Penalty, is_absent
 
 Mask = Any | Callable[[optax.Params], Any]
@@ -57,6 +58,8 @@ def add_penalty(
 
     def change(updates, params, count):
         resolved, scale = penalty.at(count), _at(weight, count)
+        # In float32 at least, so that the weight meets the gradient before it is rounded.
+        params = jax.tree.map(lambda p: promote(p)[0], params)
         gradients = jax.grad(lambda params: resolved(params))(params)
         return jax.tree.map(
             lambda u, g: jnp.asarray(u + scale * g, jnp.result_type(u)), updates, gradients

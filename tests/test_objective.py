@@ -481,3 +481,9 @@ def test_eight_devices_equal_one(check_vma):
     for name, value in expected_metrics.items():
         assert_close(metrics[name], value)
     assert_close(slopes, expected_slopes, rtol=1e-5, atol=1e-7)
+
+
+def test_weight_zero_passes_nothing_to_hyperparameters():
+    objective = pj.Objective(terms={"a": pj.Term(pj.Lp(p=2.0), on="x", weight=0.0)})
+    gradient = jax.grad(lambda o: o({"x": jnp.array([jnp.inf, 1.0])})[0])(objective)
+    assert all(np.isfinite(leaf) for leaf in jax.tree.leaves(gradient))

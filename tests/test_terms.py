@@ -655,3 +655,10 @@ def test_the_ends_of_a_schedule_are_in_range(make, message):
 def test_wrong_inputs_are_named(call, message):
     with pytest.raises(TypeError, match=message):
         call()
+
+
+def test_configs_keep_float32_under_x64():
+    with jax.enable_x64(True):
+        assert pj.L1()(jnp.ones(3, jnp.float32)).dtype == jnp.float32
+        assert pj.L1(reduction="mean")(jnp.ones(3, jnp.bfloat16)).dtype == jnp.float32
+        assert pj.L1()(jnp.ones(3, jnp.float64)).dtype == jnp.float64

@@ -489,3 +489,11 @@ def test_a_sweep_over_configs_in_one_trace():
     expected = -(slopes * weights)[:, None] * np.sign([2.0, -2.0])
     assert_close(sweep(penalties, weights), expected)
     assert_close(sweep(penalties, 2 * weights), 2 * expected)
+
+
+def test_add_penalty_rounds_after_the_weight():
+    params = jnp.full(3, 4e4, jnp.float16)
+    optimizer = pj.add_penalty(pj.L2(), 1e-4)
+    updates, _ = optimizer.update(jnp.zeros_like(params), optimizer.init(params), params)
+    assert updates.dtype == jnp.float16
+    assert updates.tolist() == [8.0, 8.0, 8.0]

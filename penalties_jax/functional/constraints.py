@@ -212,7 +212,7 @@ def gradient_penalty(
 
     gradients = jax.vmap(jax.grad(score))(*promote(x))
     norms = norm(gradients, tuple(range(1, gradients.ndim)))
-    return jnp.mean(jnp.square(norms - target_norm))
+    return jnp.sum(jnp.square(norms - target_norm)) / max(norms.size, 1)
 
 
 def interpolated_gradient_penalty(

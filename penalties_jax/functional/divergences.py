@@ -300,7 +300,7 @@ def _js(log_p, log_q, mixture, axis):
 
 
 def _entropy(log_p, temperature, axis):
-    supported = ~jnp.isneginf(log_p)
+    supported = ~jnp.isneginf(log_p / lax.stop_gradient(temperature))
     scaled = jnp.where(supported, jnp.where(supported, log_p, 0) / temperature, -jnp.inf)
     log_pi = jnp.where(supported, log_softmax(scaled, axis), 0)
     return -jnp.sum(jnp.where(supported, jnp.exp(log_pi) * log_pi, 0), axis)

@@ -394,11 +394,11 @@ def _squared_distance(x, center=0.0, clip=None):
 
 def _elastic_net_slope(x, l1_ratio):
     rest = 1 - l1_ratio
-    return l1_ratio * jnp.sign(x) + jnp.where(rest > 0, 2 * rest * x, 0)
+    return l1_ratio * jnp.sign(x) + jnp.where((rest > 0) | jnp.isfinite(x), 2 * rest * x, 0)
 
 
 def _elastic_net_ratio_slope(x, l1_ratio):
-    magnitude = jnp.abs(x)
+    magnitude = _absolute(x)
     return magnitude * (1 - magnitude)
 
 

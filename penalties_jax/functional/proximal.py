@@ -119,8 +119,9 @@ def prox_huber(
         [0.5, 4.0]
     """
     v, t = _point_and_step(v, t)
-    delta = jnp.asarray(delta)
-    return v - t * jnp.clip(v / (1 + t), -delta, delta)
+    check_broadcast("delta", delta, v.shape)
+    inside = jnp.abs(v) <= delta * (1 + t)
+    return jnp.where(inside, v / (1 + t), v - jnp.where(inside, 0, t * delta) * jnp.sign(v))
 
 
 @compiled("axis")

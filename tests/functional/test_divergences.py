@@ -533,3 +533,14 @@ def test_bad_options_list_the_valid_ones(call, valid):
     with pytest.raises(ValueError, match=r"batchmean|backward") as raised:
         call(jnp.zeros((2, 1)), jnp.zeros((2, 1)))
     assert all(option in str(raised.value) for option in valid)
+
+
+def test_entropy_of_a_masked_logit_at_low_temperature():
+    logits = jnp.asarray([1.0, 2.0, jnp.finfo(jnp.float32).min])
+
+    def entropy(logits, temperature):
+        return F.entropy(jax.nn.log_softmax(logits), temperature=temperature)
+
+    value, slopes = jax.jit(jax.value_and_grad(entropy, (0, 1)))(logits, 0.5)
+    assert_close(value, special.entr(special.softmax([2.0, 4.0])).sum())
+    assert all(np.isfinite(slope).all() for slope in slopes)

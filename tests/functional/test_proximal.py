@@ -204,3 +204,8 @@ def test_dtypes(call):
 def test_a_step_that_does_not_fit_shows_both_shapes(call):
     with pytest.raises(ValueError, match=r"(?s)(?=.*\(7,\))(?=.*\(2,)"):
         call(jnp.ones((2, 3)), jnp.ones(7))
+
+
+def test_prox_huber_does_not_cancel_at_large_steps():
+    t = jnp.asarray([1e4, 1e6, 1e30])
+    assert_close(F.prox_huber(jnp.full(3, 0.7), t), 0.7 / (1 + np.asarray(t, np.float64)))
