@@ -173,8 +173,12 @@ class Objective(Pytree):
             )
             for name in names:
                 one_hot = {other: jnp.full_like(v, other == name) for other, v in values.items()}
-                leaves = jax.tree.leaves(pullback(one_hot))
-                yield name, norm(jnp.stack([norm(promote(leaf)[0]) for leaf in leaves]))
+                norms = [
+                    norm(promote(leaf)[0])
+                    for leaf in jax.tree.leaves(pullback(one_hot))
+                    if leaf.dtype != jax.dtypes.float0
+                ]
+                yield name, norm(jnp.array(norms))
 
         weighted = [f"{name}/weighted" for name in self.terms]
         return {

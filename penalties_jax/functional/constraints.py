@@ -17,6 +17,7 @@ from penalties_jax.functional.reduction import (
     Axis,
     AxisName,
     Reduction,
+    check_broadcast,
     check_choice,
     check_reduction,
     check_same_shape,
@@ -279,7 +280,8 @@ def output_magnitude(
         A scalar, or an array of the shape of the positions for "none".
 
     Raises:
-        ValueError: If `where` does not broadcast to `x`, or `reduction` is unknown.
+        ValueError: If `where` does not broadcast to `x`, or `target` to the positions, or
+            `reduction` is unknown.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -296,6 +298,7 @@ def output_magnitude(
         x = jnp.where(where, x, 0)
         count = jnp.sum(where, axis, dtype=jnp.int32).astype(x.dtype)
     norms = norm(x, axis)
+    check_broadcast("target", target, norms.shape)
     if axis is None and axis_name is not None:
         count, norms = lax.psum(count, axis_name), norm_across(norms, axis_name)
     rms = norms / jnp.sqrt(jnp.maximum(count, 1))

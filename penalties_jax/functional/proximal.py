@@ -80,7 +80,7 @@ def prox_elastic_net(
         l1_ratio: The $a$, in [0, 1].
 
     Raises:
-        ValueError: If `t` does not broadcast to `v`.
+        ValueError: If `t` or `l1_ratio` does not broadcast to `v`.
 
     References:
         Zou & Hastie (2005), Regularization and variable selection via the elastic net.
@@ -92,6 +92,7 @@ def prox_elastic_net(
         [0.0, 1.0]
     """
     v, t = _point_and_step(v, t)
+    check_broadcast("l1_ratio", l1_ratio, v.shape)
     return prox_l1(v, t * l1_ratio) / (1 + 2 * t * (1 - l1_ratio))
 
 
@@ -107,7 +108,7 @@ def prox_huber(
         delta: The $\delta$ of the Huber penalty, above 0.
 
     Raises:
-        ValueError: If `t` does not broadcast to `v`.
+        ValueError: If `t` or `delta` does not broadcast to `v`.
 
     References:
         Beck (2017), First-order methods in optimization, example 6.54.
