@@ -435,8 +435,8 @@ def _power(x, p, eps):
 
 
 def _geman_mcclure_ratio(x, gamma):
-    largest = float(jnp.finfo(x.dtype).max) ** 0.5 * gamma
-    return jnp.clip(x, -largest, largest) / gamma
+    largest = float(jnp.finfo(x.dtype).max) ** 0.5
+    return jnp.clip(x / gamma, -largest, largest)
 
 
 def _geman_mcclure_slope(x, gamma):
