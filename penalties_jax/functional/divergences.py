@@ -209,7 +209,7 @@ def _log_ratio(log_p, log_q):
 
 
 def _divergence_term(p, q, d):
-    """P (expm1(d) - d) = q - p - p d for d = log q - log p; q where p = 0, inf where only q is."""
+    """The term p (expm1(d) - d) = q - p - p d, d = log q - log p; q at p = 0, inf at only q = 0."""
     far = jnp.where(jnp.isneginf(d), jnp.inf, jnp.where(p == 0, q, q - p - p * d))
     return jnp.where(jnp.abs(d) < 1, p * expm1_minus(d), far)
 
