@@ -13,7 +13,15 @@ from jaxtyping import Array, PyTree
 from penalties_jax import functional
 from penalties_jax.functional.constraints import METRICS, MODES, ROWS, Metric, Mode, Rows
 from penalties_jax.functional.divergences import DIRECTIONS, Direction
-from penalties_jax.functional.reduction import REDUCTIONS, Axis, AxisName, Reduction, Sums
+from penalties_jax.functional.reduction import (
+    REDUCTIONS,
+    Axis,
+    AxisName,
+    Reduction,
+    Sums,
+    add_up,
+    spread,
+)
 from penalties_jax.pytree import (
     NONNEGATIVE,
     POSITIVE,
@@ -181,23 +189,17 @@ class Reduced(Penalty):
         values = [
             row[0] if is_absent(row[0]) else config._function(*row, where=mask, **options)
             for config, row, mask in zip(
-                self._members(structure), rows, _spread(where, structure), strict=True
+                self._members(structure), rows, spread(where, structure), strict=True
             )
         ]
         if self.reduction == "none":
             return structure.unflatten(values)
-        present = [value for value in values if isinstance(value, Sums)]
-        zero = jnp.zeros((), jnp.float32)
-        sums = Sums(
-            sum((value.total for value in present), start=zero),
-            sum((value.count for value in present), start=zero),
-        )
-        return sums.reduce(self.reduction)
+        return add_up([value for value in values if isinstance(value, Sums)], self.reduction)
 
     def _members(self, structure):
         """One config for each array: numbers given as pytrees like the input are dealt out."""
         columns = {
-            field.name: _spread(getattr(self, field.name), structure)
+            field.name: spread(getattr(self, field.name), structure)
             for field in fields(self)
             if "valid" in field.metadata
         }
@@ -210,13 +212,6 @@ class Reduced(Penalty):
 def is_absent(node: Any) -> bool:
     """Whether a node of the input stands for nothing: None, or left out by `optax.masked`."""
     return node is None or isinstance(node, optax.MaskedNode)
-
-
-def _spread(value, structure):
-    """One value for each array: `value` for all of them, or its own at each."""
-    if value is None or jax.tree_util.all_leaves([value]):
-        return [value] * structure.num_leaves
-    return structure.flatten_up_to(value)
 
 
 @abstract

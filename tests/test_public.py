@@ -14,11 +14,13 @@ PENALTIES = "l1 l2 elastic_net lp smooth_l0 huber group_lasso"
 DIVERGENCES = "kl_divergence js_divergence entropy kl_estimate"
 STRUCTURE = """orthogonality consistency gradient_penalty interpolated_gradient_penalty
     output_magnitude"""
+SPARSITY = """sparsity_rate sparsity_target_loss balanced_loss logistic_gate hard_concrete_gate
+    hard_concrete_l0 step_gate jump_relu top_k_gate straight_through resolvent_diagonal"""
 CONFIGS = """L1 L2 ElasticNet Lp SmoothL0 Huber GroupLasso KLDivergence JSDivergence Entropy
     Orthogonality Consistency Term Objective"""
 TOOLS = "stack anneal anneal_fraction add_penalty proximal"
 TEXT = "to_dict from_dict to_json from_json to_yaml from_yaml"
-FUNCTIONS = f"{PENALTIES} {DIVERGENCES} {STRUCTURE}".split()
+FUNCTIONS = f"{PENALTIES} {DIVERGENCES} {STRUCTURE} {SPARSITY}".split()
 NAMES = {*FUNCTIONS, *f"{CONFIGS} {TOOLS} {TEXT}".split(), "functional"}
 SOURCED = [*FUNCTIONS, "proximal", "anneal"]
 

@@ -9,6 +9,15 @@ from penalties_jax.functional.constraints import (
 )
 from penalties_jax.functional.divergences import entropy, js_divergence, kl_divergence
 from penalties_jax.functional.estimators import kl_estimate
+from penalties_jax.functional.gates import (
+    hard_concrete_gate,
+    hard_concrete_l0,
+    jump_relu,
+    logistic_gate,
+    step_gate,
+    straight_through,
+    top_k_gate,
+)
 from penalties_jax.functional.penalties import (
     elastic_net,
     group_lasso,
@@ -25,20 +34,31 @@ from penalties_jax.functional.proximal import (
     prox_l1,
     prox_l2,
 )
+from penalties_jax.functional.sparsity import (
+    balanced_loss,
+    sparsity_rate,
+    sparsity_target_loss,
+)
+from penalties_jax.functional.tridiagonal import resolvent_diagonal
 
 __all__ = [
+    "balanced_loss",
     "consistency",
     "elastic_net",
     "entropy",
     "gradient_penalty",
     "group_lasso",
+    "hard_concrete_gate",
+    "hard_concrete_l0",
     "huber",
     "interpolated_gradient_penalty",
     "js_divergence",
+    "jump_relu",
     "kl_divergence",
     "kl_estimate",
     "l1",
     "l2",
+    "logistic_gate",
     "lp",
     "orthogonality",
     "output_magnitude",
@@ -47,5 +67,11 @@ __all__ = [
     "prox_huber",
     "prox_l1",
     "prox_l2",
+    "resolvent_diagonal",
     "smooth_l0",
+    "sparsity_rate",
+    "sparsity_target_loss",
+    "step_gate",
+    "straight_through",
+    "top_k_gate",
 ]

@@ -61,7 +61,7 @@ def l1(
         >>> float(pj.l1(jnp.array([-2.0, 0.0, 1.0])))
         3.0
     """
-    return _penalty(_absolute, x, weights, reduction, where, axis_name)
+    return _penalty(absolute, x, weights, reduction, where, axis_name)
 
 
 def l2(
@@ -285,7 +285,7 @@ def huber(
         >>> float(pj.huber(jnp.array([1.0, -3.0]), delta=1.0))
         3.0
     """
-    return _penalty(_huber, x, weights, reduction, where, axis_name, delta=delta)
+    return _penalty(huber_loss, x, weights, reduction, where, axis_name, delta=delta)
 
 
 def group_lasso(
@@ -381,7 +381,8 @@ def _identity(x):
 
 
 @elementwise_derivatives(jnp.sign)
-def _absolute(x):
+def absolute(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """|x|, with derivative 0 at 0."""
     return jnp.abs(x)
 
 
@@ -398,7 +399,7 @@ def _elastic_net_slope(x, l1_ratio):
 
 
 def _elastic_net_ratio_slope(x, l1_ratio):
-    magnitude = _absolute(x)
+    magnitude = absolute(x)
     return magnitude * (1 - magnitude)
 
 
@@ -417,14 +418,14 @@ def _power_slope(x, p, eps):
 
 
 def _power_p_slope(x, p, eps):
-    base = _absolute(x) + eps
+    base = absolute(x) + eps
     positive = base > 0
     base = jnp.where(positive, base, 1)
     return jnp.where(positive, base**p * jnp.log(base), 0)
 
 
 def _power_eps_slope(x, p, eps):
-    base = _absolute(x) + eps
+    base = absolute(x) + eps
     positive = base > 0
     return jnp.where(positive, p * jnp.where(positive, base, 1) ** (p - 1), 0)
 
@@ -468,7 +469,8 @@ def _huber_delta_slope(x, delta):
 
 
 @elementwise_derivatives(_huber_slope, _huber_delta_slope)
-def _huber(x, delta):
+def huber_loss(x: Float[Array, "..."], delta: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x^2 / 2 inside delta, linear outside."""
     magnitude = jnp.abs(x)
     inside = jnp.minimum(magnitude, delta)
     return inside * (magnitude - inside / 2)

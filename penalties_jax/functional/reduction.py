@@ -20,10 +20,10 @@ REDUCTIONS = ("sum", "mean", "none")
 class Sums(NamedTuple):
     """A reduction before its division: what several arrays share in one mean."""
 
-    total: Float[Array, ""]
-    count: Float[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+    total: Float[Array, "..."]
+    count: Float[Array, "..."]  # pyright: ignore[reportIncompatibleMethodOverride]
 
-    def reduce(self, reduction: str) -> Float[Array, ""]:
+    def reduce(self, reduction: str) -> Float[Array, "..."]:
         """The "sum" or "mean"; the mean over nothing is 0."""
         return self.total if reduction == "sum" else self.total / jnp.maximum(self.count, 1)
 
@@ -87,6 +87,7 @@ def reduce(
     reduction: str,
     where: Bool[Array, "..."] | None,
     axis_name: AxisName | None,
+    axis: Axis | None = None,
 ) -> Any:
     """Reduces values that are already 0 where `where` is False.
 
@@ -96,22 +97,43 @@ def reduce(
             "sums" for the two `Sums` a mean is made of.
         where: Mask that broadcasts to the shape of `values`, or None for all.
         axis_name: Mapped axes whose members' values belong to the same reduction.
+        axis: What to reduce over; None is everything.
 
     Returns:
-        A scalar; `values` for "none"; a `Sums` for "sums".
+        A scalar, or an array of the axes that are left; `values` for "none"; a `Sums` for "sums".
     """
     if reduction == "none":
         return values
-    total = jnp.sum(values)
+    total = jnp.sum(values, axis)
     if where is None:
-        count = jnp.asarray(values.size, values.dtype)
-    else:
+        count = jnp.asarray(values.size // max(total.size, 1), values.dtype)
+    elif axis is None:
         repeats = values.size // max(where.size, 1)
         count = jnp.sum(where, dtype=jnp.int32).astype(values.dtype) * repeats
+    else:
+        included = jnp.broadcast_to(where, values.shape)
+        count = jnp.sum(included, axis, dtype=jnp.int32).astype(values.dtype)
     if axis_name is not None:
         total, count = lax.psum((total, count), axis_name)
     sums = Sums(total, count)
     return sums if reduction == "sums" else sums.reduce(reduction)
+
+
+def add_up(values: Sequence[Sums], reduction: str) -> Float[Array, ""]:
+    """The "sum" or "mean" over several arrays, each of which has been reduced to its `Sums`."""
+    zero = jnp.zeros((), jnp.float32)
+    sums = Sums(
+        sum((value.total for value in values), start=zero),
+        sum((value.count for value in values), start=zero),
+    )
+    return sums.reduce(reduction)
+
+
+def spread(value: Any, structure: Any) -> list[Any]:
+    """One value for each leaf of a tree: `value` for all of them, or its own at each."""
+    if value is None or jax.tree_util.all_leaves([value]):
+        return [value] * structure.num_leaves
+    return structure.flatten_up_to(value)
 
 
 @partial(jax.jit, static_argnames=("formula", "axis", "reduction", "axis_name"))

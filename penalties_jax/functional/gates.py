@@ -1,0 +1,383 @@
+"""Gates in [0, 1] that are learned: stochastic relaxations and straight-through estimators."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+from numpy.lib.array_utils import normalize_axis_index
+
+from penalties_jax.functional.decorators import compiled, elementwise_derivatives
+from penalties_jax.functional.reduction import check_broadcast, check_same_shape, promote
+
+
+def straight_through(hard: Float[Array, "..."], soft: Float[Array, "..."]) -> Float[Array, "..."]:
+    r"""The value of `hard` with the derivative of `soft`.
+
+    The value is `hard` to the last bit, which $h + s - \operatorname{stopgrad}(s)$ is not.
+
+    Args:
+        hard: What is used, of shape [...].
+        soft: What is differentiated, of the same shape.
+
+    Returns:
+        An array of the shape of `hard`.
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    References:
+        Bengio, Léonard & Courville (2013), Estimating or propagating gradients through stochastic
+        neurons for conditional computation.
+
+    Examples:
+        >>> import jax
+        >>> from penalties_jax.functional import straight_through
+        >>> f = lambda x: straight_through(jax.numpy.round(x), x**2)
+        >>> float(f(0.75)), float(jax.grad(f)(0.75))
+        (1.0, 1.5)
+    """
+    check_same_shape(hard=hard, soft=soft)
+    return _straight_through(*promote(hard, soft))
+
+
+def logistic_gate(
+    logits: Float[Array, "..."],
+    key: Array | None,
+    *,
+    temperature: ArrayLike = 1.0,
+    hard: bool = True,
+) -> Float[Array, "..."]:
+    r"""The logistic (binary concrete) gate: $\sigma((a + L) / T)$, L logistic noise.
+
+    A hard gate is 1 where $a + L > 0$, else 0. It is open with probability $\sigma(a)$ at every
+    temperature, and has the derivative of the soft gate (straight-through).
+
+    Args:
+        logits: The $a$, of shape [...], of any real dtype.
+        key: A JAX random key; the same key gives the same gates. None to evaluate without noise:
+            a hard gate is then open where its probability is above 1/2.
+        temperature: The $T$, above 0: a number, or an array that broadcasts to `logits`. A low
+            one makes soft gates nearly hard, and gradients large and rare.
+        hard: Whether the gate is 0 or 1, or in between.
+
+    Returns:
+        Gates in [0, 1], of the shape of `logits`, float32 or wider.
+
+    Raises:
+        ValueError: If `temperature` is a number that is not above 0, or does not broadcast.
+        TypeError: If `temperature` is a schedule.
+
+    References:
+        Maddison, Mnih & Teh (2017), The concrete distribution. Jang, Gu & Poole (2017),
+        Categorical reparameterization with Gumbel-softmax.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> logits = jnp.array([-2.0, 0.5, 3.0])
+        >>> pj.logistic_gate(logits, None).tolist()
+        [0.0, 1.0, 1.0]
+        >>> pj.logistic_gate(logits, jax.random.key(1)).shape
+        (3,)
+    """
+    _check_positive("temperature", temperature, logits)
+    return _logistic_gate(logits, key, temperature, hard=hard)
+
+
+def hard_concrete_gate(
+    logits: Float[Array, "..."],
+    key: Array | None,
+    *,
+    temperature: ArrayLike = 2 / 3,
+    stretch: tuple[ArrayLike, ArrayLike] = (-0.1, 1.1),
+) -> Float[Array, "..."]:
+    r"""The hard concrete gate: $\operatorname{clip}(\gamma + (\zeta - \gamma) s, 0, 1)$.
+
+    Here $s = \sigma((a + L) / T)$ with logistic noise L, stretched to the interval
+    $(\gamma, \zeta)$ beyond [0, 1], so that a gate is exactly 0, or exactly 1, with positive
+    probability, and still has a derivative in between.
+
+    Args:
+        logits: The $a$ (the paper's $\log \alpha$), of shape [...], of any real dtype.
+        key: A JAX random key. None to evaluate without noise: $s = \sigma(a)$.
+        temperature: The $T$ (the paper's $\beta$), above 0.
+        stretch: The $\gamma < 0$ and $\zeta > 1$.
+
+    Returns:
+        Gates in [0, 1], of the shape of `logits`, float32 or wider.
+
+    Raises:
+        ValueError: If `temperature` is a number that is not above 0 or does not broadcast, or
+            `stretch` does not reach beyond [0, 1].
+        TypeError: If `temperature` is a schedule.
+
+    References:
+        Louizos, Welling & Kingma (2018), Learning sparse neural networks through L0
+        regularization.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> pj.hard_concrete_gate(jnp.array([-4.0, 0.0, 4.0]), None).tolist()
+        [0.0, 0.5, 1.0]
+    """
+    _check_positive("temperature", temperature, logits)
+    _check_stretch(stretch)
+    return _hard_concrete_gate(logits, key, temperature, stretch)
+
+
+def hard_concrete_l0(
+    logits: Float[Array, "..."],
+    *,
+    temperature: ArrayLike = 2 / 3,
+    stretch: tuple[ArrayLike, ArrayLike] = (-0.1, 1.1),
+) -> Float[Array, "..."]:
+    r"""The probability that a hard concrete gate is not 0: $\sigma(a - T \ln(-\gamma / \zeta))$.
+
+    Summed, it is the expected L0 norm of the gates, which can be differentiated.
+
+    Args:
+        logits: As in `hard_concrete_gate`.
+        temperature: As in `hard_concrete_gate`.
+        stretch: As in `hard_concrete_gate`.
+
+    Returns:
+        Probabilities in [0, 1], of the shape of `logits`, float32 or wider.
+
+    Raises:
+        ValueError: As `hard_concrete_gate`.
+        TypeError: As `hard_concrete_gate`.
+
+    References:
+        Louizos, Welling & Kingma (2018), Learning sparse neural networks through L0
+        regularization, equation 12.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> round(float(pj.hard_concrete_l0(jnp.array(0.0))), 4)
+        0.8318
+    """
+    _check_positive("temperature", temperature, logits)
+    _check_stretch(stretch)
+    return _hard_concrete_l0(logits, temperature, stretch)
+
+
+def step_gate(
+    x: Float[Array, "..."], threshold: ArrayLike, *, bandwidth: ArrayLike = 1e-3
+) -> Float[Array, "..."]:
+    r"""The step $H(x - \theta)$: 1 where $x > \theta$, else 0.
+
+    The derivative with respect to $\theta$ is a kernel estimate, $-\frac{1}{\epsilon}
+    K((x - \theta) / \epsilon)$ with the rectangle $K(u) = 1$ where $|u| < 1/2$; that with respect
+    to x is 0. Its sum is an L0 norm whose expected gradient with respect to $\theta$ is that of
+    a kernel density estimate. There is no noise, in training or in evaluation.
+
+    Args:
+        x: Values of shape [...], of any real dtype.
+        threshold: The $\theta$: a number, or an array that broadcasts to `x`, such as one for each
+            feature.
+        bandwidth: The $\epsilon$, above 0, in the units of `x`; it may be annealed.
+
+    Returns:
+        0 or 1, of the shape of `x`, float32 or wider.
+
+    Raises:
+        ValueError: If `bandwidth` is a number that is not above 0, or shapes do not fit.
+        TypeError: If `threshold` or `bandwidth` is a schedule.
+
+    References:
+        Rajamanoharan et al. (2024), Jumping ahead: improving reconstruction fidelity with JumpReLU
+        sparse autoencoders.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> x = jnp.array([0.2, 0.9, 1.1])
+        >>> pj.step_gate(x, 1.0).tolist()
+        [0.0, 0.0, 1.0]
+        >>> count = lambda threshold: pj.step_gate(x, threshold, bandwidth=0.5).sum()
+        >>> float(jax.grad(count)(1.0))
+        -4.0
+    """
+    return _at_threshold(_step, x, threshold, bandwidth)
+
+
+def jump_relu(
+    x: Float[Array, "..."], threshold: ArrayLike, *, bandwidth: ArrayLike = 1e-3
+) -> Float[Array, "..."]:
+    r"""JumpReLU: $x H(x - \theta)$, x where it is above the threshold and 0 elsewhere.
+
+    The derivative with respect to x is $H(x - \theta)$; that with respect to $\theta$ is the
+    kernel estimate $-\frac{\theta}{\epsilon} K((x - \theta) / \epsilon)$, as in `step_gate`.
+
+    Args:
+        x: As in `step_gate`.
+        threshold: As in `step_gate`.
+        bandwidth: As in `step_gate`.
+
+    Returns:
+        An array of the shape of `x`, float32 or wider.
+
+    Raises:
+        ValueError: As `step_gate`.
+        TypeError: As `step_gate`.
+
+    References:
+        Rajamanoharan et al. (2024), Jumping ahead: improving reconstruction fidelity with JumpReLU
+        sparse autoencoders.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> pj.jump_relu(jnp.array([0.5, 2.0]), 1.0).tolist()
+        [0.0, 2.0]
+    """
+    return _at_threshold(_jump_relu, x, threshold, bandwidth)
+
+
+def top_k_gate(
+    logits: Float[Array, "..."],
+    k: int,
+    key: Array | None,
+    *,
+    temperature: ArrayLike = 1.0,
+    axis: int = -1,
+) -> Float[Array, "..."]:
+    r"""Opens the k gates with the largest logits along an axis.
+
+    With a key, Gumbel noise is added first: the gates are then k draws without replacement with
+    probabilities $\operatorname{softmax}(a)$. Exactly k are 1; of equal ones the first are taken.
+    The derivative is that of $k \operatorname{softmax}((a + G) / T)$, which also sums to k.
+
+    Args:
+        logits: The $a$, of shape [...], of any real dtype.
+        k: How many to open, from 1 to the size of the axis.
+        key: A JAX random key. None to evaluate without noise.
+        temperature: The $T$ of the derivative, above 0.
+        axis: What the k gates are chosen along.
+
+    Returns:
+        0 or 1, of the shape of `logits`, float32 or wider.
+
+    Raises:
+        ValueError: If `k` is out of range, or `temperature` is a number that is not above 0 or
+            does not broadcast.
+        TypeError: If `temperature` is a schedule.
+
+    References:
+        Kool, van Hoof & Welling (2019), Stochastic beams and where to find them: the
+        Gumbel-top-k trick. Jang, Gu & Poole (2017), for k = 1.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> pj.top_k_gate(jnp.array([0.1, 2.0, -1.0, 0.5]), 2, None).tolist()
+        [0.0, 1.0, 0.0, 1.0]
+    """
+    _check_positive("temperature", temperature, logits)
+    axis = normalize_axis_index(axis, jnp.ndim(logits))
+    size = jnp.shape(logits)[axis]
+    if not 1 <= k <= size:
+        raise ValueError(f"k must be from 1 to the size of the axis, {size}, got {k}")
+    return _top_k_gate(logits, key, temperature, k=k, axis=axis)
+
+
+def _check_positive(name: str, value: Any, like: Any) -> None:
+    check_broadcast(name, value, jnp.shape(like))
+    if isinstance(value, int | float) and not value > 0:
+        raise ValueError(f"{name} must be above 0, got {value!r}")
+
+
+def _check_stretch(stretch):
+    low, high = stretch
+    plain = isinstance(low, int | float) and isinstance(high, int | float)
+    if plain and not (low < 0 and high > 1):
+        raise ValueError(f"stretch must reach below 0 and above 1, got {stretch!r}")
+
+
+@jax.custom_jvp
+def _straight_through(hard, soft):
+    return hard
+
+
+@_straight_through.defjvp
+def _(primals, tangents):
+    return primals[0], tangents[1]
+
+
+def _noisy(logits, key):
+    (logits,) = promote(logits)
+    if key is None:
+        return logits
+    return logits + jax.random.logistic(key, logits.shape, logits.dtype)
+
+
+@compiled("hard")
+def _logistic_gate(logits, key, temperature, *, hard):
+    noisy = _noisy(logits, key)
+    soft = lax.logistic(noisy / temperature)
+    return _straight_through((noisy > 0).astype(soft.dtype), soft) if hard else soft
+
+
+@jax.jit
+def _hard_concrete_gate(logits, key, temperature, stretch):
+    low, high = stretch
+    # Without noise the temperature has no part in it: the gate's median would be at sigma(a / T).
+    scaled = promote(logits)[0] if key is None else _noisy(logits, key) / temperature
+    return jnp.clip(low + (high - low) * lax.logistic(scaled), 0, 1)
+
+
+@jax.jit
+def _hard_concrete_l0(logits, temperature, stretch):
+    low, high = stretch
+    return lax.logistic(promote(logits)[0] - temperature * jnp.log(-low / high))
+
+
+def _at_threshold(function, x, threshold, bandwidth):
+    check_broadcast("threshold", threshold, jnp.shape(x))
+    _check_positive("bandwidth", bandwidth, x)
+    return function(*promote(x, threshold, bandwidth))
+
+
+def _rectangle(x, threshold, bandwidth):
+    return (jnp.abs(x - threshold) < bandwidth / 2).astype(x.dtype) / bandwidth
+
+
+def _zero(x, threshold, bandwidth):
+    return jnp.zeros_like(x)
+
+
+@jax.jit
+@elementwise_derivatives(
+    _zero,
+    lambda x, threshold, bandwidth: -_rectangle(x, threshold, bandwidth),
+    _zero,
+)
+def _step(x, threshold, bandwidth):
+    return (x > threshold).astype(x.dtype)
+
+
+@jax.jit
+@elementwise_derivatives(
+    lambda x, threshold, bandwidth: _step(x, threshold, bandwidth),
+    lambda x, threshold, bandwidth: -threshold * _rectangle(x, threshold, bandwidth),
+    _zero,
+)
+def _jump_relu(x, threshold, bandwidth):
+    return jnp.where(x > threshold, x, 0)
+
+
+@compiled("k", "axis")
+def _top_k_gate(logits, key, temperature, *, k, axis):
+    (noisy,) = promote(logits)
+    if key is not None:
+        noisy = noisy + jax.random.gumbel(key, noisy.shape, noisy.dtype)
+    rows = jnp.moveaxis(noisy, axis, -1)
+    _, chosen = lax.top_k(lax.stop_gradient(rows), k)
+    hard = jnp.put_along_axis(jnp.zeros_like(rows), chosen, 1, axis=-1, inplace=False)
+    soft = k * jax.nn.softmax(noisy / temperature, axis)
+    return _straight_through(jnp.moveaxis(hard, -1, axis), soft)

@@ -1,0 +1,254 @@
+"""Rates of skipped work, and losses that pull them to a target."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, PyTree, Shaped
+
+from penalties_jax.functional.decorators import compiled, elementwise_derivatives
+from penalties_jax.functional.divergences import expm1_minus
+from penalties_jax.functional.penalties import absolute, huber_loss
+from penalties_jax.functional.reduction import (
+    Axis,
+    AxisName,
+    Reduction,
+    add_up,
+    check_choice,
+    check_reduction,
+    check_where,
+    evaluate,
+    promote,
+    reduce,
+    spread,
+)
+
+Kind = Literal["l2", "l1", "kl", "huber", "adaptive"]
+
+# What the kl kind takes for a rate, or a share that is computed, of 0.
+FLOOR = 1e-8
+
+
+@compiled("axis", "axis_name")
+def sparsity_rate(
+    mask: PyTree[Shaped[Array, "..."]],
+    *,
+    axis: Axis | None = None,
+    where: PyTree[Bool[Array, "..."]] | None = None,
+    axis_name: AxisName | None = None,
+) -> PyTree[Float[Array, "..."]]:
+    r"""The share of skipped work: $s = 1 - \operatorname{mean}(m)$.
+
+    The rate carries the gradient of the mask: $-1 / n$ for each of its n entries.
+
+    Args:
+        mask: The $m$, in [0, 1]: 1 is computed, 0 is skipped. Of any real dtype or boolean; an
+            array of shape [...], or a pytree of them, such as one for each layer.
+        axis: What one rate is taken over: None for all of an array; -1 of [batch, time] for one
+            rate an example.
+        where: Mask that broadcasts to `mask`, or a pytree of them: entries that exist, such as
+            positions that are not padding. Where none does, the rate is 0.
+        axis_name: Mapped axes over whose members one rate is taken: that of the global batch.
+
+    Returns:
+        A scalar, or an array of the axes that are left, in [0, 1]; for a pytree one of rates.
+
+    Raises:
+        ValueError: If `where` does not broadcast to `mask`.
+        TypeError: If `where` is not boolean.
+
+    References:
+        Bengio et al. (2015), Conditional computation in neural networks for faster models.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> float(pj.sparsity_rate(jnp.array([1, 0, 0, 1])))
+        0.5
+    """
+
+    def rate(mask, where):
+        check_where(where, jnp.shape(mask))
+        (skipped,) = promote(1 - promote(mask)[0])
+        if where is not None:
+            skipped = jnp.where(where, skipped, 0)
+        return reduce(skipped, reduction="mean", where=where, axis_name=axis_name, axis=axis)
+
+    masks, structure = jax.tree.flatten(mask)
+    return structure.unflatten(map(rate, masks, spread(where, structure)))
+
+
+def sparsity_target_loss(
+    rate: PyTree[Float[Array, "..."]],
+    target: PyTree[ArrayLike],
+    *,
+    kind: Kind = "l2",
+    delta: ArrayLike = 0.1,
+    reduction: Reduction = "none",
+    where: PyTree[Bool[Array, "..."]] | None = None,
+    axis_name: AxisName | None = None,
+) -> PyTree[Float[Array, "..."]]:
+    r"""How far rates of skipped work are from their targets.
+
+    With $s$ the rate and $t$ the target:
+
+    - "l2" is $(s - t)^2$ and "l1" $|s - t|$, with gradient 0 at the target;
+    - "kl" is $t \ln \frac{t}{s} + (1 - t) \ln \frac{1 - t}{1 - s}$ with $0 \ln 0 = 0$, computed
+      without cancellation. $s$ and $1 - s$ are each taken to be at least 1e-8, and the derivative,
+      $(1 - t) / (1 - s) - t / s$, passes through: at a rate of 0 or 1 it is finite, and points
+      back to the target;
+    - "huber", or "adaptive", is $(s - t)^2 / 2$ where $|s - t| < \delta$ and
+      $\delta (|s - t| - \delta / 2)$ elsewhere.
+
+    Args:
+        rate: The $s$, in [0, 1]: an array of shape [...], such as a scalar or one rate for each
+            token, or a pytree of them, such as one for each layer.
+        target: The $t$, in [0, 1]: an array that broadcasts with `rate`, or a pytree like it.
+        kind: "l2", "l1", "kl", "huber" or "adaptive".
+        delta: The $\delta$ of "huber", above 0.
+        reduction: "none" for a loss for each rate, "mean" or "sum" for a scalar over all of them.
+        where: Mask that broadcasts to the losses, or a pytree of them.
+        axis_name: Mapped axes over whose members to sum or average losses. A rate over the global
+            batch comes from `sparsity_rate(..., axis_name=...)`, and needs none here.
+
+    Returns:
+        An array of the shape of `rate` and `target` broadcast, in a pytree like `rate`; a scalar
+        for "mean" and "sum". "kl" is in nats.
+
+    Raises:
+        ValueError: If `target` is a number outside [0, 1], shapes do not fit, or an option is
+            unknown.
+        TypeError: If `target` is a schedule, or `where` is not boolean.
+
+    References:
+        Huber (1964), Robust estimation of a location parameter.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> float(pj.sparsity_target_loss(jnp.array(0.25), 0.75))
+        0.25
+        >>> round(float(pj.sparsity_target_loss(jnp.array(0.25), 0.75, kind="kl")), 4)
+        0.5493
+    """
+    check_choice("kind", kind, tuple(_FORMULAS))
+    check_reduction(reduction)
+    rates, structure = jax.tree.flatten(rate)
+
+    def loss(rate, target, where):
+        if isinstance(target, int | float) and not 0 <= target <= 1:
+            raise ValueError(f"target must be in [0, 1], got {target!r}")
+        if callable(target):
+            raise TypeError(f"target is a schedule, {target!r}: pass its value at the step")
+        rate, target = jnp.broadcast_arrays(*promote(rate, target))
+        return evaluate(
+            _FORMULAS[kind],
+            (rate, target),
+            {"delta": delta} if kind in ("huber", "adaptive") else {},
+            weights=1.0,
+            where=where,
+            reduction="none" if reduction == "none" else "sums",
+            axis_name=axis_name,
+        )
+
+    losses = list(map(loss, rates, spread(target, structure), spread(where, structure)))
+    return structure.unflatten(losses) if reduction == "none" else add_up(losses, reduction)
+
+
+def balanced_loss(
+    accuracy_loss: Float[Array, ""],
+    sparsity_loss: Float[Array, ""],
+    *,
+    accuracy_weight: ArrayLike = 1.0,
+    sparsity_weight: ArrayLike = 0.01,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    r"""The weighted sum of an accuracy and a sparsity loss, $w_a L_a + w_s L_s$, and its parts.
+
+    Args:
+        accuracy_loss: The $L_a$, a scalar in any unit.
+        sparsity_loss: The $L_s$, such as that of `sparsity_target_loss`.
+        accuracy_weight: The $w_a$, at least 0. At weight 0 a loss adds exactly 0, whatever it is.
+        sparsity_weight: The $w_s$, at least 0; usually 0.001 to 0.01.
+
+    Returns:
+        The total, and a dict of scalars: "total_loss", "accuracy_loss", "sparsity_loss",
+        "accuracy_weight" and "sparsity_weight".
+
+    Raises:
+        ValueError: If a weight is a negative number.
+
+    References:
+        Caruana (1997), Multitask learning, for losses that are added with weights.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> total, parts = pj.balanced_loss(jnp.array(2.0), jnp.array(0.5), sparsity_weight=0.1)
+        >>> round(float(total), 4)
+        2.05
+    """
+    for name, weight in (
+        ("accuracy_weight", accuracy_weight),
+        ("sparsity_weight", sparsity_weight),
+    ):
+        if isinstance(weight, int | float) and weight < 0:
+            raise ValueError(f"{name} must be at least 0, got {weight!r}")
+    losses = {"accuracy": accuracy_loss, "sparsity": sparsity_loss}
+    return _balance(losses, {"accuracy": accuracy_weight, "sparsity": sparsity_weight})
+
+
+@jax.jit
+def _balance(losses, weights):
+    values = promote(*losses.values(), *weights.values())
+    losses, weights = (dict(zip(losses, part, strict=True)) for part in (values[:2], values[2:]))
+    total = sum(jnp.where(weights[name] != 0, weights[name] * losses[name], 0) for name in losses)
+    parts = {f"{name}_loss": loss for name, loss in losses.items()}
+    parts |= {f"{name}_weight": weight for name, weight in weights.items()}
+    return total, {"total_loss": total, **parts}
+
+
+def _squared(rate, target):
+    return jnp.square(rate - target)
+
+
+def _absolute(rate, target):
+    return absolute(rate - target)
+
+
+def _huber(rate, target, delta):
+    return huber_loss(rate - target, delta)
+
+
+def _kl_slope_rate(rate, target):
+    """(1 - t) / (1 - s) - t / s with both floors, over one denominator so that it is 0 at s = t."""
+    skipped, computed = _floored(rate)
+    lift, other_lift = skipped - rate, computed - (1 - rate)
+    numerator = (rate - target) + lift - target * (lift + other_lift)
+    return numerator / (skipped * computed)
+
+
+def _kl_slope_target(rate, target):
+    (skipped, computed), (t, rest) = _floored(rate), _floored(target)
+    return jnp.log(t / skipped) - jnp.log(rest / computed)
+
+
+@elementwise_derivatives(_kl_slope_rate, _kl_slope_target)
+def _kl(rate, target):
+    skipped, computed = _floored(rate)
+    return _kl_term(target, skipped, rate - target) + _kl_term(1 - target, computed, target - rate)
+
+
+def _kl_term(p, q, difference):
+    """The term p ln(p / q) + q - p for q - p = difference, but for a floor under q; at least 0."""
+    change = difference / jnp.where(p > 0, p, 1)
+    near = (p > 0) & (jnp.abs(change) < 0.5)
+    far = difference - p * jnp.log(q / jnp.where(p > 0, p, 1))
+    return jnp.where(near, p * expm1_minus(jnp.log1p(jnp.where(near, change, 0))), far)
+
+
+def _floored(share):
+    return jnp.maximum(share, FLOOR), jnp.maximum(1 - share, FLOOR)
+
+
+_FORMULAS = {"l2": _squared, "l1": _absolute, "kl": _kl, "huber": _huber, "adaptive": _huber}
