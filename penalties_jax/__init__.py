@@ -40,7 +40,13 @@ from penalties_jax.functional import (
 )
 from penalties_jax.objective import Objective, Term
 from penalties_jax.pytree import stack
-from penalties_jax.schedules import anneal, anneal_fraction
+from penalties_jax.schedules import (
+    AdaptiveSparsityScheduler,
+    DualAscent,
+    SparsityControl,
+    anneal,
+    anneal_fraction,
+)
 from penalties_jax.serialization import (
     from_dict,
     from_json,
@@ -62,6 +68,7 @@ from penalties_jax.terms import (
     Lp,
     Orthogonality,
     SmoothL0,
+    SparsityTarget,
 )
 from penalties_jax.transforms import add_penalty, proximal
 
@@ -73,7 +80,9 @@ __version__ = "0.1.0"
 __all__ = [
     "L1",
     "L2",
+    "AdaptiveSparsityScheduler",
     "Consistency",
+    "DualAscent",
     "ElasticNet",
     "Entropy",
     "GroupLasso",
@@ -84,6 +93,8 @@ __all__ = [
     "Objective",
     "Orthogonality",
     "SmoothL0",
+    "SparsityControl",
+    "SparsityTarget",
     "Term",
     "add_penalty",
     "anneal",

@@ -22,6 +22,7 @@ from penalties_jax.functional.reduction import (
     add_up,
     spread,
 )
+from penalties_jax.functional.sparsity import KINDS, Kind
 from penalties_jax.pytree import (
     NONNEGATIVE,
     POSITIVE,
@@ -500,6 +501,52 @@ class Consistency(Reduced):
 
     def _function(self, a, b, **options):
         return functional.consistency(a, b, metric=self.metric, **options)
+
+
+@pytree
+class SparsityTarget(Reduced):
+    """How far rates of skipped work are from a target, `pj.sparsity_target_loss`.
+
+    Takes rates or, with `from_mask`, the masks of which it takes one rate an array: of the whole
+    array, or along `axis`. `where` then says which entries of a mask exist.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> masks = {"first": jnp.array([1.0, 0.0]), "second": jnp.array([1.0, 1.0])}
+        >>> float(pj.SparsityTarget(target=0.5, kind="l1", from_mask=True)(masks))
+        0.25
+    """
+
+    target: Numeric = number(valid=UNIT)
+    kind: Kind = option(default="l2", choices=KINDS)
+    delta: Numeric = number(default=0.1, valid=POSITIVE, kw_only=True)
+    from_mask: bool = option(default=False, kw_only=True)
+    axis: Axis | None = option(default=None, kw_only=True)
+    reduction: Reduction = option(default="mean", choices=REDUCTIONS, kw_only=True)
+
+    def _function(self, rate, *, where, axis_name, **options):
+        if self.from_mask:
+            mask = rate
+            rate = functional.sparsity_rate(mask, axis=self.axis, where=where, axis_name=axis_name)
+            # A rate over the global batch is the same on every member: its loss counts once.
+            where, axis_name = _any_included(mask, where, self.axis, axis_name), None
+        return functional.sparsity_target_loss(
+            rate,
+            self.target,
+            kind=self.kind,
+            delta=self.delta,
+            where=where,
+            axis_name=axis_name,
+            **options,
+        )
+
+
+def _any_included(x, where, axis, axis_name):
+    if where is None:
+        return None
+    included = jnp.any(jnp.broadcast_to(where, jnp.shape(x)), axis)
+    return included if axis_name is None else lax.psum(included.astype(jnp.int32), axis_name) > 0
 
 
 @pytree

@@ -16,7 +16,9 @@ STRUCTURE = """orthogonality consistency gradient_penalty interpolated_gradient_
     output_magnitude"""
 SPARSITY = """sparsity_rate sparsity_target_loss balanced_loss logistic_gate hard_concrete_gate
     hard_concrete_l0 step_gate jump_relu top_k_gate straight_through resolvent_diagonal"""
-CONFIGS = """L1 L2 ElasticNet Lp SmoothL0 Huber GroupLasso KLDivergence JSDivergence Entropy
+CONTROLLERS = "AdaptiveSparsityScheduler DualAscent SparsityControl"
+CONFIGS = f"""{CONTROLLERS} SparsityTarget
+    L1 L2 ElasticNet Lp SmoothL0 Huber GroupLasso KLDivergence JSDivergence Entropy
     Orthogonality Consistency Term Objective"""
 TOOLS = "stack anneal anneal_fraction add_penalty proximal"
 TEXT = "to_dict from_dict to_json from_json to_yaml from_yaml"

@@ -23,8 +23,10 @@ class Sums(NamedTuple):
     total: Float[Array, "..."]
     count: Float[Array, "..."]  # pyright: ignore[reportIncompatibleMethodOverride]
 
-    def reduce(self, reduction: str) -> Float[Array, "..."]:
-        """The "sum" or "mean"; the mean over nothing is 0."""
+    def reduce(self, reduction: str) -> Any:
+        """The "sum" or "mean", or for "sums" itself; the mean over nothing is 0."""
+        if reduction == "sums":
+            return self
         return self.total if reduction == "sum" else self.total / jnp.maximum(self.count, 1)
 
 
@@ -115,12 +117,11 @@ def reduce(
         count = jnp.sum(included, axis, dtype=jnp.int32).astype(values.dtype)
     if axis_name is not None:
         total, count = lax.psum((total, count), axis_name)
-    sums = Sums(total, count)
-    return sums if reduction == "sums" else sums.reduce(reduction)
+    return Sums(total, count).reduce(reduction)
 
 
-def add_up(values: Sequence[Sums], reduction: str) -> Float[Array, ""]:
-    """The "sum" or "mean" over several arrays, each of which has been reduced to its `Sums`."""
+def add_up(values: Sequence[Sums], reduction: str) -> Any:
+    """The reduction over several arrays, each of which has been reduced to its `Sums`."""
     zero = jnp.zeros((), jnp.float32)
     sums = Sums(
         sum((value.total for value in values), start=zero),

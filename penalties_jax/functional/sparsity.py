@@ -25,6 +25,7 @@ from penalties_jax.functional.reduction import (
 )
 
 Kind = Literal["l2", "l1", "kl", "huber", "adaptive"]
+KINDS = ("l2", "l1", "kl", "huber", "adaptive")
 
 # What the kl kind takes for a rate, or a share that is computed, of 0.
 FLOOR = 1e-8
@@ -132,7 +133,7 @@ def sparsity_target_loss(
         >>> round(float(pj.sparsity_target_loss(jnp.array(0.25), 0.75, kind="kl")), 4)
         0.5493
     """
-    check_choice("kind", kind, tuple(_FORMULAS))
+    check_choice("kind", kind, KINDS)
     check_reduction(reduction)
     rates, structure = jax.tree.flatten(rate)
 
