@@ -73,6 +73,8 @@ from penalties_jax.terms import (
 from penalties_jax.transforms import add_penalty, proximal
 
 if TYPE_CHECKING:
+    from penalties_jax import linen as linen
+    from penalties_jax import nnx as nnx
     from penalties_jax import recipes as recipes
 
 __version__ = "0.1.0"
@@ -138,7 +140,7 @@ __all__ = [
 ]
 
 # Rooms that need an extra, or take long to import: loaded on first use.
-_LAZY = ("recipes",)
+_LAZY = ("linen", "nnx", "recipes")
 
 
 def __getattr__(name: str):

@@ -193,10 +193,15 @@ def balanced_loss(
         ("accuracy_weight", accuracy_weight),
         ("sparsity_weight", sparsity_weight),
     ):
-        if isinstance(weight, int | float) and weight < 0:
-            raise ValueError(f"{name} must be at least 0, got {weight!r}")
+        check_weight(name, weight)
     losses = {"accuracy": accuracy_loss, "sparsity": sparsity_loss}
     return _balance(losses, {"accuracy": accuracy_weight, "sparsity": sparsity_weight})
+
+
+def check_weight(name: str, weight: ArrayLike) -> None:
+    """Raises ValueError for a weight that is a negative number."""
+    if isinstance(weight, int | float) and weight < 0:
+        raise ValueError(f"{name} must be at least 0, got {weight!r}")
 
 
 @jax.jit

@@ -1,0 +1,14 @@
+"""Flax linen modules: objectives that count their steps, penalties on activations, learned gates.
+
+Numbers of configs are Python numbers here: a linen module is static, and compared by value.
+"""
+
+from penalties_jax.linen.gates import SparsityGate
+from penalties_jax.linen.losses import (
+    ActivityPenalty,
+    Loss,
+    collect_penalties,
+    param_penalty,
+)
+
+__all__ = ["ActivityPenalty", "Loss", "SparsityGate", "collect_penalties", "param_penalty"]

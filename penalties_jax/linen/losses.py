@@ -1,0 +1,192 @@
+"""Objectives, penalties on activations and penalties on parameters, for Flax linen."""
+
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.traverse_util import path_aware_map
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PyTree
+
+from penalties_jax.objective import Metrics, Objective, Outputs
+from penalties_jax.pytree import resolve
+from penalties_jax.terms import Penalty
+
+PENALTIES = "penalties"
+
+
+def check_plain(name: str, config: Any) -> None:
+    """Raises TypeError for a config with array leaves, which a static module can't hold."""
+    for leaf in jax.tree.leaves(config):
+        if not isinstance(leaf, numbers.Real):
+            raise TypeError(f"{name} must hold Python numbers only in a linen module, got {leaf!r}")
+
+
+def record(module: nn.Module, penalty: Callable[[], Float[Array, ""]]) -> None:
+    """Adds a penalty to what the module has recorded, if the caller collects penalties."""
+    if module.is_mutable_collection(PENALTIES) and not module.is_initializing():
+        recorded = module.variable(PENALTIES, "recorded", jnp.zeros, ())
+        recorded.value = recorded.value + penalty()
+
+
+class Loss(nn.Module):
+    """An objective that keeps the step for its schedules, in the collection "schedule".
+
+    Attributes:
+        objective: A `pj.Objective` whose numbers are Python numbers.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> weight = pj.anneal(0.0, 1.0, start=0, end=2)
+        >>> term = pj.Term(pj.L1(), on="hidden", weight=weight)
+        >>> loss = pj.linen.Loss(pj.Objective(terms={"l1": term}))
+        >>> outputs = {"hidden": jnp.ones(4)}
+        >>> state = loss.init({}, outputs)
+        >>> for _ in range(3):
+        ...     (total, metrics), state = loss.apply(state, outputs, mutable=["schedule"])
+        >>> float(total)
+        4.0
+    """
+
+    objective: Objective
+
+    def __post_init__(self):
+        check_plain("objective", self.objective)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self, outputs: Outputs, *, step: ArrayLike | None = None, advance: bool = True
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """The total and its parts, as of the objective.
+
+        Args:
+            outputs: What the objective picks its inputs from.
+            step: The step for schedules, in place of the module's own, which then stays.
+            advance: Whether this call is a training step, after which the module's step goes up.
+
+        Raises:
+            KeyError: As the objective.
+            ValueError: As the objective.
+        """
+        if step is not None:
+            return self.objective(outputs, step=step)
+        count = self.variable("schedule", "step", jnp.zeros, (), jnp.int32)
+        result = self.objective(outputs, step=count.value)
+        if advance and not self.is_initializing():
+            count.value = count.value + 1
+        return result
+
+
+class ActivityPenalty(nn.Module):
+    """The identity, which records a penalty on what passes through.
+
+    It is recorded, in the collection "penalties", when that is mutable, as in training:
+    `model.apply(variables, x, mutable=["penalties"])`. `collect_penalties` sums it. Under
+    `nn.scan` the collection needs an axis: `variable_axes={"params": 0, "penalties": 0}`.
+
+    Attributes:
+        penalty: A config whose numbers are Python numbers.
+        weight: What the penalty is multiplied with: a number or a schedule.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> penalised = pj.linen.ActivityPenalty(pj.L1(), weight=0.5)
+        >>> y, state = penalised.apply({}, jnp.array([1.0, -3.0]), mutable=["penalties"])
+        >>> total, state = pj.linen.collect_penalties(state)
+        >>> float(total), state
+        (2.0, {})
+    """
+
+    penalty: Penalty
+    weight: Any = 1.0
+
+    def __post_init__(self):
+        check_plain("penalty", self.penalty)
+        check_plain("weight", self.weight)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self, x: PyTree[Array], *, where: PyTree | None = None, step: ArrayLike | None = None
+    ) -> PyTree[Array]:
+        """Return `x`, after recording its penalty.
+
+        Args:
+            x: An array or a pytree of arrays.
+            where: A mask of what counts, as in a call of the penalty.
+            step: The step for schedules.
+
+        Raises:
+            TypeError: If a hyperparameter is a schedule and there is no `step`.
+            ValueError: As the penalty.
+        """
+        penalty = self.weight * self.penalty
+        if step is not None:
+            penalty = resolve(penalty, step)
+        record(self, lambda: penalty(x, where=where))
+        return x
+
+
+def collect_penalties(variables: Mapping[str, Any]) -> tuple[Float[Array, ""], dict[str, Any]]:
+    """Sums what modules have recorded, and clears it.
+
+    Called inside the function that is differentiated, on the mutated variables that `apply`
+    returns. Layers that a scan or a vmap has stacked count one by one, and a layer that is called
+    twice counts twice.
+
+    Args:
+        variables: Collections by name, with or without "penalties".
+
+    Returns:
+        A scalar, 0 if nothing was recorded, and the other collections, for the next step.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> state = {"penalties": {"a": {"recorded": jnp.array([1.0, 2.0])}}, "batch_stats": {}}
+        >>> total, state = pj.linen.collect_penalties(state)
+        >>> float(total), state
+        (3.0, {'batch_stats': {}})
+    """
+    recorded = jax.tree.leaves(variables.get(PENALTIES, {}))
+    total = sum((jnp.sum(leaf) for leaf in recorded), start=jnp.zeros(()))
+    return total, {name: tree for name, tree in variables.items() if name != PENALTIES}
+
+
+def param_penalty(
+    params: Mapping[str, Any],
+    penalty: Penalty,
+    filter: Callable[[Any, Array], bool] = lambda path, value: True,
+) -> Float[Array, ""]:
+    """A penalty on the parameters that a filter selects.
+
+    Args:
+        params: A tree of parameters, `variables["params"]`.
+        penalty: A config.
+        filter: From the path of a parameter, a tuple of names, and its value to whether it counts.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: If the filter selects nothing, or as the penalty.
+        TypeError: If a hyperparameter still is a schedule.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+        >>> kernels = lambda path, value: path[-1] == "kernel"
+        >>> float(pj.linen.param_penalty(params, pj.L1(), kernels))
+        6.0
+    """
+    selected = path_aware_map(lambda path, x: x if filter(path, x) else None, params)
+    if not jax.tree.leaves(selected):
+        raise ValueError(f"filter selects no parameter, got {filter!r}")
+    return penalty(selected)

@@ -1,0 +1,104 @@
+"""A learned gate with a target rate, for Flax NNX."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from penalties_jax.functional.gates import logistic_gate
+from penalties_jax.functional.sparsity import Kind, check_weight
+from penalties_jax.nnx.losses import Penalty, as_data
+from penalties_jax.schedules import SparsityControl
+from penalties_jax.terms import SparsityTarget
+
+
+class ImportancePredictor(nnx.Module):
+    """A logit for each position, of how worthwhile it is: linear d to d/2, ReLU, linear to 1.
+
+    Args:
+        features: The d, at least 2.
+        rngs: The random keys of the initial parameters.
+    """
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs):
+        self.hidden = nnx.Linear(features, features // 2, rngs=rngs)
+        self.out = nnx.Linear(features // 2, 1, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*positions d"]) -> Float[Array, "*positions"]:
+        """The logits of the positions."""
+        return self.out(nnx.relu(self.hidden(x)))[..., 0]
+
+
+class SparsityGate(nnx.Module):
+    """A gate for each position, learned, whose rate of closed gates is pulled to a target.
+
+    An importance predictor gives logits, and `pj.logistic_gate` hard gates: with noise in
+    training, without after `model.eval()`. Each call in training records
+    `weight * pj.SparsityTarget(target, kind)` of its gates for `collect_penalties`. Multiply what
+    is to be skipped by the gate, so that the predictor also learns which positions matter.
+
+    Args:
+        features: The size of the last axis of the input, at least 2.
+        target: The share of positions to skip, in [0, 1].
+        weight: The weight of the sparsity loss, at least 0.
+        kind: The kind of the sparsity loss, as in `pj.sparsity_target_loss`.
+        temperature: That of the gate's derivative, above 0.
+        rngs: The random keys: of the initial parameters, and the stream "gate" of the noise.
+
+    Raises:
+        ValueError: If a number is out of range or `kind` is unknown.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import penalties_jax as pj
+        >>> gate = pj.nnx.SparsityGate(8, target=0.5, rngs=nnx.Rngs(0))
+        >>> mask = gate(jnp.ones((2, 5, 8)))
+        >>> mask.shape, bool(jnp.all((mask == 0) | (mask == 1)))
+        ((2, 5), True)
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        target: float = 0.5,
+        weight: float = 0.01,
+        kind: Kind = "huber",
+        temperature: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        check_weight("weight", weight)
+        self.predictor = ImportancePredictor(features, rngs=rngs)
+        self.penalty = as_data(weight * SparsityTarget(target, kind, from_mask=True))
+        self.temperature = temperature
+        self.recorded = Penalty(jnp.zeros(()))
+        self.rngs = rngs.gate.fork()
+        self.deterministic = False
+
+    def __call__(
+        self,
+        x: Float[Array, "*positions d"],
+        *,
+        where: Bool[Array, "*positions"] | None = None,
+        control: SparsityControl | None = None,
+        temperature: ArrayLike | None = None,
+    ) -> Float[Array, "*positions"]:
+        """The gate of each position: 1 is computed, 0 is skipped.
+
+        Args:
+            x: The features of the positions.
+            where: Which positions exist; the others are no part of the rate.
+            control: A target and a weight in place of the module's own, as a controller gives.
+            temperature: A temperature in place of the module's own.
+        """
+        temperature = self.temperature if temperature is None else temperature
+        key = None if self.deterministic else self.rngs()
+        mask = logistic_gate(self.predictor(x), key, temperature=temperature)
+        if not self.deterministic:
+            penalty = self.penalty
+            if control is not None:
+                target = penalty.penalty._with(target=control.target)
+                penalty = penalty._with(penalty=target, scale=control.weight)
+            self.recorded[...] += penalty(mask, where=where)
+        return mask

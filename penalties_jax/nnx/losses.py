@@ -1,0 +1,179 @@
+"""Objectives, penalties on activations and penalties on parameters, for Flax NNX."""
+
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PyTree
+
+from penalties_jax.objective import Metrics, Objective, Outputs
+from penalties_jax.pytree import resolve
+from penalties_jax.terms import Numeric
+from penalties_jax.terms import Penalty as PenaltyConfig
+
+Tree = TypeVar("Tree")
+
+
+class Penalty(nnx.Variable[Float[Array, "..."]]):
+    """What a module has recorded since it was last collected."""
+
+
+class Step(nnx.Variable[Array]):
+    """How many steps a `Loss` has seen."""
+
+
+def as_data(config: Tree) -> Tree:
+    """A config as NNX holds it: its numbers are arrays, which transforms see as data."""
+    return nnx.data(jax.tree.map(jnp.asarray, config))
+
+
+class Loss(nnx.Module):
+    """An objective that keeps the step for its schedules.
+
+    Args:
+        objective: A `pj.Objective`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> weight = pj.anneal(0.0, 1.0, start=0, end=2)
+        >>> term = pj.Term(pj.L1(), on="hidden", weight=weight)
+        >>> loss = pj.nnx.Loss(pj.Objective(terms={"l1": term}))
+        >>> [float(loss({"hidden": jnp.ones(4)})[0]) for _ in range(3)]
+        [0.0, 2.0, 4.0]
+        >>> float(loss({"hidden": jnp.ones(4)}, step=1)[0])
+        2.0
+    """
+
+    def __init__(self, objective: Objective):
+        self.objective = as_data(objective)
+        self.step = Step(jnp.zeros((), jnp.int32))
+
+    def __call__(
+        self, outputs: Outputs, *, step: ArrayLike | None = None, advance: bool = True
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """The total and its parts, as of the objective.
+
+        Args:
+            outputs: What the objective picks its inputs from.
+            step: The step for schedules, in place of the module's own, which then stays.
+            advance: Whether this call is a training step, after which the module's step goes up.
+
+        Raises:
+            KeyError: As the objective.
+            ValueError: As the objective.
+        """
+        if step is not None:
+            return self.objective(outputs, step=step)
+        result = self.objective(outputs, step=self.step[...])
+        if advance:
+            self.step[...] += 1
+        return result
+
+
+class ActivityPenalty(nnx.Module):
+    """The identity, which records a penalty on what passes through.
+
+    What is recorded adds up, call by call, until `collect_penalties` takes it. After `model.eval()`
+    nothing is recorded.
+
+    Args:
+        penalty: A config, without schedules unless each call is given the `step`.
+        weight: What the penalty is multiplied with: a number, an array or a schedule.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> penalised = pj.nnx.ActivityPenalty(pj.L1(), weight=0.5)
+        >>> penalised(jnp.array([1.0, -3.0])).tolist()
+        [1.0, -3.0]
+        >>> float(pj.nnx.collect_penalties(penalised))
+        2.0
+    """
+
+    def __init__(self, penalty: PenaltyConfig, weight: Numeric = 1.0):
+        self.penalty = as_data(weight * penalty)
+        self.recorded = Penalty(jnp.zeros(()))
+        self.deterministic = False
+
+    def __call__(
+        self, x: PyTree[Array], *, where: PyTree | None = None, step: ArrayLike | None = None
+    ) -> PyTree[Array]:
+        """Return `x`, after recording its penalty.
+
+        Args:
+            x: An array or a pytree of arrays.
+            where: A mask of what counts, as in a call of the penalty.
+            step: The step for schedules.
+
+        Raises:
+            TypeError: If a hyperparameter is a schedule and there is no `step`.
+            ValueError: As the penalty.
+        """
+        if not self.deterministic:
+            penalty = self.penalty if step is None else resolve(self.penalty, step)
+            self.recorded[...] += penalty(x, where=where)
+        return x
+
+
+def collect_penalties(model: nnx.Module) -> Float[Array, ""]:
+    """Sums what modules have recorded since the last time, and clears it.
+
+    Called inside the function that is differentiated, after the model. Layers that a scan or a
+    vmap has stacked count one by one, a layer that is called twice counts twice, and a layer that
+    is shared counts once for each call.
+
+    Args:
+        model: The module that the penalties are in, at any depth.
+
+    Returns:
+        A scalar, 0 if nothing was recorded.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import penalties_jax as pj
+        >>> model = nnx.Sequential(nnx.relu, pj.nnx.ActivityPenalty(pj.L2()))
+        >>> y = model(jnp.array([-1.0, 2.0]))
+        >>> float(pj.nnx.collect_penalties(model)), float(pj.nnx.collect_penalties(model))
+        (4.0, 0.0)
+    """
+    total = jnp.zeros(())
+    for _, variable in nnx.iter_graph(model):
+        if isinstance(variable, Penalty):
+            total = total + jnp.sum(variable[...])
+            variable[...] = jnp.zeros_like(variable[...])
+    return total
+
+
+def param_penalty(
+    model: nnx.Module, penalty: PenaltyConfig, filter: Any = nnx.Param
+) -> Float[Array, ""]:
+    """A penalty on the parameters of a model that a filter selects.
+
+    Args:
+        model: The module; inside `nnx.grad` the gradient goes to its parameters.
+        penalty: A config.
+        filter: An NNX filter: a type of variable, `nnx.PathContains("kernel")`, a function of path
+            and variable, or a combination by `nnx.All`, `nnx.Any` and `nnx.Not`.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: If the filter selects nothing, or as the penalty.
+        TypeError: If a hyperparameter still is a schedule.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import penalties_jax as pj
+        >>> model = nnx.Linear(2, 3, kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+        >>> float(pj.nnx.param_penalty(model, pj.L1(), nnx.PathContains("kernel")))
+        6.0
+    """
+    selected = nnx.state(model, filter)
+    if not jax.tree.leaves(selected):
+        raise ValueError(f"filter selects no parameter of the model, got {filter!r}")
+    return penalty(selected)

@@ -1,0 +1,279 @@
+"""The sparse Birman-Krein layer: features of a resolvent, at the positions that are worth it."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from penalties_jax.functional.gates import logistic_gate, top_k_gate
+from penalties_jax.functional.sparsity import (
+    Kind,
+    balanced_loss,
+    check_weight,
+    sparsity_rate,
+)
+from penalties_jax.functional.tridiagonal import resolvent_diagonal
+from penalties_jax.nnx.gates import ImportancePredictor
+from penalties_jax.nnx.losses import as_data
+from penalties_jax.terms import SparsityTarget
+
+# What the learned potential is clipped to.
+LARGEST_POTENTIAL = 3.0
+INTERPOLATION_CHANNELS = (2, 16, 16, 2)
+
+
+class Measurement(nnx.Variable[Float[Array, ""]]):
+    """What a layer measured at its last call; NaN before the first."""
+
+
+class SparseBKCore(nnx.Module):
+    r"""Resolvent features of a potential, computed at some positions and interpolated at others.
+
+    H is tridiagonal with the diagonal $-2 + v_k$, v the potential clipped to [-3, 3], and off
+    diagonals 1; the features of position k are the real and the imaginary part of
+    $G_{kk} = [(H - i I)^{-1}]_{kk}$. A position with mask 0 is skipped: it drops its couplings to
+    its neighbours, in its own example only, and its features come from three convolutions of width
+    3 over those of the computed positions. The mask carries its gradient.
+
+    Args:
+        n_seq: The length of the sequences.
+        causal: Whether features depend on the positions up to their own only, as in an
+            autoregressive model: the resolvent is that of the leading block, and the convolutions
+            look back.
+        rngs: The random keys of the initial parameters.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import penalties_jax as pj
+        >>> core = pj.nnx.SparseBKCore(6, rngs=nnx.Rngs(0))
+        >>> core(jnp.zeros((2, 6)), jnp.ones((2, 6))).shape
+        (2, 6, 2)
+    """
+
+    def __init__(self, n_seq: int, *, causal: bool = False, rngs: nnx.Rngs):
+        if n_seq < 1:
+            raise ValueError(f"n_seq must be at least 1, got {n_seq}")
+        self.n_seq = n_seq
+        self.causal = causal
+        padding = "CAUSAL" if causal else "SAME"
+        self.interpolation = nnx.List(
+            [
+                nnx.Conv(a, b, kernel_size=(3,), padding=padding, rngs=rngs)
+                for a, b in itertools.pairwise(INTERPOLATION_CHANNELS)
+            ]
+        )
+
+    def __call__(
+        self, potential: Float[Array, "batch n"], mask: Float[Array, "batch n"]
+    ) -> Float[Array, "batch n 2"]:
+        """The features.
+
+        Args:
+            potential: The v.
+            mask: 1 for positions to compute, 0 for those to skip.
+
+        Raises:
+            ValueError: If a shape is not [batch, n_seq].
+        """
+        for name, x in (("potential", potential), ("mask", mask)):
+            if x.ndim != 2 or x.shape[1] != self.n_seq:
+                raise ValueError(f"{name} must have the shape [batch, {self.n_seq}], got {x.shape}")
+        diagonal = jnp.clip(potential, -LARGEST_POTENTIAL, LARGEST_POTENTIAL) - 2
+        resolvent = resolvent_diagonal(diagonal, mask[:, :-1] * mask[:, 1:], causal=self.causal)
+        computed = mask[..., None]
+        features = computed * jnp.stack([resolvent.real, resolvent.imag], -1)
+        interpolated = features
+        for i, convolution in enumerate(self.interpolation):
+            interpolated = convolution(nnx.relu(interpolated) if i else interpolated)
+        return features + (1 - computed) * interpolated
+
+
+class MixtureOfExperts(nnx.Module):
+    """A feed-forward of several experts, of which each position uses those its router prefers.
+
+    Every expert is computed and the preferred ones are kept, weighted by the router's
+    probabilities (which sum to 1 over them if there are several).
+
+    Args:
+        features: The size of the input and the output.
+        experts: How many experts there are.
+        top_k: How many a position uses.
+        dropout: The rate of dropout on the output.
+        rngs: The random keys: of the initial parameters, and the stream "dropout".
+    """
+
+    def __init__(self, features: int, experts: int, top_k: int, dropout: float, *, rngs: nnx.Rngs):
+        if not 1 <= top_k <= experts:
+            raise ValueError(f"top_k must be from 1 to num_experts, {experts}, got {top_k}")
+        initializer = nnx.initializers.lecun_normal(batch_axis=(0,))
+        self.top_k = top_k
+        self.router = nnx.Linear(features, experts, use_bias=False, rngs=rngs)
+        self.up = nnx.Param(initializer(rngs.params(), (experts, features, 4 * features)))
+        self.down = nnx.Param(initializer(rngs.params(), (experts, 4 * features, features)))
+        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*positions d"]) -> Float[Array, "*positions d"]:
+        """The weighted sum of the preferred experts."""
+        logits = self.router(x)
+        preferred = lax.stop_gradient(top_k_gate(logits, self.top_k, None))
+        weights = preferred * jax.nn.softmax(logits)
+        if self.top_k > 1:
+            weights = weights / jnp.sum(weights, -1, keepdims=True)
+        hidden = jax.nn.gelu(jnp.einsum("...d,edh->...eh", x, self.up[...]))
+        return self.dropout(
+            jnp.einsum("...eh,ehd->...d", weights[..., None] * hidden, self.down[...])
+        )
+
+
+class SparseMoEResNetBKLayer(nnx.Module):
+    """A mixture-of-experts feed-forward with sparse resolvent features, at a target sparsity.
+
+    The output is `ffn + scale * linear(features)`, where `ffn` is the mixture of experts of the
+    input and `features` those of a `SparseBKCore` with the potential `linear(ffn)`. Which positions
+    it computes is decided by an importance predictor and `pj.logistic_gate`: with noise in
+    training, without after `model.eval()`. The rate of skipped positions carries its gradient, so
+    the predictor learns from the sparsity loss of the last call and from the accuracy loss.
+
+    Args:
+        d_model: The size of the last axis, at least 2.
+        n_seq: The length of the sequences.
+        num_experts: How many experts the feed-forward has.
+        top_k: How many of them a position uses.
+        dropout: The rate of dropout after the experts.
+        target_sparsity: The share of positions to skip, in [0, 1].
+        sparsity_loss_weight: The usual weight of the sparsity loss, at least 0.
+        sparsity_loss_type: "l2", "l1", "kl", "huber" or "adaptive".
+        causal: As of `SparseBKCore`.
+        temperature: That of the gate's derivative, above 0.
+        rngs: The random keys: of the initial parameters, and the streams "dropout" and "gate".
+
+    Raises:
+        ValueError: If a number is out of range or `sparsity_loss_type` is unknown.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import penalties_jax as pj
+        >>> layer = pj.nnx.SparseMoEResNetBKLayer(8, 16, target_sparsity=0.5, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 16, 8))).shape
+        (2, 16, 8)
+        >>> sorted(layer.get_sparsity_stats())
+        ['num_computed', 'sparsity_ratio', 'target_sparsity']
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_seq: int,
+        num_experts: int = 4,
+        top_k: int = 1,
+        dropout: float = 0.1,
+        target_sparsity: float = 0.5,
+        sparsity_loss_weight: float = 0.01,
+        sparsity_loss_type: Kind = "adaptive",
+        *,
+        causal: bool = False,
+        temperature: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        check_weight("sparsity_loss_weight", sparsity_loss_weight)
+        self.sparsity_loss_weight = sparsity_loss_weight
+        self.temperature = temperature
+        self.target = as_data(SparsityTarget(target_sparsity, sparsity_loss_type))
+        self.experts = MixtureOfExperts(d_model, num_experts, top_k, dropout, rngs=rngs)
+        self.predictor = ImportancePredictor(d_model, rngs=rngs)
+        self.potential = nnx.Linear(d_model, 1, rngs=rngs)
+        self.core = SparseBKCore(n_seq, causal=causal, rngs=rngs)
+        self.out = nnx.Linear(2, d_model, rngs=rngs)
+        self.scale = nnx.Param(jnp.ones(()))
+        self.rate = Measurement(jnp.full((), jnp.nan))
+        self.computed = Measurement(jnp.full((), jnp.nan))
+        self.rngs = rngs.gate.fork()
+        self.deterministic = False
+
+    def __call__(
+        self,
+        x: Float[Array, "batch n d"],
+        *,
+        where: Bool[Array, "batch n"] | None = None,
+        temperature: ArrayLike | None = None,
+    ) -> Float[Array, "batch n d"]:
+        """The output of the layer; what it skipped is remembered until the next call.
+
+        Args:
+            x: The input.
+            where: Which positions exist; the others are no part of the rate.
+            temperature: A temperature in place of the layer's own.
+
+        Raises:
+            ValueError: If the length of the sequences is not `n_seq`.
+        """
+        mask = self.gate(x, temperature=temperature)
+        feed_forward = self.experts(x)
+        features = self.core(self.potential(feed_forward)[..., 0], mask)
+        included = mask if where is None else jnp.where(where, mask, 0)
+        self.rate[...] = sparsity_rate(mask, where=where)
+        self.computed[...] = jnp.sum(lax.stop_gradient(included))
+        return feed_forward + self.scale[...] * self.out(features)
+
+    def gate(
+        self, x: Float[Array, "batch n d"], *, temperature: ArrayLike | None = None
+    ) -> Float[Array, "batch n"]:
+        """Which positions the layer computes: 1, or skips: 0."""
+        temperature = self.temperature if temperature is None else temperature
+        key = None if self.deterministic else self.rngs()
+        return logistic_gate(self.predictor(x), key, temperature=temperature)
+
+    def get_sparsity_loss(self, target_sparsity: ArrayLike | None = None) -> Float[Array, ""]:
+        """The sparsity loss of the last call, unweighted.
+
+        Args:
+            target_sparsity: A target in place of the layer's own, as a schedule gives.
+        """
+        target = self.target
+        if target_sparsity is not None:
+            target = target._with(target=target_sparsity)
+        return target(self.rate[...])
+
+    def get_balanced_loss(
+        self,
+        accuracy_loss: Float[Array, ""],
+        sparsity_weight: ArrayLike | None = None,
+        accuracy_weight: ArrayLike = 1.0,
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """The accuracy loss with the sparsity loss of the last call, as `pj.balanced_loss`.
+
+        Args:
+            accuracy_loss: A scalar.
+            sparsity_weight: The weight of the sparsity loss; None is the layer's own.
+            accuracy_weight: The weight of the accuracy loss.
+
+        Returns:
+            The total and its parts, with "current_sparsity" and "target_sparsity" among them.
+
+        Raises:
+            ValueError: If a weight is a negative number.
+        """
+        total, parts = balanced_loss(
+            accuracy_loss,
+            self.get_sparsity_loss(),
+            accuracy_weight=accuracy_weight,
+            sparsity_weight=(
+                self.sparsity_loss_weight if sparsity_weight is None else sparsity_weight
+            ),
+        )
+        sparsity = {"current_sparsity": self.rate[...], "target_sparsity": self.target.target}
+        return total, parts | sparsity
+
+    def get_sparsity_stats(self) -> dict[str, Float[Array, ""]]:
+        """The rate of the last call, how many positions it computed, and the target."""
+        return {
+            "sparsity_ratio": self.rate[...],
+            "num_computed": self.computed[...],
+            "target_sparsity": self.target.target,
+        }
