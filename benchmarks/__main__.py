@@ -5,11 +5,15 @@ from typing import Annotated, Literal
 
 import tyro
 
-from benchmarks import penalties, transforms
+from benchmarks import penalties, resolvent, transforms
 from benchmarks.harness import machine
 
-BENCHMARKS = {"penalties": penalties.run, "transforms": transforms.run}
-Name = Literal["penalties", "transforms"]
+BENCHMARKS = {
+    "penalties": penalties.run,
+    "resolvent": resolvent.run,
+    "transforms": transforms.run,
+}
+Name = Literal["penalties", "resolvent", "transforms"]
 
 
 def main(

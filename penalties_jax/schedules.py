@@ -18,6 +18,8 @@ from penalties_jax.pytree import (
     UNIT,
     Pytree,
     Schedule,
+    fields,
+    has_schedule,
     is_schedule,
     number,
     option,
@@ -194,6 +196,12 @@ class Controller(Pytree):
     for the next step. Both are pure, and take the same measurements.
     """
 
+    def __post_init__(self):
+        super().__post_init__()
+        for field in fields(self):
+            if field.name != "target" and has_schedule(getattr(self, field.name)):
+                raise TypeError(f"{type(self).__name__}.{field.name} can't be a schedule")
+
     def init(self) -> Any:
         """The state before the first step."""
         raise NotImplementedError
@@ -268,8 +276,8 @@ class AdaptiveSparsityScheduler(Controller):
         final_weight: The weight from `warmup_steps` on, at least 0.
         warmup_steps: The length of the warm-up, above 0.
         schedule_type: "linear", "cosine", "exponential", "cubic" or "quarters".
-        accuracy_threshold: A monitored loss above it backs off. The measurement is `value=`, of a
-            call and of `update`; where it isn't given, the last one.
+        accuracy_threshold: A monitored loss above it, or NaN, backs off. The measurement is
+            `value=`, of a call and of `update`; where it isn't given, the last one.
         remember: Whether the back-off outlasts the step.
         hold_steps: With `remember`, how long a new level holds.
         recovery_steps: With `remember`, how long it takes to recover from one level.
@@ -345,7 +353,7 @@ class AdaptiveSparsityScheduler(Controller):
 
     def _observe(self, state, value):
         value = state.value if value is None else jnp.asarray(value, jnp.float32)
-        over = value > self.accuracy_threshold
+        over = ~(value <= self.accuracy_threshold)
         if not self.remember:
             return state._replace(value=value, level=over.astype(jnp.float32))
         holding = state.hold > 0
@@ -433,22 +441,27 @@ class DualAscent(Controller):
         (0.5, 0.0295)
     """
 
-    target: Any
+    target: Any = number(valid=UNIT)
     step_size: Any = number(default=0.01, valid=POSITIVE)
     tolerance: Any = number(default=0.005, valid=NONNEGATIVE, kw_only=True)
     initial_weight: Any = number(default=0.0, valid=NONNEGATIVE, kw_only=True)
     max_weight: Any = number(default=math.inf, valid=POSITIVE, kw_only=True)
 
     def __post_init__(self):
+        if isinstance(self.target, Setpoint):
+            object.__setattr__(self, "target", self.target.target)
         super().__post_init__()
-        if not isinstance(self.target, Setpoint):
-            object.__setattr__(self, "target", Setpoint(self.target))
+        object.__setattr__(self, "target", Setpoint(self.target))
 
     def init(self) -> DualState:
         """The state before the first step."""
-        weight = jnp.asarray(self.initial_weight, jnp.float32)
-        shape = jnp.broadcast_shapes(weight.shape, self.target(self.target.init()).shape)
-        return DualState(jnp.zeros((), jnp.int32), jnp.broadcast_to(weight, shape))
+        target = self.target(self.target.init())
+        numbers = (target, self.step_size, self.tolerance, self.max_weight)
+        shape = jnp.broadcast_shapes(jnp.shape(self.initial_weight), *map(jnp.shape, numbers))
+        weight = jnp.minimum(jnp.asarray(self.initial_weight, jnp.float32), self.max_weight)
+        return DualState(
+            jnp.zeros((), jnp.int32), jnp.broadcast_to(weight, shape).astype(jnp.float32)
+        )
 
     def update(
         self,
@@ -458,11 +471,12 @@ class DualAscent(Controller):
         rate: ArrayLike | None = None,
         **extra: Any,
     ) -> DualState:
-        """The state after a step in which the rate was `rate`."""
+        """The state after a step in which the rate was `rate`; a rate of NaN changes no weight."""
         if rate is None:
             raise TypeError("DualAscent.update needs rate=, the measured rate of skipped work")
         excess = jnp.abs(rate - self.target(state)) - self.tolerance
-        weight = jnp.clip(state.weight + self.step_size * excess, 0, self.max_weight)
+        moved = jnp.clip(state.weight + self.step_size * excess, 0, self.max_weight)
+        weight = jnp.where(jnp.isnan(rate), state.weight, moved)
         count = jnp.asarray(optax.safe_increment(state.count))
         return DualState(count, weight.astype(jnp.float32))
 

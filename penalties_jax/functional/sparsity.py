@@ -246,7 +246,7 @@ def _kl(rate, target):
 
 
 def _kl_term(p, q, difference):
-    """The term p ln(p / q) + q - p for q - p = difference, but for a floor under q; at least 0."""
+    """The term p ln(p / q) + q - p for q - p = difference, but for a floor under q."""
     change = difference / jnp.where(p > 0, p, 1)
     near = (p > 0) & (jnp.abs(change) < 0.5)
     far = difference - p * jnp.log(q / jnp.where(p > 0, p, 1))

@@ -9,14 +9,12 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Complex, Float
 
-from penalties_jax.functional.decorators import compiled
 from penalties_jax.functional.reduction import check_choice, promote
 
 Method = Literal["auto", "scan", "associative_scan"]
 METHODS = ("auto", "scan", "associative_scan")
 
 
-@compiled("causal", "method")
 def resolvent_diagonal(
     diagonal: Float[Array, "*batch n"],
     couplings: Float[Array, "*batch n-1"],
@@ -62,8 +60,13 @@ def resolvent_diagonal(
         Array(True, dtype=bool)
     """
     check_choice("method", method, METHODS)
-    if isinstance(z, int | float):
-        raise ValueError(f"z must be off the real axis, got {z!r}")
+    if not jnp.iscomplexobj(z):
+        raise ValueError(f"z must be a complex number off the real axis, got {z!r}")
+    return _resolvent_diagonal(diagonal, couplings, z, causal=causal, method=method)
+
+
+@partial(jax.jit, static_argnames=("causal", "method"))
+def _resolvent_diagonal(diagonal, couplings, z, *, causal, method):
     a, products = promote(diagonal, couplings)
     if not a.ndim or products.shape != (*a.shape[:-1], a.shape[-1] - 1):
         raise ValueError(

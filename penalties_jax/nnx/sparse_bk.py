@@ -201,6 +201,7 @@ class SparseMoEResNetBKLayer(nnx.Module):
         x: Float[Array, "batch n d"],
         *,
         where: Bool[Array, "batch n"] | None = None,
+        mask: Float[Array, "batch n"] | None = None,
         temperature: ArrayLike | None = None,
     ) -> Float[Array, "batch n d"]:
         """The output of the layer; what it skipped is remembered until the next call.
@@ -208,12 +209,15 @@ class SparseMoEResNetBKLayer(nnx.Module):
         Args:
             x: The input.
             where: Which positions exist; the others are no part of the rate.
+            mask: Which positions to compute, in place of the learned gate: all of them make the
+                layer dense.
             temperature: A temperature in place of the layer's own.
 
         Raises:
             ValueError: If the length of the sequences is not `n_seq`.
         """
-        mask = self.gate(x, temperature=temperature)
+        if mask is None:
+            mask = self.gate(x, temperature=temperature)
         feed_forward = self.experts(x)
         features = self.core(self.potential(feed_forward)[..., 0], mask)
         included = mask if where is None else jnp.where(where, mask, 0)

@@ -10,10 +10,12 @@ import tyro
 
 from penalties_jax.recipes.finetune import FinetuneConfig, finetune
 from penalties_jax.recipes.runs import UsageError
+from penalties_jax.recipes.sparsify import SparsifyConfig, sparsify
 
 PROGRAM = "penalties-jax"
 RECIPES: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "finetune": (FinetuneConfig, finetune),
+    "sparsify": (SparsifyConfig, sparsify),
 }
 
 

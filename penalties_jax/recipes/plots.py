@@ -1,10 +1,12 @@
 """Plots as PNG bytes: no global state, no display."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
@@ -49,6 +51,57 @@ def frontier(
         return _png(figure)
 
 
+def frontiers(
+    groups: Mapping[str, Sequence[tuple[float, float]]], *, axes: tuple[str, str]
+) -> bytes:
+    """Plot one point for each member, joined within each group.
+
+    Args:
+        groups: The points of each group, by its name.
+        axes: The labels of the two axes, with units.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        plot = figure.subplots()
+        for colour, (name, points) in zip(_colours(len(groups)), groups.items(), strict=True):
+            x, y = zip(*sorted(points), strict=True)
+            plot.plot(x, y, "o-", color=colour, label=name, markersize=8)
+        plot.set(xlabel=axes[0], ylabel=axes[1])
+        plot.legend(frameon=False)
+        return _png(figure)
+
+
+def highlighted(text: str, shades: Mapping[str, Sequence[float]], *, scale: str) -> bytes:
+    """Plot a text once for each member, each character on a shade of its own.
+
+    Args:
+        text: What is shown.
+        shades: For each member a number in [0, 1] for each character: 0 is white, 1 is dark.
+        scale: What the shade means.
+    """
+    columns = 64
+    lines = math.ceil(len(text) / columns)
+    colours = matplotlib.colormaps["Blues"]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.2, 0.24 * (lines + 2.2) * len(shades)), layout="constrained")
+        for plot, (name, values) in zip(
+            figure.subplots(len(shades), squeeze=False)[:, 0], shades.items(), strict=True
+        ):
+            grid = np.full(lines * columns, np.nan)
+            grid[: len(text)] = values
+            image = plot.imshow(
+                grid.reshape(lines, columns), cmap=colours, vmin=0, vmax=1.4, aspect="auto"
+            )
+            for i, character in enumerate(text):
+                shown = {"\n": "¶", " ": "", "$": r"\$"}.get(character, character)
+                plot.text(i % columns, i // columns, shown, ha="center", va="center", size=7)
+            plot.set_title(name, size=8)
+            plot.axis("off")
+            image.set_label(scale)
+        figure.supxlabel(f"shade: {scale}", size=8)
+        return _png(figure)
+
+
 def curves(
     records: Sequence[Mapping[str, Any]], *, panels: Mapping[str, str], by: str, legend: str
 ) -> bytes:
@@ -70,12 +123,16 @@ def curves(
                 steps, values = zip(
                     *((record["step"], record[metric]) for record in own), strict=True
                 )
-                plot.plot(steps, values, color=colour, label=f"{member:g}")
+                plot.plot(steps, values, color=colour, label=_label(member))
             plot.set(title=label)
         plots[-1].set(xlabel="step")
         lines = plots[0].get_legend_handles_labels()
         figure.legend(*lines, title=legend, loc="outside right upper", frameon=False)
         return _png(figure)
+
+
+def _label(member: Any) -> str:
+    return member if isinstance(member, str) else f"{member:g}"
 
 
 def _colours(count: int) -> list[tuple[float, ...]]:

@@ -3,19 +3,22 @@
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from penalties_jax.recipes.language_model import LanguageModel, mean_loss
 from penalties_jax.recipes.text import Corpus, sample_windows
 from penalties_jax.recipes.training import adam, compile_chunk, train
+
+Model = TypeVar("Model", bound=nnx.Module)
 
 
 class Pretraining(NamedTuple):
@@ -56,20 +59,43 @@ def make_model(settings: Pretraining) -> LanguageModel:
 
 
 def pretrained_model(settings: Pretraining, corpus: Corpus, folder: Path) -> LanguageModel:
-    """Return the model trained on `corpus`, from a checkpoint under `folder` if there is one.
+    """Return the language model trained on `corpus`, as `pretrained`."""
+    return pretrained(make_model(settings), LanguageModel.__call__, settings, corpus, folder)
+
+
+def pretrained(
+    model: Model,
+    logits: Callable[[Model, Int[Array, "batch time"]], Float[Array, "batch time 256"]],
+    settings: Pretraining,
+    corpus: Corpus,
+    folder: Path,
+) -> Model:
+    """Return a model trained on `corpus`, from a checkpoint under `folder` if there is one.
 
     Each checkpoint is a folder named by a fingerprint of the settings and the text. Orbax writes
     it under another name and renames it at the end, so what is found is whole.
+
+    Args:
+        model: The model with initial parameters.
+        logits: What it predicts for the byte after each byte of a text.
+        settings: What decides the parameters, beside the text.
+        corpus: The text.
+        folder: Where checkpoints are.
     """
-    graph, parameters = nnx.split(make_model(settings), nnx.Param)
+    graph, parameters, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(parameters: nnx.State, windows: Int[Array, "batch length"]) -> Array:
+        model = nnx.merge(graph, parameters, rest, copy=True)
+        return mean_loss(logits(model, windows[:, :-1]), windows[:, 1:])
+
     path = folder.absolute() / fingerprint(settings, corpus)
     with ocp.StandardCheckpointer() as checkpointer:
         if path.exists():
             parameters = checkpointer.restore(path, parameters)
         else:
-            parameters = _train(graph, parameters, settings, corpus)
+            parameters = _train(loss, parameters, settings, corpus)
             checkpointer.save(path, parameters)
-    return nnx.merge(graph, parameters)
+    return nnx.merge(graph, parameters, rest)
 
 
 def fingerprint(settings: Pretraining, corpus: Corpus) -> str:
@@ -89,7 +115,10 @@ class _Data(NamedTuple):
 
 
 def _train(
-    graph: nnx.GraphDef, parameters: nnx.State, settings: Pretraining, corpus: Corpus
+    loss: Callable[[nnx.State, Array], Array],
+    parameters: nnx.State,
+    settings: Pretraining,
+    corpus: Corpus,
 ) -> nnx.State:
     optimizer = adam(settings.learning_rate, settings.steps)
 
@@ -100,11 +129,7 @@ def _train(
             batch_size=settings.batch_size,
             length=settings.context + 1,
         )
-
-        def loss(parameters: nnx.State) -> Array:
-            return mean_loss(nnx.merge(graph, parameters)(windows[:, :-1]), windows[:, 1:])
-
-        value, gradient = jax.value_and_grad(loss)(state.parameters)
+        value, gradient = jax.value_and_grad(loss)(state.parameters, windows)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
         return _State(parameters, optimizer_state), {"loss": value}

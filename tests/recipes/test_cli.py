@@ -9,7 +9,8 @@ from penalties_jax.recipes.cli import main
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["finetune"]),
+        (["--help"], ["finetune", "sparsify"]),
+        (["sparsify", "--help"], ["--targets", "--kind", "--resume", "--out"]),
         (["finetune", "--help"], ["--kl-weights", "--resume", "--base-text", "--on", "--out"]),
     ],
 )

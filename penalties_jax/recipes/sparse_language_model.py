@@ -1,0 +1,81 @@
+"""The byte-level transformer with sparse resolvent layers in place of its feed-forwards."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from penalties_jax.nnx import SparseMoEResNetBKLayer
+from penalties_jax.recipes.language_model import BYTES, Attention
+
+# Gates start open: at this logit, and none of them near closing.
+OPEN = 2.0
+
+
+class SparseBlock(nnx.Module):
+    """Attention and a sparse layer, each on a normalised copy of the residual stream."""
+
+    def __init__(self, width: int, heads: int, context: int, *, rngs: nnx.Rngs):
+        self.attention_norm = nnx.RMSNorm(width, rngs=rngs)
+        self.attention = Attention(width, heads, rngs=rngs)
+        self.sparse_norm = nnx.RMSNorm(width, rngs=rngs)
+        self.sparse = SparseMoEResNetBKLayer(width, context, dropout=0.0, causal=True, rngs=rngs)
+        self.sparse.predictor.out.bias = nnx.Param(jnp.full((1,), OPEN))
+
+    def __call__(
+        self, x: Float[Array, "batch time width"], mask: Float[Array, "batch time"] | None
+    ) -> Float[Array, "batch time width"]:
+        """Add what each of the two has to say to the residual stream."""
+        attended = x + self.attention(self.attention_norm(x))
+        return attended + self.sparse(self.sparse_norm(attended), mask=mask)
+
+    def sparse_input(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
+        """Return what the sparse layer, and its gate, get to see."""
+        return self.sparse_norm(x + self.attention(self.attention_norm(x)))
+
+
+class SparseLanguageModel(nnx.Module):
+    """A pre-norm transformer with sparse layers that predicts the next byte.
+
+    Args:
+        width: The size of the residual stream, a multiple of `heads`.
+        layers: The number of blocks.
+        heads: The number of attention heads in each block.
+        context: The length of an input, in bytes. Positions are learnt.
+        rngs: The random keys of the initial parameters.
+    """
+
+    def __init__(self, *, width: int, layers: int, heads: int, context: int, rngs: nnx.Rngs):
+        self.bytes = nnx.Embed(BYTES, width, rngs=rngs)
+        self.positions = nnx.Embed(context, width, rngs=rngs)
+        self.blocks = nnx.List(
+            [SparseBlock(width, heads, context, rngs=rngs) for _ in range(layers)]
+        )
+        self.norm = nnx.RMSNorm(width, rngs=rngs)
+        self.head = nnx.Linear(width, BYTES, use_bias=False, rngs=rngs)
+
+    def __call__(
+        self, text: Int[Array, "batch time"], *, dense: bool = False
+    ) -> Float[Array, "batch time 256"]:
+        """Return the logits of the byte after each byte of `text`, skipping nothing if `dense`."""
+        x = self.bytes(text) + self.positions(jnp.arange(text.shape[1]))
+        mask = jnp.ones(text.shape) if dense else None
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.head(self.norm(x))
+
+    def gates(
+        self, text: Int[Array, "batch time"]
+    ) -> tuple[Float[Array, "layers batch time"], Float[Array, "layers batch time"]]:
+        """Return which positions each sparse layer computes, and how probable that is."""
+        x = self.bytes(text) + self.positions(jnp.arange(text.shape[1]))
+        masks, probabilities = [], []
+        for block in self.blocks:
+            inputs = block.sparse_input(x)
+            masks.append(block.sparse.gate(inputs))
+            probabilities.append(nnx.sigmoid(block.sparse.predictor(inputs)))
+            x = block(x, None)
+        return jnp.stack(masks), jnp.stack(probabilities)
+
+    def layers(self) -> list[SparseMoEResNetBKLayer]:
+        """Return the sparse layers, first to last."""
+        return [block.sparse for block in self.blocks]

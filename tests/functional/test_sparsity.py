@@ -1,0 +1,332 @@
+"""Rates of skipped work and their losses: formulas, edges, masks, pytrees, the global batch."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from scipy.special import xlogy
+
+import penalties_jax.functional as F  # noqa: N812
+from tests.oracles import as_float32, assert_close, gradient
+
+KINDS = ("l2", "l1", "kl", "huber", "adaptive")
+every_kind = pytest.mark.parametrize("kind", KINDS)
+# Exact in float32, and off the kinks at the target and at a distance of delta.
+RATES = (2 * np.arange(1, 31, 2) + 1) / 64
+TARGETS = np.array([0.125, 0.5, 0.90625])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """Unoptimised programs, which compile in a fraction of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def exact(kind, s, t, delta=0.1):
+    """The loss in float64."""
+    d = np.abs(s - t)
+    if kind == "kl":
+        skipped, computed = np.maximum(s, 1e-8), np.maximum(1 - s, 1e-8)
+        return xlogy(t, t / skipped) + xlogy(1 - t, (1 - t) / computed)
+    if kind in ("huber", "adaptive"):
+        return np.where(d < delta, d**2 / 2, delta * (d - delta / 2))
+    return {"l2": d**2, "l1": d}[kind]
+
+
+@every_kind
+@pytest.mark.parametrize("delta", [0.1, 0.3])
+def test_value_and_gradients(kind, delta, x64):
+    s, t = (np.array(x) for x in np.broadcast_arrays(RATES[:, None], TARGETS))
+
+    def total(s, t):
+        return F.sparsity_target_loss(s, t, kind=kind, delta=delta, reduction="sum")
+
+    assert_close(
+        F.sparsity_target_loss(s, t, kind=kind, delta=delta), exact(kind, s, t, delta), rtol=1e-12
+    )
+    rate_slope, target_slope = jax.grad(total, (0, 1))(jnp.asarray(s), jnp.asarray(t))
+    by_rate = gradient(lambda x: exact(kind, x, t, delta).sum(), s)
+    by_target = gradient(lambda x: exact(kind, s, x, delta).sum(), t)
+    assert_close(rate_slope, by_rate, rtol=1e-6, atol=1e-8)
+    assert_close(target_slope, by_target, rtol=1e-6, atol=1e-8)
+
+
+@every_kind
+@pytest.mark.parametrize("target", TARGETS)
+def test_value_and_gradient_in_float32(kind, target):
+    s = jnp.asarray(RATES, jnp.float32)
+    values = F.sparsity_target_loss(s, target, kind=kind)
+    assert values.dtype == jnp.float32
+    assert_close(values, exact(kind, RATES, target), rtol=3e-6)
+    slopes = jax.grad(lambda s: F.sparsity_target_loss(s, target, kind=kind, reduction="sum"))(s)
+    desired = gradient(lambda x: exact(kind, x, target).sum(), RATES)
+    assert_close(slopes, desired, rtol=1e-5, atol=1e-7)
+
+
+@every_kind
+def test_at_an_inner_target_all_is_zero(kind):
+    for target in (0.3, 0.5, 0.99):
+        value, slope = jax.value_and_grad(
+            lambda s, target=target: F.sparsity_target_loss(s, target, kind=kind)
+        )(jnp.float32(target))
+        assert (value, slope) == (0, 0)
+
+
+@pytest.mark.parametrize("target", [0.0, 1e-4, 0.3, 1.0])
+def test_kl_at_the_ends(target):
+    """Finite at rates 0 and 1, by the floored formula, with a slope that points to the target."""
+    rates = np.array([0.0, 2.0**-20, 0.25, 0.75, 1 - 2.0**-20, 1.0])
+    t = float(np.float32(target))
+    values, slopes = jax.vmap(
+        jax.value_and_grad(lambda s: F.sparsity_target_loss(s, target, kind="kl"))
+    )(jnp.asarray(rates, jnp.float32))
+    assert_close(values, exact("kl", rates, t), rtol=2e-6, atol=1e-12)
+    desired = (1 - t) / np.maximum(1 - rates, 1e-8) - t / np.maximum(rates, 1e-8)
+    assert_close(slopes, desired, rtol=1e-5)
+    away = rates != t
+    assert np.all(np.sign(slopes)[away] == np.sign(rates - t)[away])
+
+
+def test_kl_below_the_floor(x64):
+    """As floored, which may be negative there, by at most 1e-8."""
+    shares = np.array([0.0, 1e-12, 1e-9, 0.9e-8, 1e-8, 1.1e-8, 1e-7])
+    for s, t in (np.meshgrid(shares, shares), np.meshgrid(1 - shares, 1 - shares)):
+        values = F.sparsity_target_loss(s, t, kind="kl")
+        assert np.all(np.asarray(values) >= -1.001e-8)
+        assert_close(values, exact("kl", s, t), rtol=1e-6, atol=1e-8)
+
+
+def test_kl_near_its_target_keeps_its_digits():
+    random = np.random.default_rng(0)
+    ends = 10.0 ** random.uniform(-5, np.log10(0.5), 3000)
+    t = np.where(random.random(3000) < 0.5, ends, 1 - ends).astype(np.float32)
+    s = as_float32(t * (1 + 10.0 ** random.uniform(-6, -1, 3000) * random.choice([-1, 1], 3000)))
+    s = np.clip(s, 0, 1 - 2.0**-20).astype(np.float32)
+    values = np.asarray(F.sparsity_target_loss(jnp.asarray(s), jnp.asarray(t), kind="kl"))
+    assert np.all(values >= 0)
+    with mpmath.workdps(50):
+        pairs = [(mpmath.mpf(float(a)), mpmath.mpf(float(b))) for a, b in zip(s, t, strict=True)]
+        desired = [
+            float(b * mpmath.log(b / a) + (1 - b) * mpmath.log((1 - b) / (1 - a))) for a, b in pairs
+        ]
+    assert_close(values, np.array(desired), rtol=1e-5)
+
+
+def test_adaptive_is_huber():
+    s = jnp.asarray(RATES)
+    a, b = (F.sparsity_target_loss(s, 0.5, kind=kind, delta=0.2) for kind in ("adaptive", "huber"))
+    assert np.array_equal(a, b)
+
+
+def test_defaults_are_l2_none_and_a_delta_of_a_tenth():
+    s = jnp.asarray(RATES)
+    assert_close(F.sparsity_target_loss(s, 0.5), (RATES - 0.5) ** 2)
+    assert_close(F.sparsity_target_loss(s, 0.5, kind="huber"), exact("huber", RATES, 0.5))
+
+
+@every_kind
+def test_rates_and_targets_for_each_token_and_reductions(kind):
+    random = np.random.default_rng(1)
+    s, t = random.integers(1, 64, (4, 6)) / 64, random.integers(1, 64, (6,)) / 64
+    mask = random.random((4, 6)) < 0.5
+    entries = exact(kind, s, t)
+    inputs = jnp.asarray(s), jnp.asarray(t)
+    for where, kept in ((None, np.ones_like(mask)), (mask, mask), (mask[:1], mask[:1] | (s < 0))):
+        sum_, mean, none = (
+            F.sparsity_target_loss(*inputs, kind=kind, reduction=name, where=where)
+            for name in ("sum", "mean", "none")
+        )
+        desired = np.where(kept, entries, 0)
+        assert_close(none, desired, rtol=1e-5, atol=1e-7)
+        assert_close(sum_, desired.sum(), rtol=1e-5)
+        assert_close(mean, desired.sum() / kept.sum(), rtol=1e-5)
+
+
+@every_kind
+def test_excluded_rates_may_hold_anything(kind):
+    s, t = jnp.array([0.25, math.nan, math.inf]), jnp.array([0.5, 0.5, math.nan])
+    where = jnp.array([True, False, False])
+    value, slopes = jax.value_and_grad(
+        lambda s, t: F.sparsity_target_loss(s, t, kind=kind, reduction="mean", where=where), (0, 1)
+    )(s, t)
+    assert_close(value, exact(kind, 0.25, 0.5), rtol=1e-5)
+    for slope in slopes:
+        assert slope[0] != 0
+        assert_close(slope[1:], 0)
+
+
+def test_layers_in_a_pytree():
+    s = {"a": np.array(0.25), "b": np.array([0.5, 0.75, 0.125])}
+    rates = jax.tree.map(jnp.asarray, s)
+    own = {"a": 0.5, "b": jnp.array([0.25, 0.5, 0.5])}
+    for target in (0.375, own):
+        t = own if target is own else {"a": target, "b": target}
+        losses = F.sparsity_target_loss(rates, target)
+        desired = {name: (s[name] - np.asarray(t[name])) ** 2 for name in s}
+        assert losses.keys() == desired.keys()
+        for name in s:
+            assert losses[name].shape == s[name].shape
+            assert_close(losses[name], desired[name])
+        total = sum(x.sum() for x in desired.values())
+        assert_close(F.sparsity_target_loss(rates, target, reduction="sum"), total)
+        # One mean over all rates, not one of means.
+        assert_close(F.sparsity_target_loss(rates, target, reduction="mean"), total / 4)
+    where = {"a": jnp.array(False), "b": jnp.array([True, False, True])}
+    masked = F.sparsity_target_loss(rates, own, reduction="mean", where=where)
+    assert_close(masked, (0.25**2 + 0.375**2) / 2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bool_, jnp.int8, jnp.int32, jnp.bfloat16, jnp.float32])
+def test_rate_of_masks_of_every_dtype(dtype):
+    mask = np.random.default_rng(2).random((5, 67)) < 0.3
+    rate = F.sparsity_rate(jnp.asarray(mask, dtype))
+    assert rate.dtype == jnp.float32
+    assert rate.shape == ()
+    assert_close(rate, 1 - mask.mean(), rtol=1e-6)
+
+
+def test_a_rate_in_low_precision_is_a_mean_in_float32():
+    mask = np.zeros(4099, bool)
+    mask[:3] = True
+    assert_close(F.sparsity_rate(jnp.asarray(mask, jnp.bfloat16)), 1 - 3 / 4099, rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [None, -1, 0, (0, 2), (-1, -2)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_rate_and_gradient_over_axes(axis, masked):
+    random = np.random.default_rng(3)
+    mask = random.integers(0, 65, (3, 4, 5)) / 64
+    where = random.random((3, 4, 5)) < 0.6 if masked else None
+    kept = np.ones_like(mask) if where is None else where.astype(float)
+    rate = F.sparsity_rate(jnp.asarray(mask), axis=axis, where=where)
+    count = np.maximum(kept.sum(axis), 1)
+    assert_close(rate, (kept * (1 - mask)).sum(axis) / count, rtol=1e-6, atol=1e-7)
+    slopes = jax.grad(lambda mask: F.sparsity_rate(mask, axis=axis, where=where).sum())(
+        jnp.asarray(mask)
+    )
+    assert_close(slopes, -kept / np.maximum(kept.sum(axis, keepdims=True), 1), rtol=1e-6)
+
+
+def test_padding_in_a_rate():
+    """It may hold NaN, and an example of nothing else has rate 0 and gradient 0."""
+    mask = jnp.array([[1.0, 0.0, math.nan], [math.nan, math.inf, math.nan]])
+    where = jnp.array([[True, True, False], [False, False, False]])
+    assert_close(F.sparsity_rate(mask, where=where), 0.5)
+    assert_close(F.sparsity_rate(mask, axis=-1, where=where), [0.5, 0])
+    slope = jax.grad(lambda mask: F.sparsity_rate(mask, axis=-1, where=where).sum())(mask)
+    assert_close(slope, [[-0.5, -0.5, 0], [0, 0, 0]])
+    assert_close(F.sparsity_rate(mask, where=jnp.zeros((3,), bool)), 0)
+    # A mask of lengths broadcasts.
+    columns = jnp.array([True, True, False])
+    assert_close(F.sparsity_rate(jnp.array([[1, 0, 1], [0, 0, 1]]), where=columns), 0.75)
+
+
+def test_rates_of_layers():
+    masks = {"a": jnp.array([1, 0, 0, 0]), "b": [jnp.array([[True, True], [True, False]])]}
+    rates = F.sparsity_rate(masks)
+    assert (float(rates["a"]), float(rates["b"][0])) == (0.75, 0.25)
+    where = {"a": jnp.array([True, True, False, False]), "b": [jnp.array([False, True])]}
+    rates = F.sparsity_rate(masks, where=where)
+    assert (float(rates["a"]), float(rates["b"][0])) == (0.5, 0.5)
+
+
+def test_the_global_batch_on_eight_devices():
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    random = np.random.default_rng(4)
+    mask = (random.integers(0, 65, (8, 3, 5)) / 64).astype(np.float32)
+    where = random.random(mask.shape) < 0.5
+    where[0], where[1] = False, True
+    target, count = 0.3, where.sum()
+
+    def rate(mask, where):
+        return F.sparsity_rate(mask, where=where, axis_name="batch")
+
+    def mean(mask, where):
+        return F.sparsity_target_loss(
+            mask, target, reduction="mean", where=where, axis_name="batch"
+        )
+
+    for function, formula, slope in (
+        (rate, lambda m: 1 - m, where * -1.0 / count),
+        (mean, lambda m: (m - target) ** 2, where * 2 * (mask - target) / count),
+    ):
+        sharded = jax.shard_map(
+            function, mesh=mesh, in_specs=(P("batch"), P("batch")), out_specs=P()
+        )
+        value, slopes = jax.jit(jax.value_and_grad(sharded))(mask, where)
+        assert_close(value, formula(mask)[where].sum() / count, rtol=1e-5)
+        assert_close(slopes, slope, rtol=1e-5, atol=1e-8)
+
+
+def test_balanced_loss():
+    losses = jnp.array(2.0), jnp.array(0.5)
+    total, parts = F.balanced_loss(*losses, accuracy_weight=0.75, sparsity_weight=0.125)
+    assert {name: float(part) for name, part in parts.items()} == {
+        "total_loss": 0.75 * 2 + 0.125 * 0.5,
+        "accuracy_loss": 2.0,
+        "sparsity_loss": 0.5,
+        "accuracy_weight": 0.75,
+        "sparsity_weight": 0.125,
+    }
+    assert total == parts["total_loss"]
+    assert_close(F.balanced_loss(*losses)[0], 2.005, rtol=1e-6)
+
+
+def test_balanced_loss_gradients_and_traced_weights():
+    slopes = jax.jit(
+        jax.grad(
+            lambda a, s, wa, ws: F.balanced_loss(a, s, accuracy_weight=wa, sparsity_weight=ws)[0],
+            (0, 1, 2, 3),
+        )
+    )(2.0, 0.5, 0.75, 0.125)
+    assert_close(jnp.stack(slopes), [0.75, 0.125, 2.0, 0.5])
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_loss_of_weight_0_adds_exactly_0(value):
+    """And it gets no gradient."""
+
+    def total(accuracy, sparsity, **weights):
+        return F.balanced_loss(accuracy, sparsity, **weights)[0]
+
+    slopes = jax.value_and_grad(total, (0, 1))
+    weights = {"accuracy_weight": 1.0, "sparsity_weight": 0.0}
+    assert slopes(3.0, value, **weights) == (3.0, (1.0, 0.0))
+    weights = {"accuracy_weight": 0, "sparsity_weight": jnp.array(2.0)}
+    assert slopes(value, 3.0, **weights) == (6.0, (0.0, 2.0))
+    assert not np.isfinite(total(3.0, value))
+
+
+def test_bad_input():
+    rate, schedule = jnp.array([0.5, 0.25]), lambda step: 0.5
+    for target in (-0.01, 1.01, math.nan, 2):
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            F.sparsity_target_loss(rate, target)
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        F.sparsity_target_loss({"a": rate, "b": rate}, {"a": 0.5, "b": 1.5})
+    with pytest.raises(ValueError, match=r"(?s)(?=.*'l3')(?=.*l2)(?=.*l1)(?=.*kl)(?=.*huber)"):
+        F.sparsity_target_loss(rate, 0.5, kind="l3")
+    with pytest.raises(ValueError, match=r"(?s)(?=.*total)(?=.*mean)"):
+        F.sparsity_target_loss(rate, 0.5, reduction="total")
+    with pytest.raises(TypeError, match="schedule"):
+        F.sparsity_target_loss(rate, schedule)
+    with pytest.raises(ValueError, match=r"(?i)shape"):
+        F.sparsity_target_loss(rate, jnp.array([0.5, 0.5, 0.5]))
+    with pytest.raises(ValueError, match=r"where.*\(3,\)"):
+        F.sparsity_target_loss(rate, 0.5, where=jnp.ones(3, bool))
+    with pytest.raises(TypeError, match="where must be boolean"):
+        F.sparsity_target_loss(rate, 0.5, where=jnp.ones(2))
+    with pytest.raises(TypeError, match="where must be boolean"):
+        F.sparsity_rate(rate, where=jnp.ones(2, int))
+    with pytest.raises(ValueError, match=r"where.*\(3,\)"):
+        F.sparsity_rate(rate, where=jnp.ones(3, bool))
+    for name in ("accuracy_weight", "sparsity_weight"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 0"):
+            F.balanced_loss(jnp.array(1.0), jnp.array(1.0), **{name: -0.5})

@@ -1,0 +1,135 @@
+"""The learned gate of linen, and that it is that of NNX."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import penalties_jax as pj
+from tests.oracles import assert_close, lattice
+
+X = jnp.asarray(lattice(0, 4, 8, 6), jnp.float32)
+GATE = pj.linen.SparsityGate(target=0.75, weight=0.5)
+
+
+def initial(gate=GATE):
+    return gate.init({"params": jax.random.key(0), "gate": jax.random.key(1)}, X)
+
+
+def train(gate, variables, seed=2, **options):
+    """A training call: the mask and what it recorded."""
+    mask, state = gate.apply(
+        variables, X, **options, rngs={"gate": jax.random.key(seed)}, mutable=["penalties"]
+    )
+    return mask, pj.linen.collect_penalties(state)[0]
+
+
+def expected(mask, target=0.75, weight=0.5, kind="huber", where=None):
+    rate = pj.sparsity_rate(mask, where=where)
+    return weight * pj.sparsity_target_loss(rate, target, kind=kind)
+
+
+def test_init_records_nothing():
+    assert initial().keys() == {"params"}
+    assert GATE.init(jax.random.key(0), X, deterministic=True).keys() == {"params"}
+
+
+@pytest.mark.parametrize("kind", ["l2", "l1", "kl", "huber", "adaptive"])
+def test_records_the_loss_of_its_mask(kind):
+    gate = pj.linen.SparsityGate(target=0.75, weight=0.5, kind=kind)
+    mask, recorded = train(gate, initial(gate))
+    assert mask.shape == X.shape[:-1]
+    assert set(np.unique(mask)) == {0, 1}
+    assert_close(recorded, expected(mask, kind=kind))
+    if kind != "huber":
+        return
+    remat = nn.remat(pj.linen.SparsityGate)(target=0.75, weight=0.5, kind=kind)
+    mask, recorded = jax.jit(lambda variables: train(remat, variables))(initial(gate))
+    assert_close(recorded, expected(mask, kind=kind))
+
+
+def test_noise_and_evaluation():
+    variables = initial()
+    masks = [train(GATE, variables, seed)[0] for seed in (2, 3, 2)]
+    assert not jnp.array_equal(masks[0], masks[1])
+    assert jnp.array_equal(masks[0], masks[2])
+    mask, state = GATE.apply(variables, X, deterministic=True, mutable=["penalties"])
+    assert jnp.array_equal(mask, pj.linen.SparsityGate(deterministic=True).apply(variables, X))
+    assert float(pj.linen.collect_penalties(state)[0]) == 0
+    # Noise without a mutable collection: nothing to record, nothing to warn of.
+    assert GATE.apply(variables, X, rngs={"gate": jax.random.key(2)}).shape == mask.shape
+
+
+def test_control_where_and_temperature():
+    variables = initial()
+    control = pj.SparsityControl(jnp.float32(0.25), jnp.float32(2.0))
+    where = jnp.broadcast_to(jnp.arange(8) < 3, (4, 8))
+
+    @jax.jit
+    def both(control, where):
+        return train(GATE, variables, control=control), train(GATE, variables, where=where)
+
+    (mask, controlled), (_, masked) = both(control, where)
+    assert_close(controlled, expected(mask, 0.25, 2.0))
+    assert_close(masked, expected(mask, where=where))
+    assert jnp.array_equal(train(GATE, variables, temperature=4.0)[0], mask)
+
+
+def test_gradient_reaches_the_predictor():
+    gradient = jax.jit(jax.grad(lambda variables: train(GATE, variables)[1]))(initial())
+    leaves = jax.tree.leaves(gradient)
+    assert len(leaves) == 4
+    assert all(jnp.any(leaf != 0) for leaf in leaves)
+
+
+def test_the_same_numbers_as_nnx():
+    variables = initial()
+    gate = pj.nnx.SparsityGate(6, target=0.75, weight=0.5, rngs=nnx.Rngs(0))
+    params = variables["params"]
+    for name in ("hidden", "out"):
+        linear = getattr(gate.predictor, name)
+        linear.kernel[...], linear.bias[...] = params[name]["kernel"], params[name]["bias"]
+
+    mask, recorded = train(GATE, variables)
+    gate.eval()
+    assert jnp.array_equal(gate(X), GATE.apply(variables, X, deterministic=True))
+    # Recorded losses of the same mask.
+    assert float(gate.penalty(mask)) == float(recorded)
+
+
+def test_a_scan_over_layers():
+    class Layers(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            def layer(gate, x, _):
+                mask = gate(x)
+                return x * mask[..., None], mask
+
+            return nn.scan(
+                layer,
+                variable_axes={"params": 0, "penalties": 0},
+                split_rngs={"params": True, "gate": True},
+                length=3,
+            )(pj.linen.SparsityGate(target=0.75, weight=0.5), x, None)[1]
+
+    model = Layers()
+    variables = model.init({"params": jax.random.key(0), "gate": jax.random.key(1)}, X)
+    masks, recorded = train(model, variables)
+    assert masks.shape == (3, 4, 8)
+    assert_close(recorded, sum(expected(mask) for mask in masks))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": 1.5}, r"target must be in \[0, 1\]"),
+        ({"target": -0.1}, r"target must be in \[0, 1\]"),
+        ({"weight": -1}, "weight must be at least 0"),
+        ({"kind": "l3"}, "kind must be .*huber"),
+    ],
+)
+def test_bad_input(settings, message):
+    with pytest.raises(ValueError, match=message):
+        pj.linen.SparsityGate(**settings)

@@ -1,0 +1,185 @@
+"""The learned gate of NNX: its noise, what it records, and what learns from it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import penalties_jax as pj
+from tests.oracles import assert_close, lattice
+
+X = jnp.asarray(lattice(0, 4, 8, 6), jnp.float32)
+SETTINGS = {"target": 0.75, "weight": 0.5}
+
+
+def make(seed=0, **settings):
+    return pj.nnx.SparsityGate(6, **SETTINGS, **settings, rngs=nnx.Rngs(seed))
+
+
+def expected(mask, target=0.75, weight=0.5, kind="huber", where=None):
+    rate = pj.sparsity_rate(mask, where=where)
+    return weight * pj.sparsity_target_loss(rate, target, kind=kind)
+
+
+def train(gate, x):
+    """A training call: the mask and what it recorded."""
+    mask = gate(x)
+    return mask, pj.nnx.collect_penalties(gate)
+
+
+@pytest.mark.parametrize("kind", ["l2", "l1", "kl", "huber", "adaptive"])
+def test_records_the_loss_of_its_mask(kind):
+    gate = make(kind=kind)
+    for transform in (lambda f: f, nnx.jit, nnx.remat) if kind == "huber" else (lambda f: f,):
+        mask, recorded = transform(train)(gate, X)
+        assert mask.shape == X.shape[:-1]
+        assert set(np.unique(mask)) == {0, 1}
+        assert_close(recorded, expected(mask, kind=kind))
+    assert float(gate.recorded[...]) == 0
+
+
+def test_noise():
+    gate, same, other = make(), make(), make(1)
+    masks = [np.asarray(gate(X)) for _ in range(3)]
+    assert not np.array_equal(masks[0], masks[1])
+    jitted = nnx.jit(lambda gate, x: gate(x))
+    again = [np.asarray(jitted(same, X)) for _ in range(3)]
+    assert np.array_equal(masks, again)
+    assert not np.array_equal(masks[0], other(X))
+
+
+def test_noise_of_a_stream_of_its_own():
+    x = X[:1]
+    one, two = (
+        pj.nnx.SparsityGate(6, rngs=nnx.Rngs(params=seed, gate=3)).rngs() for seed in (0, 1)
+    )
+    assert jnp.array_equal(jax.random.key_data(one), jax.random.key_data(two))
+    rngs = nnx.Rngs(0)
+    pair = [pj.nnx.SparsityGate(6, rngs=rngs) for _ in range(2)]
+    nnx.update(pair[1].predictor, nnx.state(pair[0].predictor))
+    assert any(not np.array_equal(pair[0](x), pair[1](x)) for _ in range(4))
+
+
+def test_evaluation():
+    gate = make()
+    gate.eval()
+    mask, recorded = nnx.jit(train)(gate, X)
+    assert jnp.array_equal(mask, gate(X))
+    assert jnp.array_equal(mask, gate.predictor(X) > 0)
+    assert float(recorded) == 0
+    gate.train()
+    assert float(train(gate, X)[1]) > 0
+
+
+def test_gradient_reaches_the_predictor():
+    gate = make()
+    key_source = nnx.clone(gate)
+
+    def loss(predictor, key):
+        logits = predictor(X)
+        return expected(pj.logistic_gate(logits, key))
+
+    wanted = nnx.grad(loss)(gate.predictor, key_source.rngs())
+    got = nnx.jit(nnx.grad(lambda gate: train(gate, X)[1]))(gate)["predictor"]
+    leaves = jax.tree.leaves(got)
+    assert len(leaves) == 4
+    for leaf, other in zip(leaves, jax.tree.leaves(wanted), strict=True):
+        assert jnp.any(leaf != 0)
+        assert_close(leaf, other, rtol=1e-4, atol=1e-7)
+
+
+def test_control():
+    gate = make()
+    traces = []
+
+    @nnx.jit
+    def controlled(gate, x, control):
+        traces.append(None)
+        mask = gate(x, control=control)
+        return mask, pj.nnx.collect_penalties(gate)
+
+    for target, weight in ((0.25, 2.0), (1.0, 0.125), (0.5, 0.0)):
+        control = pj.SparsityControl(jnp.float32(target), jnp.float32(weight))
+        mask, recorded = controlled(gate, X, control)
+        assert_close(recorded, expected(mask, target, weight))
+    assert len(traces) == 1
+    mask, recorded = train(gate, X)
+    assert_close(recorded, expected(mask))
+
+
+@pytest.mark.parametrize("weight", [0, 0.0, 1, 1.0])
+def test_control_of_a_gate_of_any_weight(weight):
+    gate = pj.nnx.SparsityGate(6, weight=weight, rngs=nnx.Rngs(0))
+    mask = gate(X, control=pj.SparsityControl(jnp.float32(0.25), jnp.float32(2.0)))
+    assert_close(pj.nnx.collect_penalties(gate), expected(mask, 0.25, 2.0))
+    mask = gate(X)
+    assert_close(pj.nnx.collect_penalties(gate), expected(mask, 0.5, weight))
+
+
+def test_where_leaves_padding_out():
+    gate = make()
+    where = jnp.broadcast_to(jnp.arange(8) < 3, (4, 8))
+    mask = gate(X, where=where)
+    assert_close(pj.nnx.collect_penalties(gate), expected(mask, where=where))
+    assert_close(expected(mask, where=where), expected(mask[:, :3]))
+    gate(X, where=jnp.zeros((4, 8), bool))
+    assert float(pj.nnx.collect_penalties(gate)) == 0
+
+
+def test_temperature_scales_the_derivative_only():
+    gate = make()
+    gate.eval()
+
+    @nnx.jit
+    @nnx.value_and_grad
+    def rate(gate, temperature):
+        return jnp.mean(gate(X, temperature=temperature))
+
+    (one, slope), (two, other) = rate(gate, 1.0), rate(gate, 4.0)
+    assert float(one) == float(two)
+    bias = slope["predictor"]["out"]["bias"][...]
+    assert not np.allclose(bias, other["predictor"]["out"]["bias"][...])
+
+
+def test_a_stack_of_models():
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def stack(rngs):
+        return pj.nnx.SparsityGate(6, **SETTINGS, rngs=rngs)
+
+    gates = stack(nnx.Rngs(0))
+
+    @nnx.jit
+    @nnx.value_and_grad(has_aux=True)
+    def total(gates):
+        masks = nnx.vmap(lambda gate, x: gate(x), in_axes=(0, None))(gates, X)
+        return pj.nnx.collect_penalties(gates), masks
+
+    (value, masks), gradient = total(gates)
+    assert masks.shape == (3, 4, 8)
+    assert not jnp.array_equal(masks[0], masks[1])
+    assert_close(value, sum(expected(mask) for mask in masks))
+    bias = gradient["predictor"]["out"]["bias"][...]
+    assert bias.shape == (3, 1)
+    assert jnp.all(bias != 0)
+    assert float(pj.nnx.collect_penalties(gates)) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": 1.5}, r"target must be in \[0, 1\]"),
+        ({"target": -0.1}, r"target must be in \[0, 1\]"),
+        ({"weight": -1}, "weight must be at least 0"),
+        ({"kind": "l3"}, "kind must be .*huber"),
+    ],
+)
+def test_bad_input(settings, message):
+    with pytest.raises(ValueError, match=message):
+        pj.nnx.SparsityGate(6, **settings, rngs=nnx.Rngs(0))
+
+
+def test_bad_temperature():
+    with pytest.raises(ValueError, match="temperature must be above 0"):
+        make(temperature=0.0)(X)
