@@ -191,8 +191,9 @@ class SparseMoEResNetBKLayer(nnx.Module):
         self.core = SparseBKCore(n_seq, causal=causal, rngs=rngs)
         self.out = nnx.Linear(2, d_model, rngs=rngs)
         self.scale = nnx.Param(jnp.ones(()))
-        self.rate = Measurement(jnp.full((), jnp.nan))
-        self.computed = Measurement(jnp.full((), jnp.nan))
+        # With a dtype: a weakly typed NaN would be traced again once a rate takes its place.
+        self.rate = Measurement(jnp.full((), jnp.nan, jnp.float32))
+        self.computed = Measurement(jnp.full((), jnp.nan, jnp.float32))
         self.rngs = rngs.gate.fork()
         self.deterministic = False
 
@@ -238,10 +239,13 @@ class SparseMoEResNetBKLayer(nnx.Module):
 
         Args:
             target_sparsity: A target in place of the layer's own, as a schedule gives.
+
+        Raises:
+            ValueError: If `target_sparsity` is a number outside [0, 1].
         """
         target = self.target
         if target_sparsity is not None:
-            target = target._with(target=target_sparsity)
+            target = SparsityTarget(target_sparsity, target.kind)
         return target(self.rate[...])
 
     def get_balanced_loss(

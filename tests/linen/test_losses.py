@@ -49,7 +49,7 @@ class Model(nn.Module):
 CASES = {
     "once": [0],
     "twice": [0, 0],
-    "two": [0, 1],
+    "two": [1, 0],
     "remat": [0],
     "scan": [0, 1, 2],
     "scan of remat": [0, 1, 2],

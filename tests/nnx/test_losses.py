@@ -64,16 +64,10 @@ CASES = {
     "twice": (Block, lambda block, x: block(block(x)), [0, 0]),
     "shared": (Pair, call, [0, 1, 0]),
     "remat": (Block, nnx.remat(call), [0]),
-    "remat twice": (Block, nnx.remat(lambda block, x: block(block(x))), [0, 0]),
     "jit inside": (Block, lambda block, x: nnx.jit(call)(block, nnx.jit(call)(block, x)), [0, 0]),
     "scan": (stack(), scanned(), [0, 1, 2]),
     "scan, state axes": (stack(STATE_AXES), scanned(STATE_AXES), [0, 1, 2]),
     "scan of remat": (stack(), scanned(call=nnx.remat(call)), [0, 1, 2]),
-    "scan twice": (
-        stack(),
-        lambda block, x: scanned()(block, scanned()(block, x)),
-        [0, 1, 2, 0, 1, 2],
-    ),
 }
 
 
