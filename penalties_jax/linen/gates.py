@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float
 
 from penalties_jax.functional.gates import logistic_gate
 from penalties_jax.functional.sparsity import Kind, check_weight
-from penalties_jax.linen.losses import record
+from penalties_jax.linen.losses import check_plain, record
 from penalties_jax.schedules import SparsityControl
 from penalties_jax.terms import SparsityTarget
 
@@ -29,6 +29,7 @@ class SparsityGate(nn.Module):
 
     Raises:
         ValueError: If a number is out of range or `kind` is unknown.
+        TypeError: If one is not a Python number.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -48,6 +49,8 @@ class SparsityGate(nn.Module):
     deterministic: bool = False
 
     def __post_init__(self):
+        for name in ("target", "weight", "temperature"):
+            check_plain(name, getattr(self, name))
         check_weight("weight", self.weight)
         SparsityTarget(self.target, self.kind)
         super().__post_init__()

@@ -21,6 +21,8 @@ class ImportancePredictor(nnx.Module):
     """
 
     def __init__(self, features: int, *, rngs: nnx.Rngs):
+        if features < 2:
+            raise ValueError(f"features must be at least 2, got {features}")
         self.hidden = nnx.Linear(features, features // 2, rngs=rngs)
         self.out = nnx.Linear(features // 2, 1, rngs=rngs)
 

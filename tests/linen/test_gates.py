@@ -133,3 +133,8 @@ def test_a_scan_over_layers():
 def test_bad_input(settings, message):
     with pytest.raises(ValueError, match=message):
         pj.linen.SparsityGate(**settings)
+
+
+def test_an_array_is_refused():
+    with pytest.raises(TypeError, match="target must hold Python numbers only"):
+        pj.linen.SparsityGate(target=jnp.array(0.5))

@@ -183,3 +183,8 @@ def test_bad_input(settings, message):
 def test_bad_temperature():
     with pytest.raises(ValueError, match="temperature must be above 0"):
         make(temperature=0.0)(X)
+
+
+def test_a_single_feature_is_refused():
+    with pytest.raises(ValueError, match="features must be at least 2, got 1"):
+        pj.nnx.SparsityGate(1, rngs=nnx.Rngs(0))
