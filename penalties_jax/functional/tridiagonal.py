@@ -77,48 +77,59 @@ def _resolvent_diagonal(diagonal, couplings, z, *, causal, method):
     # Time leads, as a scan wants it.
     d = jnp.moveaxis(a, -1, 0).astype(dtype) - jnp.asarray(z, dtype)
     w = jnp.moveaxis(products, -1, 0)
-    left = _ratios(d, w, method)
+    none = jnp.zeros_like(d[:1], w.dtype)
+    left = _ratios(d, jnp.concatenate([none, w]), method, False)
     if causal:
         return jnp.moveaxis(_reciprocal(left), 0, -1)
-    right = jnp.flip(_ratios(jnp.flip(d, 0), jnp.flip(w, 0), method), 0)
+    right = _ratios(d, jnp.concatenate([w, none]), method, True)
     return jnp.moveaxis(_reciprocal(left + right - d), 0, -1)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _ratios(d, w, method):
-    """l_1 = d_1, l_k = d_k - w_{k-1} / l_{k-1}, along the first axis."""
-    return _by(method, _ratios_by_scan, _ratios_by_tree)(d, w)
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _ratios(d, w, method, reverse):
+    """l_k = d_k - w_k / l_{k-1} along the first axis, from its end if reversed; w starts with 0."""
+    return _by(method, _ratios_by_scan, _ratios_by_tree, reverse)(d, w)
 
 
 @_ratios.defjvp
-def _(method, primals, tangents):
+def _(method, reverse, primals, tangents):
     """The derivative is a linear recurrence with factors below 1 in size, whatever the method."""
     (d, w), (d_tangent, w_tangent) = primals, tangents
-    ratios = _ratios(d, w, method)
-    inverse = _reciprocal(ratios[:-1])
-    offsets = d_tangent.at[1:].add(-w_tangent * inverse)
-    return ratios, _by(method, _recurrence_by_scan, _recurrence_by_tree)(w * inverse**2, offsets)
+    ratios = _ratios(d, w, method, reverse)
+    inverse = _shift(_reciprocal(ratios), reverse)
+    offsets = d_tangent - _scale(w_tangent, inverse)
+    return ratios, _recurrence(_scale(w, inverse * inverse), offsets, method, reverse)
 
 
-def _by(method, scan, tree):
+def _recurrence(factors, offsets, method, reverse):
+    """y_k = factor_k y_{k-1} + offset_k: a bidiagonal system, whose transpose runs backwards."""
+    by = partial(_by, method, _recurrence_by_scan, _recurrence_by_tree)
+    return lax.custom_linear_solve(
+        lambda y: y - factors * _shift(y, reverse),
+        offsets,
+        lambda _, offsets: by(reverse)(factors, offsets),
+        lambda _, offsets: by(not reverse)(_shift(factors, not reverse), offsets),
+    )
+
+
+def _by(method, scan, tree, reverse):
+    scan, tree = partial(scan, reverse=reverse), partial(tree, reverse=reverse)
     if method == "auto":
         return partial(lax.platform_dependent, cpu=scan, default=tree)
     return scan if method == "scan" else tree
 
 
-def _ratios_by_scan(d, w):
-    def step(ratio, entries):
+def _ratios_by_scan(d, w, *, reverse):
+    def step(inverse, entries):
         d, w = entries
-        ratio = d - w * _reciprocal(ratio)
-        return ratio, ratio
+        ratio = d - _scale(w, inverse)
+        return _reciprocal(ratio), ratio
 
-    _, rest = lax.scan(step, d[0], (d[1:], w))
-    return jnp.concatenate([d[:1], rest])
+    return lax.scan(step, jnp.zeros_like(d[0]), (d, w), reverse=reverse)[1]
 
 
-def _ratios_by_tree(d, w):
+def _ratios_by_tree(d, w, *, reverse):
     """Ratios as products of the matrices [[d, -w], [1, 0]], each divided by its largest entry."""
-    below = jnp.concatenate([jnp.zeros_like(d[:1]), w])
 
     def compose(first, second):
         (a, b, c, e), (p, q, r, s) = first, second
@@ -126,31 +137,49 @@ def _ratios_by_tree(d, w):
         scale = 1 / jnp.max(jnp.stack([jnp.abs(entry) for entry in product]), 0)
         return tuple(entry * scale for entry in product)
 
-    matrices = (d, -below, jnp.ones_like(d), jnp.zeros_like(d))
-    numerator, _, denominator, _ = lax.associative_scan(compose, matrices)
+    matrices = (d, -w.astype(d.dtype), jnp.ones_like(d), jnp.zeros_like(d))
+    numerator, _, denominator, _ = lax.associative_scan(compose, matrices, reverse=reverse)
     return numerator / denominator
 
 
-def _recurrence_by_scan(factors, offsets):
-    """y_1 = offset_1, y_k = factor_{k-1} y_{k-1} + offset_k, along the first axis."""
-
+def _recurrence_by_scan(factors, offsets, *, reverse):
     def step(y, entries):
         factor, offset = entries
         y = factor * y + offset
         return y, y
 
-    _, rest = lax.scan(step, offsets[0], (factors, offsets[1:]))
-    return jnp.concatenate([offsets[:1], rest])
+    return lax.scan(step, jnp.zeros_like(offsets[0]), (factors, offsets), reverse=reverse)[1]
 
 
-def _recurrence_by_tree(factors, offsets):
+def _recurrence_by_tree(factors, offsets, *, reverse):
     def compose(first, second):
         return first[0] * second[0], second[0] * first[1] + second[1]
 
-    factors = jnp.concatenate([jnp.zeros_like(offsets[:1]), factors])
-    return lax.associative_scan(compose, (factors, offsets))[1]
+    return lax.associative_scan(compose, (factors, offsets), reverse=reverse)[1]
 
 
+def _shift(x, reverse):
+    """x_{k-1} at k, or x_{k+1} if reversed, and 0 at the start."""
+    none = jnp.zeros_like(x[:1])
+    return jnp.concatenate([x[1:], none] if reverse else [none, x[:-1]])
+
+
+# Complex arithmetic by parts: XLA would divide with a care for overflow that is not needed here,
+# and multiply a real number as if it had an imaginary part.
+
+
+@jax.custom_jvp
 def _reciprocal(x):
-    """1 / x for what is bounded away from 0: without the care for overflow, which costs time."""
-    return jnp.conj(x) / (jnp.square(x.real) + jnp.square(x.imag))
+    """1 / x for what is bounded away from 0."""
+    scale = 1 / (jnp.square(x.real) + jnp.square(x.imag))
+    return lax.complex(x.real * scale, -x.imag * scale)
+
+
+@_reciprocal.defjvp
+def _(primals, tangents):
+    inverse = _reciprocal(*primals)
+    return inverse, -inverse * inverse * tangents[0]
+
+
+def _scale(real, x):
+    return lax.complex(real * x.real, real * x.imag)
