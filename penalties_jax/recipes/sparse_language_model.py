@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from penalties_jax.nnx import SparseMoEResNetBKLayer
 from penalties_jax.recipes.language_model import BYTES, Attention
@@ -22,15 +22,13 @@ class SparseBlock(nnx.Module):
         self.sparse.predictor.out.bias = nnx.Param(jnp.full((1,), OPEN))
 
     def __call__(
-        self, x: Float[Array, "batch time width"], mask: Float[Array, "batch time"] | None
-    ) -> Float[Array, "batch time width"]:
-        """Add what each of the two has to say to the residual stream."""
+        self, x: Float[Array, "batch time width"], dense: bool | Bool[Array, ""]
+    ) -> tuple[Float[Array, "batch time width"], Float[Array, "batch time width"]]:
+        """Add what each of the two has to say; return that, and the sparse layer's input."""
         attended = x + self.attention(self.attention_norm(x))
-        return attended + self.sparse(self.sparse_norm(attended), mask=mask)
-
-    def sparse_input(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
-        """Return what the sparse layer, and its gate, get to see."""
-        return self.sparse_norm(x + self.attention(self.attention_norm(x)))
+        seen = self.sparse_norm(attended)
+        mask = jnp.where(dense, 1.0, self.sparse.gate(seen))
+        return attended + self.sparse(seen, mask=mask), seen
 
 
 class SparseLanguageModel(nnx.Module):
@@ -54,27 +52,31 @@ class SparseLanguageModel(nnx.Module):
         self.head = nnx.Linear(width, BYTES, use_bias=False, rngs=rngs)
 
     def __call__(
-        self, text: Int[Array, "batch time"], *, dense: bool = False
+        self, text: Int[Array, "batch time"], *, dense: bool | Bool[Array, ""] = False
     ) -> Float[Array, "batch time 256"]:
         """Return the logits of the byte after each byte of `text`, skipping nothing if `dense`."""
-        x = self.bytes(text) + self.positions(jnp.arange(text.shape[1]))
-        mask = jnp.ones(text.shape) if dense else None
-        for block in self.blocks:
-            x = block(x, mask)
-        return self.head(self.norm(x))
+        return self._run(text, dense)[0]
 
-    def gates(
-        self, text: Int[Array, "batch time"]
-    ) -> tuple[Float[Array, "layers batch time"], Float[Array, "layers batch time"]]:
-        """Return which positions each sparse layer computes, and how probable that is."""
-        x = self.bytes(text) + self.positions(jnp.arange(text.shape[1]))
-        masks, probabilities = [], []
+    def with_gates(
+        self, text: Int[Array, "batch time"], *, dense: bool | Bool[Array, ""] = False
+    ) -> tuple[
+        Float[Array, "batch time 256"],
+        Float[Array, "layers batch time"],
+        Float[Array, "layers batch time"],
+    ]:
+        """Return the logits, what each sparse layer computes, and how probable that is."""
+        logits, seen = self._run(text, dense)
+        layers = list(zip(self.layers(), seen, strict=True))
+        masks = jnp.stack([layer.gate(x) for layer, x in layers])
+        probabilities = jnp.stack([nnx.sigmoid(layer.predictor(x)) for layer, x in layers])
+        return logits, jnp.where(dense, 1.0, masks), jnp.where(dense, 1.0, probabilities)
+
+    def _run(self, text, dense):
+        x, seen = self.bytes(text) + self.positions(jnp.arange(text.shape[1])), []
         for block in self.blocks:
-            inputs = block.sparse_input(x)
-            masks.append(block.sparse.gate(inputs))
-            probabilities.append(nnx.sigmoid(block.sparse.predictor(inputs)))
-            x = block(x, None)
-        return jnp.stack(masks), jnp.stack(probabilities)
+            x, inputs = block(x, dense)
+            seen.append(inputs)
+        return self.head(self.norm(x)), seen
 
     def layers(self) -> list[SparseMoEResNetBKLayer]:
         """Return the sparse layers, first to last."""

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 import penalties_jax as pj
 from penalties_jax.functional.sparsity import KINDS, Kind
@@ -121,18 +121,18 @@ class SparsifyConfig:
     """Sequences of the held-out text to evaluate on, at most."""
 
 
-class Member(NamedTuple):
-    """What training changes; stacked, its leaves have the members of a group as their first axis.
+class State(NamedTuple):
+    """What training changes. Leaves have the members as their first axis, group after group.
 
     Attributes:
-        parameters: The parameters of the model.
-        optimizer: The state of their optimiser.
-        controller: The state of the controller.
+        parameters: The parameters of the models.
+        optimizer: The states of their optimiser.
+        controllers: The states of the controllers of each group.
     """
 
     parameters: Any
     optimizer: optax.OptState
-    controller: Any
+    controllers: dict[str, Any]
 
 
 class Shared(NamedTuple):
@@ -140,12 +140,14 @@ class Shared(NamedTuple):
 
     Attributes:
         rest: What of the model is no parameter.
+        dense: Which members skip nothing.
         controllers: The controllers of each group, stacked.
         text: The bytes to learn.
         key: The random key of the batches.
     """
 
     rest: Any
+    dense: Bool[Array, " members"]
     controllers: dict[str, pj.AdaptiveSparsityScheduler | pj.DualAscent]
     text: UInt8[Array, " bytes"]
     key: Array
@@ -189,13 +191,13 @@ def sparsify(config: SparsifyConfig) -> list[Result]:
         check_resumable(config.out, settings)
     else:
         start_run(config.out, settings, PRODUCTS)
-    members, graph, shared = _train(config, text)
+    parameters, graph, shared = _train(config, text)
     windows = spread_windows(
         text.held_out, count=config.evaluation_windows, length=config.context + 1
     )
     # The picture is of prose: of the window with the most letters.
     shown = int(jnp.argmax(jnp.sum((windows >= ord("a")) & (windows <= ord("z")), axis=1)))
-    results, masks = _evaluate(members, graph, shared, windows, shown)
+    results, masks = _evaluate(config, parameters, graph, shared, windows, shown)
     _write_results(config, settings, results, masks, windows[shown], text)
     return results
 
@@ -250,6 +252,15 @@ def controllers(config: SparsifyConfig) -> dict[str, list[Any]]:
     }
 
 
+def _members(config: SparsifyConfig) -> list[tuple[str, float]]:
+    """The group and the target of each member."""
+    return [
+        (name, target)
+        for name in GROUPS
+        for target in ((0.0,) if name == DENSE else config.targets)
+    ]
+
+
 @functools.partial(nnx.jit, static_argnums=0)
 def make_model(settings: Pretraining) -> SparseLanguageModel:
     """Return a model with initial parameters, whose gates are without noise."""
@@ -265,58 +276,79 @@ def make_model(settings: Pretraining) -> SparseLanguageModel:
 
 
 def make_step(graph: nnx.GraphDef, optimizer: Any, config: SparsifyConfig) -> Step:
-    """Return `step(groups, shared, index) -> (groups, metrics)`, one step of every member.
+    """Return `step(state, shared, index) -> (state, metrics)`, one step of every member.
 
     The gates are deterministic and straight-through, so the rate of training is that of
-    evaluation. All members see the same batch. Each metric has one value for each member, group
-    after group.
+    evaluation. All members see the same batch. Each metric has one value for each member.
     """
     kinds: dict[str, Kind] = {DENSE: "l1", SCHEDULE: config.kind, DUAL: "l1"}
+    starts = np.cumsum([len(group) for group in controllers(config).values()])[:-1]
 
-    def step(groups: dict[str, Member], shared: Shared, index: Array) -> tuple[Any, Metrics]:
+    def by_group(values: Array) -> dict[str, Array]:
+        return dict(zip(GROUPS, jnp.split(values, starts), strict=True))
+
+    def balanced(kind: Kind, loss: Array, rates: Array, control: pj.SparsityControl) -> Array:
+        penalty = pj.SparsityTarget(control.target, kind)(rates)
+        return pj.balanced_loss(loss, penalty, sparsity_weight=control.weight)[0]
+
+    def step(state: State, shared: Shared, index: Array) -> tuple[State, Metrics]:
         windows = sample_windows(
             shared.text,
             jax.random.fold_in(shared.key, index),
             batch_size=config.batch_size,
             length=config.context + 1,
         )
-
-        def update(group: str, member: Member, controller: Any) -> tuple[Member, Metrics]:
-            control = controller(member.controller)
-
-            def total(parameters):
-                model = nnx.merge(graph, parameters, shared.rest, copy=True)
-                loss = mean_loss(model(windows[:, :-1], dense=group == DENSE), windows[:, 1:])
-                rates = jnp.stack([layer.rate[...] for layer in model.layers()])
-                penalty = pj.SparsityTarget(control.target, kinds[group])(rates)
-                value, _ = pj.balanced_loss(loss, penalty, sparsity_weight=control.weight)
-                return value, (loss, jnp.mean(rates))
-
-            gradient, (loss, rate) = jax.grad(total, has_aux=True)(member.parameters)
-            updates, state = optimizer.update(gradient, member.optimizer, member.parameters)
-            metrics = {"loss": loss, "rate": rate, **control._asdict()}
-            return Member(
-                optax.apply_updates(member.parameters, updates),
-                state,
-                controller.update(member.controller, rate=rate, value=loss),
-            ), metrics
-
-        stepped = {
-            name: jax.vmap(lambda member, controller, name=name: update(name, member, controller))(
-                groups[name], shared.controllers[name]
+        controls = {
+            name: jax.vmap(lambda controller, state: controller(state))(
+                shared.controllers[name], state.controllers[name]
             )
             for name in GROUPS
         }
-        metrics = [stepped[name][1] for name in GROUPS]
+
+        def of_member(parameters: Any, dense: Array) -> tuple[Array, Array]:
+            model = nnx.merge(graph, parameters, shared.rest, copy=True)
+            loss = mean_loss(model(windows[:, :-1], dense=dense), windows[:, 1:])
+            return loss, jnp.stack([layer.rate[...] for layer in model.layers()])
+
+        def total(parameters: Any) -> tuple[Array, tuple[Array, Array]]:
+            """A sum over members, whose gradient is that of each."""
+            losses, rates = jax.vmap(of_member)(parameters, shared.dense)
+            loss, rate = by_group(losses), by_group(rates)
+            totals = [
+                jax.vmap(functools.partial(balanced, kinds[name]))(
+                    loss[name], rate[name], controls[name]
+                )
+                for name in GROUPS
+            ]
+            return jnp.sum(jnp.concatenate(totals)), (losses, jnp.mean(rates, 1))
+
+        gradients, (losses, rates) = jax.grad(total, has_aux=True)(state.parameters)
+        updates, optimizer_state = jax.vmap(optimizer.update)(
+            gradients, state.optimizer, state.parameters
+        )
+        loss, rate = by_group(losses), by_group(rates)
+        controller_states = {
+            name: jax.vmap(
+                lambda controller, state, rate, loss: controller.update(
+                    state, rate=rate, value=loss
+                )
+            )(shared.controllers[name], state.controllers[name], rate[name], loss[name])
+            for name in GROUPS
+        }
+        control = jax.tree.map(
+            lambda *values: jnp.concatenate(values), *(controls[name] for name in GROUPS)
+        )
         return (
-            {name: members for name, (members, _) in stepped.items()},
-            jax.tree.map(lambda *values: jnp.concatenate(values), *metrics),
+            State(
+                optax.apply_updates(state.parameters, updates), optimizer_state, controller_states
+            ),
+            {"loss": losses, "rate": rates, **control._asdict()},
         )
 
     return step
 
 
-def _train(config: SparsifyConfig, text: Corpus) -> tuple[dict[str, Member], Any, Shared]:
+def _train(config: SparsifyConfig, text: Corpus) -> tuple[Any, Any, Shared]:
     pretraining = Pretraining(
         seed=config.seed,
         width=config.width,
@@ -336,49 +368,43 @@ def _train(config: SparsifyConfig, text: Corpus) -> tuple[dict[str, Member], Any
     )
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
     optimizer = adam(config.learning_rate, config.steps)
-    by_group = controllers(config)
-
-    def stacked(controllers: list[Any]) -> Member:
-        members = [
-            Member(parameters, optimizer.init(parameters), controller.init())
-            for controller in controllers
-        ]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
-
-    groups = {name: stacked(controllers) for name, controllers in by_group.items()}
+    groups = controllers(config)
+    members = _members(config)
+    parameters = pj.stack([parameters] * len(members))
+    state = State(
+        parameters,
+        jax.vmap(optimizer.init)(parameters),
+        {name: pj.stack([controller.init() for controller in groups[name]]) for name in GROUPS},
+    )
     shared = Shared(
         rest=rest,
-        controllers={name: pj.stack(controllers) for name, controllers in by_group.items()},
+        dense=jnp.array([name == DENSE for name, _ in members]),
+        controllers={name: pj.stack(groups[name]) for name in GROUPS},
         text=jnp.asarray(text.train),
         key=jax.random.key(config.seed),
     )
     # On a device by name, as what a checkpoint restores is: else resuming would be another program.
-    groups, shared = jax.device_put((groups, shared), jax.local_devices()[0])
-    names = [
-        (name, target)
-        for name in GROUPS
-        for target in ((0.0,) if name == DENSE else config.targets)
-    ]
+    state, shared = jax.device_put((state, shared), jax.local_devices()[0])
     with open_checkpoints(config.out) as checkpoints:
         done = checkpoints.latest_step() or 0
         if done:
-            groups = checkpoints.restore(done, args=ocp.args.StandardRestore(groups))
+            state = checkpoints.restore(done, args=ocp.args.StandardRestore(state))
         rewind_log(config.out, done)
 
-        def record(done: int, groups: dict[str, Member], metrics: Metrics) -> None:
+        def record(done: int, state: State, metrics: Metrics) -> None:
             append_log(
                 config.out,
                 [
                     {"kind": "train", "step": done, "member": f"{name} {target:g}"}
                     | {metric: float(values[i]) for metric, values in metrics.items()}
-                    for i, (name, target) in enumerate(names)
+                    for i, (name, target) in enumerate(members)
                 ],
             )
-            checkpoints.save(done, args=ocp.args.StandardSave(groups))
+            checkpoints.save(done, args=ocp.args.StandardSave(state))
 
-        groups = train(
+        state = train(
             compile_chunk(make_step(graph, optimizer, config)),
-            groups,
+            state,
             shared,
             first=done,
             last=config.steps,
@@ -386,11 +412,12 @@ def _train(config: SparsifyConfig, text: Corpus) -> tuple[dict[str, Member], Any
             title="sparsify",
             record=record,
         )
-    return groups, graph, shared
+    return state.parameters, graph, shared
 
 
 def _evaluate(
-    groups: dict[str, Member],
+    config: SparsifyConfig,
+    parameters: Any,
     graph: Any,
     shared: Shared,
     windows: Int[Array, "windows length"],
@@ -399,42 +426,29 @@ def _evaluate(
     """Score every member on held-out windows; and say what it computes of the window `shown`."""
 
     @jax.jit
-    def scores(members: Member, dense: Array) -> Any:
+    def scores(parameters: Any) -> Any:
         def of_window(window: Int[Array, " length"]) -> Any:
-            def of_member(parameters: Any) -> Any:
-                model = nnx.merge(graph, parameters, shared.rest, copy=True)
-                inputs, targets = window[None, :-1], window[None, 1:]
-                skipping = mean_loss(model(inputs), targets)
-                masks, probabilities = model.gates(inputs)
-                whole = mean_loss(model(inputs, dense=True), targets)
-                return jnp.where(dense, whole, skipping), masks[:, 0], probabilities[:, 0]
+            inputs, targets = window[None, :-1], window[None, 1:]
 
-            return jax.vmap(of_member)(members.parameters)
+            def of_member(parameters: Any, dense: Array) -> Any:
+                model = nnx.merge(graph, parameters, shared.rest, copy=True)
+                logits, masks, probabilities = model.with_gates(inputs, dense=dense)
+                return mean_loss(logits, targets), masks[:, 0], probabilities[:, 0]
+
+            return jax.vmap(of_member)(parameters, shared.dense)
 
         return jax.lax.map(of_window, windows, batch_size=8)
 
-    results, shown_masks, dense_loss = [], {}, 0.0
-    for name in GROUPS:
-        members = groups[name]
-        losses, masks, probabilities = map(np.asarray, scores(members, jnp.array(name == DENSE)))
-        wanted = shared.controllers[name](members.controller)
-        for i, target in enumerate(np.asarray(wanted.target)):
-            loss = float(losses[:, i].mean())
-            if name == DENSE:
-                dense_loss = loss
-                results.append(Result(name, 0.0, 0.0, loss, 0.0, 0.0))
-                continue
-            results.append(
-                Result(
-                    name,
-                    round(float(target), 6),
-                    float(1 - masks[:, i].mean()),
-                    loss,
-                    loss - dense_loss,
-                    float(probabilities[:, i].std(axis=(0, 2)).mean()),
-                )
-            )
-            shown_masks[name, round(float(target), 6)] = masks[shown, i]
+    losses, masks, probabilities = map(np.asarray, scores(parameters))
+    loss = losses.mean(axis=0)
+    rate = 1 - masks.mean(axis=(0, 2, 3))
+    spread = probabilities.std(axis=(0, 3)).mean(axis=1)
+    results, shown_masks = [], {}
+    for i, (name, target) in enumerate(_members(config)):
+        scored = (rate[i], loss[i], loss[i] - loss[0], spread[i])
+        results.append(Result(name, target, *map(float, scored)))
+        if name != DENSE:
+            shown_masks[name, target] = masks[shown, i]
     return results, shown_masks
 
 

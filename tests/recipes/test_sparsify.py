@@ -149,7 +149,7 @@ def test_the_gates_are_what_the_layers_use(model):
     closed = nnx.clone(model)
     for layer in closed.layers():
         layer.predictor.out.bias[...] -= 2.0
-    masks, probabilities = closed.gates(text)
+    _, masks, probabilities = closed.with_gates(text)
     assert masks.shape == probabilities.shape == (2, 3, 12)
     np.testing.assert_array_equal(masks, probabilities > 0.5)
     closed(text)
