@@ -5,15 +5,16 @@ from typing import Annotated, Literal
 
 import tyro
 
-from benchmarks import penalties, resolvent, transforms
+from benchmarks import penalties, resolvent, sparsity, transforms
 from benchmarks.harness import machine
 
 BENCHMARKS = {
     "penalties": penalties.run,
     "resolvent": resolvent.run,
+    "sparsity": sparsity.run,
     "transforms": transforms.run,
 }
-Name = Literal["penalties", "resolvent", "transforms"]
+Name = Literal["penalties", "resolvent", "sparsity", "transforms"]
 
 
 def main(

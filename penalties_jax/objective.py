@@ -51,7 +51,9 @@ class Term(Pytree):
             raise TypeError(f"Term.penalty must be a config such as pj.L1(), got {self.penalty!r}")
 
     def _evaluate(self, name: str, outputs: Outputs) -> Metrics:
-        weight = _scalar(f"the weight of term {name!r}", jnp.where(self.enabled, self.weight, 0))
+        weight = check_scalar(
+            f"the weight of term {name!r}", jnp.where(self.enabled, self.weight, 0)
+        )
         outputs = {key: jax.tree.map(partial(_gate, weight), x) for key, x in outputs.items()}
         if callable(self.on):
             picked = self.on(outputs)
@@ -64,7 +66,7 @@ class Term(Pytree):
         else:
             mask = _pick(f"term {name!r}", outputs, self.where)
         penalty = jax.tree.map(partial(_gate, weight), self.penalty)
-        value = _scalar(f"term {name!r}", penalty(*inputs, where=mask))
+        value = check_scalar(f"term {name!r}", penalty(*inputs, where=mask))
         counted = jnp.where((weight != 0) | jnp.isfinite(value), value, 0)
         return {name: value, f"{name}/weighted": weight * counted}
 
@@ -193,7 +195,7 @@ class Objective(Pytree):
                 raise TypeError("the objective holds a schedule: pass step=")
             objective = resolve(self, step)
         loss = 0.0 if self.loss is None else self.loss(outputs)
-        metrics = {"loss": _scalar("the loss", loss)}
+        metrics = {"loss": check_scalar("the loss", loss)}
         total = metrics["loss"]
         for name, term in objective.terms.items():
             metrics |= term._evaluate(name, outputs)
@@ -259,7 +261,8 @@ def _pick(name, outputs, key):
     return outputs[key]
 
 
-def _scalar(label, value):
+def check_scalar(label: str, value: Any) -> Array:
+    """Raises ValueError for what is not a single number; returns it in float32 or wider."""
     if jax.tree.structure(value) != jax.tree.structure(0) or jnp.ndim(value):
         shapes = jax.tree.map(jnp.shape, value)
         raise ValueError(f"{label} must be a scalar, got {shapes}; reduce it by 'sum' or 'mean'")

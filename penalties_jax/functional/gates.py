@@ -83,7 +83,7 @@ def logistic_gate(
         >>> pj.logistic_gate(logits, jax.random.key(1)).shape
         (3,)
     """
-    _check_positive("temperature", temperature, logits)
+    _check_scale("temperature", temperature, logits)
     return _logistic_gate(logits, key, temperature, hard=hard)
 
 
@@ -124,7 +124,7 @@ def hard_concrete_gate(
         >>> pj.hard_concrete_gate(jnp.array([-4.0, 0.0, 4.0]), None).tolist()
         [0.0, 0.5, 1.0]
     """
-    _check_positive("temperature", temperature, logits)
+    _check_scale("temperature", temperature, logits)
     _check_stretch(stretch)
     return _hard_concrete_gate(logits, key, temperature, stretch)
 
@@ -161,7 +161,7 @@ def hard_concrete_l0(
         >>> round(float(pj.hard_concrete_l0(jnp.array(0.0))), 4)
         0.8318
     """
-    _check_positive("temperature", temperature, logits)
+    _check_scale("temperature", temperature, logits)
     _check_stretch(stretch)
     return _hard_concrete_l0(logits, temperature, stretch)
 
@@ -278,7 +278,7 @@ def top_k_gate(
         >>> pj.top_k_gate(jnp.array([0.1, 2.0, -1.0, 0.5]), 2, None).tolist()
         [0.0, 1.0, 0.0, 1.0]
     """
-    _check_positive("temperature", temperature, logits)
+    _check_scale("temperature", temperature, logits)
     axis = normalize_axis_index(axis, jnp.ndim(logits))
     size = jnp.shape(logits)[axis]
     if not 1 <= k <= size:
@@ -286,10 +286,15 @@ def top_k_gate(
     return _top_k_gate(logits, key, temperature, k=k, axis=axis)
 
 
-def _check_positive(name: str, value: Any, like: Any) -> None:
-    check_broadcast(name, value, jnp.shape(like))
+def check_positive(name: str, value: Any) -> None:
+    """Raises ValueError for a number that is not above 0."""
     if isinstance(value, int | float) and not value > 0:
         raise ValueError(f"{name} must be above 0, got {value!r}")
+
+
+def _check_scale(name, value, like):
+    check_broadcast(name, value, jnp.shape(like))
+    check_positive(name, value)
 
 
 def _check_stretch(stretch):
@@ -339,7 +344,7 @@ def _hard_concrete_l0(logits, temperature, stretch):
 
 def _at_threshold(function, x, threshold, bandwidth):
     check_broadcast("threshold", threshold, jnp.shape(x))
-    _check_positive("bandwidth", bandwidth, x)
+    _check_scale("bandwidth", bandwidth, x)
     return function(*promote(x, threshold, bandwidth))
 
 

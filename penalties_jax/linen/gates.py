@@ -4,7 +4,7 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from penalties_jax.functional.gates import logistic_gate
+from penalties_jax.functional.gates import check_positive, logistic_gate
 from penalties_jax.functional.sparsity import Kind, check_weight
 from penalties_jax.linen.losses import check_plain, record
 from penalties_jax.schedules import SparsityControl
@@ -52,6 +52,7 @@ class SparsityGate(nn.Module):
         for name in ("target", "weight", "temperature"):
             check_plain(name, getattr(self, name))
         check_weight("weight", self.weight)
+        check_positive("temperature", self.temperature)
         SparsityTarget(self.target, self.kind)
         super().__post_init__()
 

@@ -11,7 +11,7 @@ from flax.traverse_util import path_aware_map
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from penalties_jax.objective import Metrics, Objective, Outputs
+from penalties_jax.objective import Metrics, Objective, Outputs, check_scalar
 from penalties_jax.pytree import resolve
 from penalties_jax.terms import Penalty
 
@@ -29,7 +29,7 @@ def record(module: nn.Module, penalty: Callable[[], Float[Array, ""]]) -> None:
     """Adds a penalty to what the module has recorded, if the caller collects penalties."""
     if module.is_mutable_collection(PENALTIES) and not module.is_initializing():
         recorded = module.variable(PENALTIES, "recorded", jnp.zeros, ())
-        recorded.value = recorded.value + penalty()
+        recorded.value = recorded.value + check_scalar("penalty", penalty())
 
 
 class Loss(nn.Module):

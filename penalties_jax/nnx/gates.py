@@ -5,7 +5,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from penalties_jax.functional.gates import logistic_gate
+from penalties_jax.functional.gates import check_positive, logistic_gate
 from penalties_jax.functional.sparsity import Kind, check_weight
 from penalties_jax.nnx.losses import Penalty, as_data
 from penalties_jax.schedules import SparsityControl
@@ -71,6 +71,7 @@ class SparsityGate(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_weight("weight", weight)
+        check_positive("temperature", temperature)
         self.predictor = ImportancePredictor(features, rngs=rngs)
         self.penalty = as_data(weight * SparsityTarget(target, kind, from_mask=True))
         self.temperature = temperature

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from penalties_jax.objective import Metrics, Objective, Outputs
+from penalties_jax.objective import Metrics, Objective, Outputs, check_scalar
 from penalties_jax.pytree import resolve
 from penalties_jax.terms import Numeric
 from penalties_jax.terms import Penalty as PenaltyConfig
@@ -114,7 +114,7 @@ class ActivityPenalty(nnx.Module):
         """
         if not self.deterministic:
             penalty = self.penalty if step is None else resolve(self.penalty, step)
-            self.recorded[...] += penalty(x, where=where)
+            self.recorded[...] += check_scalar("penalty", penalty(x, where=where))
         return x
 
 

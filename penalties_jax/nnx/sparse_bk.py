@@ -9,7 +9,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from penalties_jax.functional.gates import logistic_gate, top_k_gate
+from penalties_jax.functional.gates import check_positive, logistic_gate, top_k_gate
 from penalties_jax.functional.sparsity import (
     Kind,
     balanced_loss,
@@ -108,8 +108,12 @@ class MixtureOfExperts(nnx.Module):
     """
 
     def __init__(self, features: int, experts: int, top_k: int, dropout: float, *, rngs: nnx.Rngs):
+        if experts < 1:
+            raise ValueError(f"num_experts must be at least 1, got {experts}")
         if not 1 <= top_k <= experts:
             raise ValueError(f"top_k must be from 1 to num_experts, {experts}, got {top_k}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be from 0 to 1, got {dropout}")
         initializer = nnx.initializers.lecun_normal(batch_axis=(0,))
         self.top_k = top_k
         self.router = nnx.Linear(features, experts, use_bias=False, rngs=rngs)
@@ -182,6 +186,7 @@ class SparseMoEResNetBKLayer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_weight("sparsity_loss_weight", sparsity_loss_weight)
+        check_positive("temperature", temperature)
         self.sparsity_loss_weight = sparsity_loss_weight
         self.temperature = temperature
         self.target = as_data(SparsityTarget(target_sparsity, sparsity_loss_type))
@@ -215,8 +220,10 @@ class SparseMoEResNetBKLayer(nnx.Module):
             temperature: A temperature in place of the layer's own.
 
         Raises:
-            ValueError: If the length of the sequences is not `n_seq`.
+            ValueError: If the shape of `x` is not [batch, n_seq, d_model].
         """
+        if x.ndim != 3 or x.shape[1] != self.core.n_seq:
+            raise ValueError(f"x must have the shape [batch, {self.core.n_seq}, d], got {x.shape}")
         if mask is None:
             mask = self.gate(x, temperature=temperature)
         feed_forward = self.experts(x)

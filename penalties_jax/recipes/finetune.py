@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from jaxtyping import Array
 
 import penalties_jax as pj
@@ -24,12 +23,10 @@ from penalties_jax.recipes.report import Section, format_table, write_report
 from penalties_jax.recipes.runs import (
     UsageError,
     append_log,
+    check_model,
     check_numbers,
-    check_resumable,
-    open_checkpoints,
+    open_run,
     read_log,
-    rewind_log,
-    start_run,
     write_file,
 )
 from penalties_jax.recipes.sweep import (
@@ -48,7 +45,7 @@ from penalties_jax.recipes.text import (
     standard_library,
     unigram_loss,
 )
-from penalties_jax.recipes.training import Metrics, adam, compile_chunk, train
+from penalties_jax.recipes.training import Metrics, adam, train_run
 
 PRODUCTS = ("adaptation.png", "curves.png", "report.html")
 
@@ -162,11 +159,12 @@ def finetune(config: FinetuneConfig) -> list[Result]:
     check_length(base_text, batch_size=config.pretrain_batch_size, context=config.context)
     check_length(target_text, batch_size=config.batch_size, context=config.context)
 
-    settings = run_settings(config, base_text, target_text)
-    if config.resume:
-        check_resumable(config.out, settings)
-    else:
-        start_run(config.out, settings, PRODUCTS)
+    settings = open_run(
+        config,
+        PRODUCTS,
+        base_text=base_text.describe(),
+        target_text=target_text.describe(),
+    )
 
     results = _train_and_evaluate(config, base_text, target_text)
     _write_results(config, settings, results, base_text)
@@ -188,27 +186,11 @@ def check(config: FinetuneConfig) -> None:
         positive=[*sizes, "learning_rate", "pretrain_learning_rate"],
         nonnegative=["seed", "kl_weights", "l1_weight", "l2_weight", "entropy_weight"],
     )
-    if config.seed >= 2**32:
-        raise UsageError(f"--seed must be below 2**32, not {config.seed}")
+    check_model(config)
     if not config.kl_weights:
         raise UsageError("--kl-weights needs at least one weight")
     if len(set(config.kl_weights)) < len(config.kl_weights):
         raise UsageError(f"--kl-weights must differ from each other: {config.kl_weights}")
-    if config.width % config.heads:
-        raise UsageError(
-            f"--width must be a multiple of --heads, not {config.width} of {config.heads}"
-        )
-
-
-def run_settings(config: FinetuneConfig, base_text: Corpus, target_text: Corpus) -> dict[str, Any]:
-    """Return everything that decides the run's numbers, as plain values: the `config.yaml`."""
-    settings = dataclasses.asdict(config) | {
-        "kl_weights": list(config.kl_weights),
-        "base_text": base_text.describe(),
-        "target_text": target_text.describe(),
-    }
-    del settings["out"], settings["resume"]
-    return settings
 
 
 def make_objective(config: FinetuneConfig) -> pj.Objective:
@@ -272,36 +254,25 @@ def _train_and_evaluate(
         rank=config.rank,
         seed=config.seed,
     )
-    step = sweep_step(optimizer, batch_size=config.batch_size, length=config.context + 1)
-    with open_checkpoints(config.out) as checkpoints:
-        done = checkpoints.latest_step() or 0
-        if done:
-            members = checkpoints.restore(done, args=ocp.args.StandardRestore(members))
-        rewind_log(config.out, done)
 
-        def record(done: int, members: Member, metrics: Metrics) -> None:
-            append_log(config.out, _train_records(config, done, metrics))
-            checkpoints.save(done, args=ocp.args.StandardSave(members))
+    def records(metrics: Metrics) -> list[dict[str, Any]]:
+        return [
+            {"kl_weight": weight}
+            | {name: float(values[member]) for name, values in metrics.items()}
+            for member, weight in enumerate(config.kl_weights)
+        ]
 
-        members = train(
-            compile_chunk(step),
-            members,
-            shared,
-            first=done,
-            last=config.steps,
-            every=config.log_every,
-            title="fine-tune",
-            record=record,
-        )
+    members = train_run(
+        sweep_step(optimizer, batch_size=config.batch_size, length=config.context + 1),
+        members,
+        shared,
+        folder=config.out,
+        steps=config.steps,
+        every=config.log_every,
+        title="fine-tune",
+        records=records,
+    )
     return _evaluate(config, members, shared, base_text, target_text)
-
-
-def _train_records(config: FinetuneConfig, step: int, metrics: Metrics) -> list[dict[str, Any]]:
-    return [
-        {"kind": "train", "step": step, "kl_weight": weight}
-        | {name: float(values[member]) for name, values in metrics.items()}
-        for member, weight in enumerate(config.kl_weights)
-    ]
 
 
 def _evaluate(

@@ -1,5 +1,6 @@
 """A run's folder: its settings, its log, its checkpoints, written so that a crash loses nothing."""
 
+import dataclasses
 import json
 import math
 import os
@@ -43,6 +44,20 @@ def check_numbers(
                     raise UsageError(f"--{option} must be a finite number {allowed}, not {value}")
 
 
+def check_model(config: Any) -> None:
+    """Refuse a seed, a width or a number of heads that the small language model can't have.
+
+    Raises:
+        UsageError: If the seed doesn't fit 32 bits, or the width is no multiple of the heads.
+    """
+    if config.seed >= 2**32:
+        raise UsageError(f"--seed must be below 2**32, not {config.seed}")
+    if config.width % config.heads:
+        raise UsageError(
+            f"--width must be a multiple of --heads, not {config.width} of {config.heads}"
+        )
+
+
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a whole file or nothing: readers see the old content or the new, never a part."""
     data = content.encode("utf-8") if isinstance(content, str) else content
@@ -55,6 +70,32 @@ def write_file(path: Path, content: str | bytes) -> None:
         except BaseException:
             os.unlink(new.name)
             raise
+
+
+def open_run(config: Any, products: Iterable[str], **texts: str) -> dict[str, Any]:
+    """Start the run in `config.out`, or check that it can be resumed, as `config.resume` says.
+
+    Args:
+        config: A dataclass of options, with `out` and `resume` among them.
+        products: What a run writes at its end, as of `start_run`.
+        **texts: A description of each text, in place of the option of that name.
+
+    Returns:
+        Everything that decides the run's numbers, as plain values: the `config.yaml`.
+
+    Raises:
+        UsageError: As `start_run` and `check_resumable`.
+    """
+    settings = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in (dataclasses.asdict(config) | texts).items()
+        if name not in ("out", "resume")
+    }
+    if config.resume:
+        check_resumable(config.out, settings)
+    else:
+        start_run(config.out, settings, products)
+    return settings
 
 
 def start_run(folder: Path, settings: Mapping[str, Any], products: Iterable[str]) -> None:

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
@@ -29,12 +28,10 @@ from penalties_jax.recipes.report import Section, format_table, write_report
 from penalties_jax.recipes.runs import (
     UsageError,
     append_log,
+    check_model,
     check_numbers,
-    check_resumable,
-    open_checkpoints,
+    open_run,
     read_log,
-    rewind_log,
-    start_run,
     write_file,
 )
 from penalties_jax.recipes.sparse_language_model import SparseLanguageModel
@@ -47,9 +44,10 @@ from penalties_jax.recipes.text import (
     spread_windows,
     unigram_loss,
 )
-from penalties_jax.recipes.training import Metrics, Step, adam, compile_chunk, train
+from penalties_jax.recipes.training import Metrics, Step, adam, train_run
 
 PRODUCTS = ("frontier.png", "curves.png", "skipped.png", "report.html")
+LARGEST_GRADIENT = 1.0
 GROUPS = DENSE, SCHEDULE, DUAL = "dense", "schedule", "dual ascent"
 
 
@@ -182,15 +180,7 @@ def sparsify(config: SparsifyConfig) -> list[Result]:
     check(config)
     text = read_text(config.text) if config.text else help_topics()
     check_length(text, batch_size=config.batch_size, context=config.context)
-    settings = dataclasses.asdict(config) | {
-        "targets": list(config.targets),
-        "text": text.describe(),
-    }
-    del settings["out"], settings["resume"]
-    if config.resume:
-        check_resumable(config.out, settings)
-    else:
-        start_run(config.out, settings, PRODUCTS)
+    settings = open_run(config, PRODUCTS, text=text.describe())
     parameters, graph, shared = _train(config, text)
     windows = spread_windows(
         text.held_out, count=config.evaluation_windows, length=config.context + 1
@@ -217,18 +207,13 @@ def check(config: SparsifyConfig) -> None:
         ],
         nonnegative=["seed", "targets"],
     )  # fmt: skip
-    if config.seed >= 2**32:
-        raise UsageError(f"--seed must be below 2**32, not {config.seed}")
+    check_model(config)
     if config.kind not in KINDS:
         raise UsageError(f"--kind must be one of {', '.join(KINDS)}, not {config.kind}")
     if not config.targets or len(set(config.targets)) < len(config.targets):
         raise UsageError(f"--targets needs at least one, all different, not {config.targets}")
     if max(config.targets) > 1 or config.warmup_fraction > 1:
         raise UsageError("--targets and --warmup-fraction must be at most 1")
-    if config.width % config.heads:
-        raise UsageError(
-            f"--width must be a multiple of --heads, not {config.width} of {config.heads}"
-        )
 
 
 def controllers(config: SparsifyConfig) -> dict[str, list[Any]]:
@@ -367,7 +352,10 @@ def _train(config: SparsifyConfig, text: Corpus) -> tuple[Any, Any, Shared]:
         config.out / "pretrained",
     )
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
-    optimizer = adam(config.learning_rate, config.steps)
+    # At a rate of 0, where the gates start, the derivative of "kl" is as large as 1e8.
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(LARGEST_GRADIENT), adam(config.learning_rate, config.steps)
+    )
     groups = controllers(config)
     members = _members(config)
     parameters = pj.stack([parameters] * len(members))
@@ -383,35 +371,24 @@ def _train(config: SparsifyConfig, text: Corpus) -> tuple[Any, Any, Shared]:
         text=jnp.asarray(text.train),
         key=jax.random.key(config.seed),
     )
-    # On a device by name, as what a checkpoint restores is: else resuming would be another program.
-    state, shared = jax.device_put((state, shared), jax.local_devices()[0])
-    with open_checkpoints(config.out) as checkpoints:
-        done = checkpoints.latest_step() or 0
-        if done:
-            state = checkpoints.restore(done, args=ocp.args.StandardRestore(state))
-        rewind_log(config.out, done)
 
-        def record(done: int, state: State, metrics: Metrics) -> None:
-            append_log(
-                config.out,
-                [
-                    {"kind": "train", "step": done, "member": f"{name} {target:g}"}
-                    | {metric: float(values[i]) for metric, values in metrics.items()}
-                    for i, (name, target) in enumerate(members)
-                ],
-            )
-            checkpoints.save(done, args=ocp.args.StandardSave(state))
+    def records(metrics: Metrics) -> list[dict[str, Any]]:
+        return [
+            {"member": f"{name} {target:g}"}
+            | {metric: float(values[i]) for metric, values in metrics.items()}
+            for i, (name, target) in enumerate(members)
+        ]
 
-        state = train(
-            compile_chunk(make_step(graph, optimizer, config)),
-            state,
-            shared,
-            first=done,
-            last=config.steps,
-            every=config.log_every,
-            title="sparsify",
-            record=record,
-        )
+    state = train_run(
+        make_step(graph, optimizer, config),
+        state,
+        shared,
+        folder=config.out,
+        steps=config.steps,
+        every=config.log_every,
+        title="sparsify",
+        records=records,
+    )
     return state.parameters, graph, shared
 
 

@@ -81,8 +81,7 @@ def start_sweep(
         text=text,
         key=jax.random.key(seed),
     )
-    # On a device by name, as what a checkpoint restores is: else resuming would be another program.
-    return jax.device_put((members, shared), jax.local_devices()[0])
+    return members, shared
 
 
 def sweep_step(optimizer: optax.GradientTransformation, *, batch_size: int, length: int) -> Step:

@@ -1,13 +1,17 @@
 """A training loop in compiled chunks: one trace, whatever the number of steps."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import orbax.checkpoint as ocp
 from jaxtyping import Array, PyTree
 from tqdm import tqdm
+
+from penalties_jax.recipes.runs import append_log, open_checkpoints, rewind_log
 
 Metrics = dict[str, Array]
 Step = Callable[[Any, PyTree, Array], tuple[Any, Metrics]]
@@ -73,6 +77,58 @@ def train(
             progress.update(end - first)
             first = end
     return state
+
+
+def train_run(
+    step: Step,
+    state: Any,
+    data: PyTree,
+    *,
+    folder: Path,
+    steps: int,
+    every: int,
+    title: str,
+    records: Callable[[Metrics], list[dict[str, Any]]],
+) -> Any:
+    """Train in a run's folder: from its last checkpoint on, with a log and checkpoints.
+
+    Args:
+        step: As of `compile_chunk`.
+        state: The state before the first step.
+        data: What the steps read.
+        folder: The folder of the run.
+        steps: The number of steps in all.
+        every: The number of steps between two lines of the log, and two checkpoints.
+        title: The name of the progress bar.
+        records: From the means over a chunk to its lines in the log.
+
+    Returns:
+        The state after the last step.
+    """
+    # On a device by name, as what a checkpoint restores is: else resuming would be another program.
+    state, data = jax.device_put((state, data), jax.local_devices()[0])
+    with open_checkpoints(folder) as checkpoints:
+        done = checkpoints.latest_step() or 0
+        if done:
+            state = checkpoints.restore(done, args=ocp.args.StandardRestore(state))
+        rewind_log(folder, done)
+
+        def record(done: int, state: Any, metrics: Metrics) -> None:
+            append_log(
+                folder, [{"kind": "train", "step": done} | line for line in records(metrics)]
+            )
+            checkpoints.save(done, args=ocp.args.StandardSave(state))
+
+        return train(
+            compile_chunk(step),
+            state,
+            data,
+            first=done,
+            last=steps,
+            every=every,
+            title=title,
+            record=record,
+        )
 
 
 def adam(learning_rate: float, steps: int) -> optax.GradientTransformation:

@@ -128,6 +128,7 @@ def test_a_scan_over_layers():
         ({"target": -0.1}, r"target must be in \[0, 1\]"),
         ({"weight": -1}, "weight must be at least 0"),
         ({"kind": "l3"}, "kind must be .*huber"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
     ],
 )
 def test_bad_input(settings, message):

@@ -260,3 +260,10 @@ def test_param_penalty_that_selects_nothing():
         pj.linen.param_penalty({}, pj.L1())
     with pytest.raises(TypeError, match="schedule"):
         pj.linen.param_penalty(PARAMS, pj.anneal(0.0, 1.0, start=0, end=2) * pj.L1())
+
+
+def test_a_penalty_that_is_no_scalar():
+    with pytest.raises(ValueError, match=r"penalty must be a scalar, got .*reduce it"):
+        pj.linen.ActivityPenalty(pj.L1(reduction="none")).apply(
+            {}, jnp.ones(3), mutable=["penalties"]
+        )

@@ -173,6 +173,7 @@ def test_a_stack_of_models():
         ({"target": -0.1}, r"target must be in \[0, 1\]"),
         ({"weight": -1}, "weight must be at least 0"),
         ({"kind": "l3"}, "kind must be .*huber"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
     ],
 )
 def test_bad_input(settings, message):
@@ -182,7 +183,7 @@ def test_bad_input(settings, message):
 
 def test_bad_temperature():
     with pytest.raises(ValueError, match="temperature must be above 0"):
-        make(temperature=0.0)(X)
+        make()(X, temperature=0.0)
 
 
 def test_a_single_feature_is_refused():

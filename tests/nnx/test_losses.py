@@ -323,3 +323,8 @@ def test_param_penalty_that_selects_nothing():
         pj.nnx.param_penalty(nnx.Dropout(0.5), pj.L1())
     with pytest.raises(TypeError, match="schedule"):
         pj.nnx.param_penalty(two_layers(), pj.anneal(0.0, 1.0, start=0, end=2) * pj.L1())
+
+
+def test_a_penalty_that_is_no_scalar():
+    with pytest.raises(ValueError, match=r"penalty must be a scalar, got .*reduce it"):
+        pj.nnx.ActivityPenalty(pj.L1(reduction="none"))(jnp.ones(3))

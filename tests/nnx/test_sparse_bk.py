@@ -304,6 +304,9 @@ def test_remat():
         ({"sparsity_loss_type": "l3"}, "kind must be .*l2.*l1.*kl.*huber.*adaptive"),
         ({"top_k": 0}, "top_k must be from 1 to num_experts, 4, got 0"),
         ({"top_k": 5}, "top_k must be from 1 to num_experts, 4, got 5"),
+        ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
+        ({"dropout": 1.5}, "dropout must be from 0 to 1, got 1.5"),
+        ({"temperature": -1.0}, "temperature must be above 0"),
     ],
 )
 def test_bad_settings(settings, message):
@@ -313,8 +316,10 @@ def test_bad_settings(settings, message):
 
 def test_bad_calls():
     layer = make()
-    with pytest.raises(ValueError, match=rf"shape \[batch, {N}\], got \(2, 3\)"):
+    with pytest.raises(ValueError, match=rf"x must have the shape \[batch, {N}, d\], got \(2, 3"):
         layer(X[:, :3])
+    with pytest.raises(ValueError, match="x must have the shape"):
+        layer(X[0])
     core = make_core(False)
     with pytest.raises(ValueError, match="mask must have the shape"):
         core(jnp.zeros((2, N)), jnp.zeros((2, N + 1)))

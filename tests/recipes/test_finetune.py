@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from penalties_jax.recipes import finetune
+from penalties_jax.recipes import finetune, training
 from penalties_jax.recipes.cli import main
 
 WEIGHTS = ("0", "0.5", "5")
@@ -59,7 +59,7 @@ class Run(NamedTuple):
 def run(tmp_path_factory):
     folder, killed = tmp_path_factory.mktemp("run") / "out", tmp_path_factory.mktemp("killed")
     chunks = []
-    compile_chunk, append_log = finetune.compile_chunk, finetune.append_log
+    compile_chunk, append_log = training.compile_chunk, training.append_log
 
     def keep_chunk(step):
         chunks.append(compile_chunk(step))
@@ -71,8 +71,8 @@ def run(tmp_path_factory):
             shutil.copytree(folder, killed, dirs_exist_ok=True)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune, "compile_chunk", keep_chunk)
-        patch.setattr(finetune, "append_log", copy_at_step_6)
+        patch.setattr(training, "compile_chunk", keep_chunk)
+        patch.setattr(training, "append_log", copy_at_step_6)
         main([*TINY, "--out", str(folder)])
     [chunk] = chunks
     return Run(folder, killed, chunk)
@@ -136,7 +136,7 @@ def test_report_is_self_contained(run):
 
 def test_resuming_a_killed_run_gives_the_same_numbers(run, tmp_path, monkeypatch, capsys):
     shutil.copytree(run.killed, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(finetune, "compile_chunk", lambda step: run.chunk)
+    monkeypatch.setattr(training, "compile_chunk", lambda step: run.chunk)
     assert [record["step"] for record in log(tmp_path)] == [3, 3, 3, 6, 6, 6]
     assert not (tmp_path / "report.html").exists()
 
@@ -160,7 +160,7 @@ def test_a_rerun_starts_over_and_keeps_the_pretrained_model(run, tmp_path, monke
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune, "train", interrupt)
+    monkeypatch.setattr(training, "train", interrupt)
     with pytest.raises(SystemExit, match="130"):
         main([*TINY, "--out", str(tmp_path)])
     assert "--resume continues" in capsys.readouterr().err

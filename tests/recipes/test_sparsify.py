@@ -9,7 +9,7 @@ import pytest
 import yaml
 from flax import nnx
 
-from penalties_jax.recipes import sparsify
+from penalties_jax.recipes import sparsify, training
 from penalties_jax.recipes.cli import main
 from penalties_jax.recipes.pretraining import Pretraining
 from penalties_jax.recipes.sparsify import DENSE, DUAL, SCHEDULE
@@ -46,7 +46,7 @@ def log(folder):
 def folders(tmp_path_factory):
     """A whole run, and the same as it was between logging step 6 and its checkpoint."""
     folder, killed = tmp_path_factory.mktemp("run") / "out", tmp_path_factory.mktemp("killed")
-    append_log = sparsify.append_log
+    append_log = training.append_log
 
     def copy_at_step_6(folder, records):
         append_log(folder, records)
@@ -54,7 +54,7 @@ def folders(tmp_path_factory):
             shutil.copytree(folder, killed, dirs_exist_ok=True)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparsify, "append_log", copy_at_step_6)
+        patch.setattr(training, "append_log", copy_at_step_6)
         main([*TINY, "--out", str(folder)])
     return folder, killed
 
