@@ -27,6 +27,7 @@ class Range(NamedTuple):
 
 POSITIVE = Range("above 0", lambda value: value > 0)
 NONNEGATIVE = Range("at least 0", lambda value: value >= 0)
+AT_LEAST_ONE = Range("at least 1", lambda value: value >= 1)
 UNIT = Range("in [0, 1]", lambda value: 0 <= value <= 1)
 ANY = Range("not NaN", lambda value: value == value)
 

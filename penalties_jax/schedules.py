@@ -12,6 +12,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from penalties_jax.functional.reduction import check_broadcast
 from penalties_jax.pytree import (
     NONNEGATIVE,
     POSITIVE,
@@ -427,6 +428,8 @@ class DualAscent(Controller):
     Raises:
         ValueError: If a number is out of range.
         TypeError: In `update`, if there is no `rate=`, the measurement.
+        ValueError: In `update`, if the rate is of another shape than the weight: take its mean, or
+            give the controller one target for each layer.
 
     References:
         Arrow, Hurwicz & Uzawa (1958), Studies in linear and non-linear programming. Gallego-Posada
@@ -474,6 +477,7 @@ class DualAscent(Controller):
         """The state after a step in which the rate was `rate`; a rate of NaN changes no weight."""
         if rate is None:
             raise TypeError("DualAscent.update needs rate=, the measured rate of skipped work")
+        check_broadcast("rate", rate, state.weight.shape)
         excess = jnp.abs(rate - self.target(state)) - self.tolerance
         moved = jnp.clip(state.weight + self.step_size * excess, 0, self.max_weight)
         weight = jnp.where(jnp.isnan(rate), state.weight, moved)

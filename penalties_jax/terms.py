@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
@@ -24,6 +25,7 @@ from penalties_jax.functional.reduction import (
 )
 from penalties_jax.functional.sparsity import KINDS, Kind
 from penalties_jax.pytree import (
+    AT_LEAST_ONE,
     NONNEGATIVE,
     POSITIVE,
     UNIT,
@@ -547,6 +549,67 @@ def _any_included(x, where, axis, axis_name):
         return None
     included = jnp.any(jnp.broadcast_to(where, jnp.shape(x)), axis)
     return included if axis_name is None else lax.psum(included.astype(jnp.int32), axis_name) > 0
+
+
+@pytree
+class ImportanceMinimality(Penalty):
+    """How many components are used, and how often each, `pj.importance_minimality`.
+
+    Takes a pytree of importances [..., C], one array a site. Its value is the total; `parts` has
+    the rest.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> penalty = pj.ImportanceMinimality(pj.SmoothL0(gamma=1.0), beta=1.0)
+        >>> float(penalty({"mlp": jnp.ones((2, 2))}))
+        2.0
+        >>> float(penalty.parts({"mlp": jnp.ones((2, 2))}).sparsity)
+        1.0
+    """
+
+    penalty: Penalty | Callable[[Array], Array]
+    beta: Numeric = number(default=0.0, valid=NONNEGATIVE)
+    reference_count: Numeric | None = number(default=None, valid=AT_LEAST_ONE)
+    axis_name: AxisName | None = option(default=None, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.penalty, Penalty):
+            if not callable(self.penalty):
+                raise TypeError(
+                    "ImportanceMinimality.penalty must be a config such as pj.Lp(p=0.4), or a "
+                    f"function of each value, got {self.penalty!r}"
+                )
+            # A function is structure, as an option is.
+            object.__setattr__(self, "penalty", Partial(self.penalty))
+
+    def parts(
+        self, importances: PyTree[Array], *, where: PyTree | None = None
+    ) -> functional.ImportanceLoss:
+        """The total and the two parts that it is made of.
+
+        Args:
+            importances: What is penalised.
+            where: A mask of positions for every site, or a pytree of masks.
+
+        Raises:
+            TypeError: If a hyperparameter still is a schedule.
+            ValueError: As `pj.importance_minimality`.
+        """
+        self._check_resolved()
+        return functional.importance_minimality(
+            importances,
+            self.penalty,
+            beta=self.beta,
+            reference_count=self.reference_count,
+            where=where,
+            axis_name=self.axis_name,
+        )
+
+    def _value(self, inputs, where):
+        (importances,) = inputs
+        return self.parts(importances, where=where).total
 
 
 @pytree

@@ -578,3 +578,10 @@ def test_an_exponential_weight_from_zero_is_no_error():
     """The weight is linear whatever the shape of the target."""
     controller = Adaptive(initial_weight=0.0, schedule_type="exponential")
     assert float(controller(controller.init()).weight) == 0
+
+
+def test_a_rate_of_another_shape_is_refused():
+    """It would change the shape of the state, and a scan would fail far from here."""
+    controller = pj.DualAscent(0.5)
+    with pytest.raises(ValueError, match=r"rate must broadcast to shape \(\), got shape \(3,\)"):
+        controller.update(controller.init(), rate=jnp.ones(3))

@@ -18,6 +18,12 @@ from penalties_jax.functional.gates import (
     straight_through,
     top_k_gate,
 )
+from penalties_jax.functional.importance import (
+    ImportanceLoss,
+    ImportanceStats,
+    importance_metrics,
+    importance_minimality,
+)
 from penalties_jax.functional.penalties import (
     elastic_net,
     group_lasso,
@@ -42,6 +48,8 @@ from penalties_jax.functional.sparsity import (
 from penalties_jax.functional.tridiagonal import resolvent_diagonal
 
 __all__ = [
+    "ImportanceLoss",
+    "ImportanceStats",
     "balanced_loss",
     "consistency",
     "elastic_net",
@@ -51,6 +59,8 @@ __all__ = [
     "hard_concrete_gate",
     "hard_concrete_l0",
     "huber",
+    "importance_metrics",
+    "importance_minimality",
     "interpolated_gradient_penalty",
     "js_divergence",
     "jump_relu",

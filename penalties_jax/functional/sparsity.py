@@ -15,6 +15,7 @@ from penalties_jax.functional.reduction import (
     AxisName,
     Reduction,
     add_up,
+    check_broadcast,
     check_choice,
     check_reduction,
     check_where,
@@ -98,14 +99,16 @@ def sparsity_target_loss(
     - "kl" is $t \ln \frac{t}{s} + (1 - t) \ln \frac{1 - t}{1 - s}$ with $0 \ln 0 = 0$, computed
       without cancellation. $s$ and $1 - s$ are each taken to be at least 1e-8, and the derivative,
       $(1 - t) / (1 - s) - t / s$, passes through: at a rate of 0 or 1 it is finite, and points
-      back to the target;
+      back to the target. At a rate of exactly 0, which hard gates can have, it is as large as
+      $10^8 t$: clip gradients;
     - "huber", or "adaptive", is $(s - t)^2 / 2$ where $|s - t| < \delta$ and
       $\delta (|s - t| - \delta / 2)$ elsewhere.
 
     Args:
         rate: The $s$, in [0, 1]: an array of shape [...], such as a scalar or one rate for each
             token, or a pytree of them, such as one for each layer.
-        target: The $t$, in [0, 1]: an array that broadcasts with `rate`, or a pytree like it.
+        target: The $t$, in [0, 1]: an array that broadcasts with `rate`, or a pytree like it. Of a
+            pytree of rates it has to broadcast to each of them.
         kind: "l2", "l1", "kl", "huber" or "adaptive".
         delta: The $\delta$ of "huber", above 0.
         reduction: "none" for a loss for each rate, "mean" or "sum" for a scalar over all of them.
@@ -142,6 +145,9 @@ def sparsity_target_loss(
             raise ValueError(f"target must be in [0, 1], got {target!r}")
         if callable(target):
             raise TypeError(f"target is a schedule, {target!r}: pass its value at the step")
+        if structure.num_nodes > 1:
+            # In a tree, an array is no list of targets for the layers.
+            check_broadcast("target", target, jnp.shape(rate))
         rate, target = jnp.broadcast_arrays(*promote(rate, target))
         return evaluate(
             _FORMULAS[kind],

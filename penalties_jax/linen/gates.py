@@ -20,6 +20,9 @@ class SparsityGate(nn.Module):
     `collect_penalties`. Multiply what is to be skipped by the gate, so that the predictor also
     learns which positions matter.
 
+    With noise the rate of training is the mean probability of a closed gate; without noise a gate
+    is closed where that is above 1/2. The two agree once probabilities are near 0 or 1.
+
     Attributes:
         target: The share of positions to skip, in [0, 1].
         weight: The weight of the sparsity loss, at least 0.

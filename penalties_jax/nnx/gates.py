@@ -39,6 +39,10 @@ class SparsityGate(nnx.Module):
     `weight * pj.SparsityTarget(target, kind)` of its gates for `collect_penalties`. Multiply what
     is to be skipped by the gate, so that the predictor also learns which positions matter.
 
+    With noise the rate of training is the mean probability of a closed gate; without noise a gate
+    is closed where that is above 1/2. The two agree once probabilities are near 0 or 1. To train
+    what is evaluated, set `gate.deterministic = True` and penalise the mask yourself.
+
     Args:
         features: The size of the last axis of the input, at least 2.
         target: The share of positions to skip, in [0, 1].

@@ -141,7 +141,9 @@ class SparseMoEResNetBKLayer(nnx.Module):
     input and `features` those of a `SparseBKCore` with the potential `linear(ffn)`. Which positions
     it computes is decided by an importance predictor and `pj.logistic_gate`: with noise in
     training, without after `model.eval()`. The rate of skipped positions carries its gradient, so
-    the predictor learns from the sparsity loss of the last call and from the accuracy loss.
+    the predictor learns from the sparsity loss of the last call and from the accuracy loss. Every
+    position is computed and then masked: the layer teaches what can be skipped, and takes as long
+    at every rate.
 
     Args:
         d_model: The size of the last axis, at least 2.

@@ -19,7 +19,7 @@ class SparseBlock(nnx.Module):
         self.attention = Attention(width, heads, rngs=rngs)
         self.sparse_norm = nnx.RMSNorm(width, rngs=rngs)
         self.sparse = SparseMoEResNetBKLayer(width, context, dropout=0.0, causal=True, rngs=rngs)
-        self.sparse.predictor.out.bias = nnx.Param(jnp.full((1,), OPEN))
+        self.sparse.predictor.out.bias = nnx.Param(jnp.full((1,), OPEN, jnp.float32))
 
     def __call__(
         self, x: Float[Array, "batch time width"], dense: bool | Bool[Array, ""]

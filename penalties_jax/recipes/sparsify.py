@@ -76,7 +76,7 @@ class SparsifyConfig:
     kind: Kind = "adaptive"
     """The sparsity loss of the schedule; dual ascent uses l1, the Lagrangian's own."""
 
-    sparsity_weight: float = 10.0
+    sparsity_weight: float = 3.0
     """The weight of the sparsity loss at the end of the schedule."""
 
     warmup_fraction: float = 0.5
@@ -212,6 +212,8 @@ def check(config: SparsifyConfig) -> None:
         raise UsageError(f"--kind must be one of {', '.join(KINDS)}, not {config.kind}")
     if not config.targets or len(set(config.targets)) < len(config.targets):
         raise UsageError(f"--targets needs at least one, all different, not {config.targets}")
+    if config.width < 2:
+        raise UsageError(f"--width must be at least 2, not {config.width}")
     if max(config.targets) > 1 or config.warmup_fraction > 1:
         raise UsageError("--targets and --warmup-fraction must be at most 1")
 

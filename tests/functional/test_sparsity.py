@@ -330,3 +330,12 @@ def test_bad_input():
     for name in ("accuracy_weight", "sparsity_weight"):
         with pytest.raises(ValueError, match=f"{name} must be at least 0"):
             F.balanced_loss(jnp.array(1.0), jnp.array(1.0), **{name: -0.5})
+
+
+def test_an_array_of_targets_is_none_for_a_tree_of_rates():
+    """Each rate would be compared with all of them."""
+    rates = {"a": jnp.array(0.2), "b": jnp.array(0.5)}
+    with pytest.raises(ValueError, match="target must broadcast"):
+        F.sparsity_target_loss(rates, jnp.array([0.2, 0.5]))
+    per_layer = F.sparsity_target_loss(rates, {"a": 0.2, "b": jnp.array(0.5)}, reduction="mean")
+    assert float(per_layer) == 0

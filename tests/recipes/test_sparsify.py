@@ -114,6 +114,7 @@ def test_an_interrupted_run_continues_to_the_same_end(folders):
         (["--targets", "0.5", "0.5"], "all different"),
         (["--targets", "-0.1"], "--targets must be a finite number 0 or above"),
         (["--kind", "l3"], "kind"),
+        (["--width", "1", "--heads", "1"], "--width must be at least 2"),
         (["--width", "15"], "multiple of --heads"),
         (["--sparsity-weight", "-1"], "--sparsity-weight must be a finite number above 0"),
         (["--seed", str(2**32)], "below 2"),

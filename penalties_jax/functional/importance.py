@@ -1,0 +1,428 @@
+"""Importance minimality: how many components a decomposed network uses, and how often each."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.tree_util import Partial
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from penalties_jax.functional.reduction import AxisName, check_where, promote, spread
+
+# A config, which has `elementwise`, or a function from an array to the penalty of each value.
+PerValue = Any
+
+# The base of the two digits of a count: the lower digits of 2**15 devices can be added in int32.
+BASE = 2**16
+
+
+class ImportanceLoss(NamedTuple):
+    """The importance minimality loss and what it is made of, all scalars.
+
+    Attributes:
+        total: `sparsity + beta * frequency`.
+        sparsity: The sum over components of their mean penalty, comparable between values of beta.
+        frequency: The sum over components of mean penalty times log2(1 + summed penalty).
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> loss = pj.importance_minimality(jnp.ones((3, 1)), pj.L1(), beta=0.5)
+        >>> loss.total == loss.sparsity + 0.5 * loss.frequency
+        Array(True, dtype=bool)
+    """
+
+    total: Float[Array, ""]
+    sparsity: Float[Array, ""]
+    frequency: Float[Array, ""]
+
+
+class Count(NamedTuple):
+    """A number of positions, `high * 2**16 + low`, exact beyond what a float32 can count."""
+
+    high: Int[Array, ""]
+    low: Int[Array, ""]
+
+
+class ImportanceStats(NamedTuple):
+    r"""What the loss needs of a batch: $S_j$ of every component and the number of positions.
+
+    Statistics of shards, of microbatches or of evaluation batches merge to those of all their
+    positions, in any order, to float32 rounding: what rounding takes from the sums is kept beside
+    them. Losses and gradients don't merge, since $S \log_2(1 + S)$ is no sum over positions. Two
+    ways of accumulating gradients over microbatches are exact:
+
+    - differentiate through a scan whose carry are the statistics, with a checkpointed step:
+      `lax.scan(jax.checkpoint(step), ImportanceStats.empty(example), microbatches)`, where the step
+      merges `ImportanceStats.from_batch(...)` into the carry, and then `.loss(beta).total`;
+    - in two passes: the first merges the statistics without gradients, the second adds up, over the
+      same microbatches with the same random keys, the gradients of
+      `linear(ImportanceStats.from_batch(...))` with `linear = stats.linearized(beta)`.
+
+    One pass is not exact, whether it averages the losses of microbatches or uses running sums.
+
+    Attributes:
+        sums: The $S_j$ of each site, of shape [C], in a pytree like the importances.
+        residuals: What rounding has taken from them.
+        counts: The number of positions of each site.
+
+    References:
+        Neumaier (1974), Rundungsfehleranalyse einiger Verfahren zur Summation endlicher Summen.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> a, b = jnp.array([[1.0, 0.0]]), jnp.array([[1.0, 1.0], [1.0, 0.0]])
+        >>> stats = [pj.ImportanceStats.from_batch(c, pj.L1()) for c in (a, b)]
+        >>> loss = stats[0].merge(stats[1]).loss(beta=1.0)
+        >>> round(float(loss.sparsity), 4), round(float(loss.frequency), 4)
+        (1.3333, 2.3333)
+    """
+
+    sums: PyTree[Float[Array, " C"]]
+    residuals: PyTree[Float[Array, " C"]]
+    counts: PyTree[Count]
+
+    @classmethod
+    def from_batch(
+        cls,
+        importances: PyTree[Float[Array, "... C"]],
+        penalty: PerValue,
+        *,
+        where: PyTree[Bool[Array, "..."]] | None = None,
+    ) -> Self:
+        """The statistics of one batch, which can be differentiated.
+
+        Args:
+            importances: As in `importance_minimality`.
+            penalty: As in `importance_minimality`.
+            where: As in `importance_minimality`.
+
+        Raises:
+            ValueError: As `importance_minimality`.
+            TypeError: As `importance_minimality`.
+        """
+        sites, structure = jax.tree.flatten(importances)
+        _check_sites(sites)
+        masks = spread(where, structure)
+        for site, mask in zip(sites, masks, strict=True):
+            check_where(mask, jnp.shape(site)[:-1])
+        if not isinstance(penalty, Partial) and not hasattr(penalty, "elementwise"):
+            penalty = Partial(penalty)
+        sums = _sums(sites, masks, penalty)
+        return cls(
+            sums=structure.unflatten(sums),
+            residuals=structure.unflatten(map(jnp.zeros_like, sums)),
+            counts=structure.unflatten(
+                _count(mask, jnp.shape(site)[:-1]) for site, mask in zip(sites, masks, strict=True)
+            ),
+        )
+
+    @classmethod
+    def empty(cls, importances: PyTree[Any]) -> Self:
+        """The statistics of no positions, where merging starts.
+
+        Args:
+            importances: Arrays like those to come, or `jax.ShapeDtypeStruct` of them.
+
+        Raises:
+            ValueError: As `importance_minimality`.
+        """
+        sites, structure = jax.tree.flatten(importances)
+        _check_sites(sites)
+        sums = [
+            jnp.zeros(site.shape[-1], jnp.result_type(site.dtype, jnp.float32)) for site in sites
+        ]
+        zero = jnp.zeros((), jnp.int32)
+        return cls(
+            sums=structure.unflatten(sums),
+            residuals=structure.unflatten(sums),
+            counts=structure.unflatten([Count(zero, zero)] * len(sites)),
+        )
+
+    def merge(self, other: "ImportanceStats") -> "ImportanceStats":
+        """The statistics of the positions of both, which are of the same sites."""
+        lost = jax.tree.map(_lost, self.sums, other.sums)
+        return ImportanceStats(
+            sums=jax.tree.map(jnp.add, self.sums, other.sums),
+            residuals=jax.tree.map(
+                lambda *parts: sum(parts), self.residuals, other.residuals, lost
+            ),
+            counts=_carried(jax.tree.map(jnp.add, self.counts, other.counts)),
+        )
+
+    def psum(self, axis_name: AxisName) -> "ImportanceStats":
+        """The statistics of all members of mapped axes, such as those of a `jax.shard_map`.
+
+        Args:
+            axis_name: The name of the axis, or a tuple of names.
+        """
+        merged = lax.psum(self, axis_name)
+        return merged._replace(counts=_carried(merged.counts))
+
+    def loss(
+        self, beta: ArrayLike = 0.0, *, reference_count: ArrayLike | None = None
+    ) -> ImportanceLoss:
+        """The loss on all positions that were merged.
+
+        Args:
+            beta: As in `importance_minimality`.
+            reference_count: As in `importance_minimality`.
+
+        Raises:
+            ValueError: As `importance_minimality`.
+        """
+        _check_numbers(beta, reference_count)
+        return _loss(self, beta, reference_count)
+
+    def linearized(
+        self, beta: ArrayLike = 0.0, *, reference_count: ArrayLike | None = None
+    ) -> Callable[["ImportanceStats"], Float[Array, ""]]:
+        r"""The loss, linearised at these statistics: what the second of two passes differentiates.
+
+        Args:
+            beta: As in `importance_minimality`.
+            reference_count: As in `importance_minimality`.
+
+        Returns:
+            A function, and pytree, from the statistics of a microbatch to
+            $\sum_j \frac{\partial L}{\partial S_j} S_j$ of that microbatch, whose gradients add up
+            to that of the loss on all of them. Its value is not the loss.
+
+        Raises:
+            ValueError: As `importance_minimality`.
+        """
+        slopes = jax.grad(
+            lambda sums: self._replace(sums=sums).loss(beta, reference_count=reference_count).total
+        )(self.sums)
+        return Partial(_linear, lax.stop_gradient(slopes))
+
+
+def importance_minimality(
+    importances: PyTree[Float[Array, "... C"]],
+    penalty: PerValue,
+    *,
+    beta: ArrayLike = 0.0,
+    reference_count: ArrayLike | None = None,
+    where: PyTree[Bool[Array, "..."]] | None = None,
+    axis_name: AxisName | None = None,
+) -> ImportanceLoss:
+    r"""The importance minimality loss: $\sum_j f_j + \beta f_j \log_2(1 + S_j)$.
+
+    Here $S_j = \sum_i \psi(c_{ij})$ sums the penalty $\psi$ of component j's importance over the
+    positions i, $f_j = S_j / N$ is its mean over the N positions, and the sum runs over the
+    components of all sites. The first part asks for few components at each position; the second
+    for components that are used at few positions.
+
+    $S_j$ is that of the global batch. Under `jax.jit` on sharded arrays it is so by itself; in
+    `jax.shard_map` name the axes; over microbatches use `ImportanceStats`.
+
+    Args:
+        importances: The $c \ge 0$ of each site (layer): a pytree of arrays [..., C] of positions
+            and components, of any real dtype; C and the number of positions may differ. A negative
+            importance is an error upstream and is not clipped: the penalties of this package take
+            its magnitude.
+        penalty: The $\psi$: a separable config such as `pj.SmoothL0(gamma=0.1)` or
+            `pj.Lp(p=0.4)`, or a function from an array to the penalty of each value.
+        beta: The $\beta$, at least 0; 0.5 is usual.
+        reference_count: An $a \ge 1$ that replaces $S_j$ in the logarithm by $a f_j$, which makes
+            the loss independent of the number of positions.
+        where: Mask of the positions that count, which broadcasts to [...], or a pytree of masks.
+        axis_name: Mapped axes that the batch is sharded over.
+
+    Returns:
+        An `ImportanceLoss(total, sparsity, frequency)` of scalars, float32 or wider.
+
+    Raises:
+        ValueError: If there is no array or one has no axis of components, `where` does not fit, or
+            a number is out of range.
+        TypeError: If `where` is not boolean, or the config holds a schedule.
+
+    References:
+        Bushnaq, Braun & Sharkey (2025), Stochastic parameter decomposition.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> loss = pj.importance_minimality(jnp.ones((2, 2)), pj.SmoothL0(gamma=1.0), beta=1.0)
+        >>> [float(part) for part in loss]
+        [2.0, 1.0, 1.0]
+    """
+    stats = ImportanceStats.from_batch(importances, penalty, where=where)
+    if axis_name is not None:
+        stats = stats.psum(axis_name)
+    return stats.loss(beta, reference_count=reference_count)
+
+
+def importance_metrics(
+    importances: PyTree[Float[Array, "... C"]],
+    penalties: Mapping[str, PerValue],
+    *,
+    beta: ArrayLike = 0.0,
+    reference_count: ArrayLike | None = None,
+    thresholds: Sequence[float] = (0.0,),
+    where: PyTree[Bool[Array, "..."]] | None = None,
+    axis_name: AxisName | None = None,
+) -> dict[str, Float[Array, ""]]:
+    """What to log of importances: every penalty's loss, CI-L0 and the share of dead components.
+
+    A run that is driven by one penalty so also logs the others', on the same importances.
+
+    Args:
+        importances: As in `importance_minimality`.
+        penalties: Per-value penalties by name.
+        beta: As in `importance_minimality`.
+        reference_count: As in `importance_minimality`.
+        thresholds: Above which importances a component counts as used, at least one.
+        where: As in `importance_minimality`.
+        axis_name: As in `importance_minimality`.
+
+    Returns:
+        A flat dict of scalars:
+
+        - "importance/<name>", the total of that penalty, and "importance/<name>_no_beta", its
+          sparsity;
+        - "importance/ci_l0_<threshold>", the mean number of components in use at a position, over
+          all sites together, and "importance/ci_l0_<threshold>/<site>" for each;
+        - "importance/dead", the share of components that are at no position above the lowest
+          threshold.
+
+    Raises:
+        ValueError: As `importance_minimality`, or if there is no threshold.
+        TypeError: As `importance_minimality`.
+
+    References:
+        Bushnaq, Braun & Sharkey (2025), Stochastic parameter decomposition.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> importances = {"mlp": jnp.array([[0.5, 0.0], [1.0, 0.0]])}
+        >>> metrics = pj.importance_metrics(importances, {"l1": pj.L1()})
+        >>> for name in ("ci_l0_0", "ci_l0_0/mlp", "dead", "l1", "l1_no_beta"):
+        ...     print(name, metrics[f"importance/{name}"])
+        ci_l0_0 1.0
+        ci_l0_0/mlp 1.0
+        dead 0.5
+        l1 0.75
+        l1_no_beta 0.75
+    """
+    if not thresholds:
+        raise ValueError("thresholds must hold at least one number, got none")
+
+    def stats(penalty: PerValue) -> ImportanceStats:
+        local = ImportanceStats.from_batch(importances, penalty, where=where)
+        return local if axis_name is None else local.psum(axis_name)
+
+    metrics = {}
+    for name, penalty in penalties.items():
+        loss = stats(penalty).loss(beta, reference_count=reference_count)
+        metrics[f"importance/{name}"] = loss.total
+        metrics[f"importance/{name}_no_beta"] = loss.sparsity
+    for threshold in sorted(thresholds, reverse=True):
+        used = stats(Partial(_above, threshold))
+        label = f"importance/ci_l0_{threshold:g}"
+        metrics[label] = used.loss().sparsity
+        paths, sums, counts = _by_site(used)
+        for path, total, count in zip(paths, sums, counts, strict=True):
+            if path:
+                site = jax.tree_util.keystr(path, simple=True, separator="/")
+                metrics[f"{label}/{site}"] = jnp.sum(_mean(total, count))
+    # The lowest threshold came last.
+    components = sum(total.size for total in sums)
+    metrics["importance/dead"] = sum(jnp.sum(total == 0) for total in sums) / components
+    return metrics
+
+
+def _check_sites(sites):
+    if not sites:
+        raise ValueError("importances must hold at least one array, got none")
+    for site in sites:
+        if not jnp.ndim(site):
+            raise ValueError("importances must have the shape [..., C], got a scalar")
+
+
+def _check_numbers(beta, reference_count):
+    if isinstance(beta, int | float) and not beta >= 0:
+        raise ValueError(f"beta must be at least 0, got {beta!r}")
+    if isinstance(reference_count, int | float) and not reference_count >= 1:
+        raise ValueError(f"reference_count must be at least 1, got {reference_count!r}")
+
+
+@jax.jit
+def _sums(sites, masks, penalty):
+    per_value = getattr(penalty, "elementwise", penalty)
+
+    # Recomputed in the backward pass: a residual of the size of the input costs more than that.
+    @jax.checkpoint
+    def total(site, mask):
+        (site,) = promote(site)
+        positions = range(site.ndim - 1)
+        if mask is None:
+            return jnp.sum(per_value(site), positions)
+        included = jnp.broadcast_to(mask, site.shape[:-1])[..., None]
+        values = per_value(jnp.where(included, site, 0))
+        return jnp.sum(jnp.where(included, values, 0), positions)
+
+    return [total(site, mask) for site, mask in zip(sites, masks, strict=True)]
+
+
+def _count(mask, shape):
+    size = math.prod(shape)
+    if mask is None:
+        high, low = (jnp.asarray(digit, jnp.int32) for digit in divmod(size, BASE))
+        return Count(high, low)
+    repeats = size // max(jnp.size(mask), 1)
+    return Count(*jnp.divmod(jnp.sum(mask, dtype=jnp.int32) * repeats, BASE))
+
+
+def _carried(counts):
+    def carry(count):
+        high, low = jnp.divmod(count.low, BASE)
+        return Count(count.high + high, low)
+
+    return jax.tree.map(carry, counts, is_leaf=lambda node: isinstance(node, Count))
+
+
+def _lost(a, b):
+    """What rounding takes from a + b."""
+    total = a + b
+    shadow = total - a
+    lost = (a - (total - shadow)) + (b - shadow)
+    return lax.stop_gradient(jnp.where(jnp.isfinite(total), lost, 0))
+
+
+def _mean(total, count):
+    positions = count.high.astype(total.dtype) * BASE + count.low
+    return total / jnp.maximum(positions, 1)
+
+
+def _by_site(stats):
+    totals = jax.tree.map(jnp.add, stats.sums, stats.residuals)
+    paths, sums = zip(*jax.tree.leaves_with_path(totals), strict=True)
+    return paths, sums, jax.tree.structure(totals).flatten_up_to(stats.counts)
+
+
+@jax.jit
+def _loss(stats, beta, reference_count):
+    _, sums, counts = _by_site(stats)
+    sparsity = frequency = 0.0
+    for total, count in zip(sums, counts, strict=True):
+        mean = _mean(total, count)
+        scale = total if reference_count is None else reference_count * mean
+        sparsity += jnp.sum(mean)
+        frequency += jnp.sum(mean * jnp.log1p(scale)) / math.log(2)
+    return ImportanceLoss(sparsity + beta * frequency, sparsity, frequency)
+
+
+def _linear(slopes, stats):
+    products = jax.tree.map(lambda slope, total: jnp.sum(slope * total), slopes, stats.sums)
+    return sum(jax.tree.leaves(products))
+
+
+def _above(threshold, importances):
+    return (importances > threshold).astype(importances.dtype)
