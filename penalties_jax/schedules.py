@@ -135,7 +135,7 @@ def anneal(
 
 def anneal_fraction(
     init: ArrayLike,
-    final: ArrayLike,
+    final: ArrayLike | None,
     *,
     total_steps: int,
     start_frac: float = 0.0,
@@ -146,7 +146,7 @@ def anneal_fraction(
 
     Args:
         init: The value before.
-        final: The value after.
+        final: The value after; None means that it stays `init`.
         total_steps: The number of steps in training.
         start_frac: The fraction at which it starts to move, in [0, 1].
         end_frac: The fraction from which it is `final`, in [0, 1].
@@ -172,7 +172,7 @@ def anneal_fraction(
             f"got start_frac={start_frac}, end_frac={end_frac}"
         )
     start, end = start_frac * total_steps, end_frac * total_steps
-    return Anneal(init, final, start, end, shape=shape)
+    return Anneal(init, init if final is None else final, start, end, shape=shape)
 
 
 class SparsityControl(NamedTuple):

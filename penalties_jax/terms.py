@@ -364,6 +364,23 @@ class SmoothL0(Separable):
 
 
 @pytree
+class LogSum(Separable):
+    """The log-sum penalty, `pj.log_sum`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> round(float(pj.LogSum(eps=0.5)(jnp.array([0.5, 0.0]))), 4)
+        0.6931
+    """
+
+    eps: Numeric = number(default=1.0, valid=POSITIVE)
+
+    def _function(self, x, **options):
+        return functional.log_sum(x, self.eps, weights=self.weights, **options)
+
+
+@pytree
 class Huber(Separable):
     """The Huber penalty, `pj.huber`.
 

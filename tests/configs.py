@@ -45,7 +45,7 @@ class Example(NamedTuple):
         return tuple(arrays)
 
 
-SEPARABLE = (pj.L1, pj.L2, pj.ElasticNet, pj.Lp, pj.SmoothL0, pj.Huber)
+SEPARABLE = (pj.L1, pj.L2, pj.ElasticNet, pj.Lp, pj.LogSum, pj.SmoothL0, pj.Huber)
 
 EXAMPLES = {
     "l1": Example(pj.L1, pj.l1, {"weights": 0.5}),
@@ -53,6 +53,7 @@ EXAMPLES = {
     "l2 about the mean": Example(pj.L2, pj.l2, {"center": "mean"}),
     "elastic net": Example(pj.ElasticNet, pj.elastic_net, {"l1_ratio": 0.3}),
     "lp": Example(pj.Lp, pj.lp, {"p": 0.5, "eps": 1e-3}),
+    "log sum": Example(pj.LogSum, pj.log_sum, {"eps": 0.5, "weights": 2.0}),
     "smooth l0": Example(pj.SmoothL0, pj.smooth_l0, {"gamma": 0.5, "weights": 3.0}),
     "smooth l0, normalised": Example(
         pj.SmoothL0, pj.smooth_l0, {"gamma": 0.5, "normalize_at_one": True}

@@ -10,7 +10,7 @@ import pytest
 
 import penalties_jax as pj
 
-PENALTIES = "l1 l2 elastic_net lp smooth_l0 huber group_lasso"
+PENALTIES = "l1 l2 elastic_net lp log_sum smooth_l0 huber group_lasso"
 DIVERGENCES = "kl_divergence js_divergence entropy kl_estimate"
 STRUCTURE = """orthogonality consistency gradient_penalty interpolated_gradient_penalty
     output_magnitude"""
@@ -20,7 +20,7 @@ IMPORTANCE = "importance_minimality importance_metrics"
 STATS = "ImportanceLoss ImportanceStats"
 CONTROLLERS = "AdaptiveSparsityScheduler DualAscent SparsityControl"
 CONFIGS = f"""{CONTROLLERS} {STATS} SparsityTarget ImportanceMinimality
-    L1 L2 ElasticNet Lp SmoothL0 Huber GroupLasso KLDivergence JSDivergence Entropy
+    L1 L2 ElasticNet Lp LogSum SmoothL0 Huber GroupLasso KLDivergence JSDivergence Entropy
     Orthogonality Consistency Term Objective"""
 TOOLS = "stack anneal anneal_fraction add_penalty proximal"
 TEXT = "to_dict from_dict to_json from_json to_yaml from_yaml"

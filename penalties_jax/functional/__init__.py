@@ -30,6 +30,7 @@ from penalties_jax.functional.penalties import (
     huber,
     l1,
     l2,
+    log_sum,
     lp,
     smooth_l0,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "kl_estimate",
     "l1",
     "l2",
+    "log_sum",
     "logistic_gate",
     "lp",
     "orthogonality",

@@ -323,7 +323,7 @@ def importance_metrics(
         loss = stats(penalty).loss(beta, reference_count=reference_count)
         metrics[f"importance/{name}"] = loss.total
         metrics[f"importance/{name}_no_beta"] = loss.sparsity
-    for threshold in sorted(thresholds, reverse=True):
+    for threshold in thresholds:
         used = stats(Partial(_above, threshold))
         label = f"importance/ci_l0_{threshold:g}"
         metrics[label] = used.loss().sparsity
@@ -332,9 +332,8 @@ def importance_metrics(
             if path:
                 site = jax.tree_util.keystr(path, simple=True, separator="/")
                 metrics[f"{label}/{site}"] = jnp.sum(_mean(total, count))
-    # The lowest threshold came last.
-    components = sum(total.size for total in sums)
-    metrics["importance/dead"] = sum(jnp.sum(total == 0) for total in sums) / components
+    _, sums, _ = _by_site(stats(Partial(_above, min(thresholds))))
+    metrics["importance/dead"] = jnp.mean(jnp.concatenate(sums) == 0)
     return metrics
 
 
@@ -410,7 +409,7 @@ def _by_site(stats):
 @jax.jit
 def _loss(stats, beta, reference_count):
     _, sums, counts = _by_site(stats)
-    sparsity = frequency = 0.0
+    sparsity = frequency = jnp.zeros((), jnp.float32)
     for total, count in zip(sums, counts, strict=True):
         mean = _mean(total, count)
         scale = total if reference_count is None else reference_count * mean

@@ -248,6 +248,47 @@ def smooth_l0(
     return _penalty(formula, x, weights, reduction, where, axis_name, gamma=gamma)
 
 
+def log_sum(
+    x: Float[Array, "..."],
+    eps: ArrayLike = 1.0,
+    *,
+    weights: ArrayLike = 1.0,
+    reduction: Reduction = "sum",
+    where: Bool[Array, "..."] | None = None,
+    axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""The log-sum penalty: $\sum_i w_i \ln(1 + |x_i| / \epsilon)$.
+
+    The derivative is $\operatorname{sign}(x_i) / (\epsilon + |x_i|)$, and 0 at 0: the smaller
+    `eps`, the nearer to a count of the entries, and the steeper at 0.
+
+    Args:
+        x: Values of shape [...], of any real dtype; below 32 bits they are upcast to float32.
+        eps: The $\epsilon$, above 0, in the units of `x`: a number, or an array that broadcasts to
+            `x`.
+        weights: A number, or an array that broadcasts to `x`.
+        reduction: "sum", "mean" or "none".
+        where: Mask that broadcasts to `x`.
+        axis_name: Mapped axes over whose members to sum or average.
+
+    Returns:
+        A scalar, or an array of the shape of `x` for "none".
+
+    Raises:
+        ValueError: If an array does not broadcast to `x`, or `reduction` is unknown.
+
+    References:
+        Candès, Wakin & Boyd (2008), Enhancing sparsity by reweighted l1 minimization.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> round(float(pj.log_sum(jnp.array([1.0, -3.0]), eps=1.0)), 4)
+        2.0794
+    """
+    return _penalty(_log_magnitude, x, weights, reduction, where, axis_name, eps=eps)
+
+
 def huber(
     x: Float[Array, "..."],
     delta: ArrayLike = 1.0,
@@ -458,6 +499,27 @@ def _geman_mcclure(x, gamma):
 
 def _geman_mcclure_at_one(x, gamma):
     return (1 + jnp.square(gamma)) * _geman_mcclure(x, gamma)
+
+
+def _log_slope(x, eps):
+    return jnp.sign(x) / (eps + jnp.abs(x))
+
+
+def _log_eps_slope(x, eps):
+    magnitude = absolute(x)
+    return -magnitude / (eps * (eps + magnitude))
+
+
+@elementwise_derivatives(_log_slope, _log_eps_slope)
+def _log_magnitude(x, eps):
+    magnitude = jnp.abs(x)
+    ratio = magnitude / eps
+    overflown = jnp.isinf(ratio)
+    return jnp.where(
+        overflown,
+        jnp.log(jnp.where(overflown, magnitude, 1)) - jnp.log(eps),
+        jnp.log1p(ratio),
+    )
 
 
 def _huber_slope(x, delta):

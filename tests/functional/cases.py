@@ -101,6 +101,7 @@ PENALTIES = {
     "elastic_net": elementwise(F.elastic_net, lambda x: 0.3 * abs(x) + 0.7 * x * x, l1_ratio=0.3),
     "lp": elementwise(F.lp, lambda x: (np.abs(x) + 1e-12) ** 0.4, p=0.4),
     "lp-cube": elementwise(F.lp, lambda x: (np.abs(x) + 0.1) ** 3, p=3.0, eps=0.1),
+    "log_sum": elementwise(F.log_sum, lambda x: np.log1p(np.abs(x) / 0.3), eps=0.3),
     "smooth_l0": elementwise(F.smooth_l0, lambda x: x * x / (x * x + 0.25), gamma=0.5),
     "smooth_l0-normalised": elementwise(
         F.smooth_l0, lambda x: 1.25 * x * x / (x * x + 0.25), gamma=0.5, normalize_at_one=True

@@ -55,6 +55,15 @@ def power(p, eps):
     )
 
 
+def log_sum(eps):
+    return Penalty(
+        partial(F.log_sum, eps=eps),
+        lambda x: np.log1p(np.abs(x) / eps),
+        lambda x: np.sign(x) / (eps + np.abs(x)),
+        (math.inf, 0.0),
+    )
+
+
 def geman_mcclure(gamma, normalize_at_one=False):
     scale = 1 + gamma**2 if normalize_at_one else 1.0
     return Penalty(
@@ -83,6 +92,7 @@ PENALTIES = {
     "l2-center-clip": square(center=-0.5, clip=1.3),
     **{f"elastic_net-{ratio}": elastic_net(ratio) for ratio in (0.0, 0.25, 1.0)},
     **{f"lp-{p}-{eps}": power(p, eps) for p, eps in POWERS},
+    **{f"log_sum-{eps}": log_sum(eps) for eps in (1.0, 1e-12)},
     **{f"smooth_l0-{gamma}": geman_mcclure(gamma) for gamma in (1.0, 1e-3, 1e-12)},
     "smooth_l0-normalised-2": geman_mcclure(2.0, normalize_at_one=True),
     "smooth_l0-normalised": geman_mcclure(0.1, normalize_at_one=True),
@@ -222,6 +232,7 @@ HYPERPARAMETERS = {
     "p": (lambda x, h: F.lp(x, h), lambda x, h: (np.abs(x) + 1e-12) ** h),
     "p-eps-0": (lambda x, h: F.lp(x, h, eps=0.0), lambda x, h: np.abs(x) ** h),
     "eps": (lambda x, h: F.lp(x, 0.4, eps=h), lambda x, h: (np.abs(x) + h) ** 0.4),
+    "log_sum": (F.log_sum, lambda x, h: np.log1p(np.abs(x) / h)),
     "gamma": (F.smooth_l0, lambda x, h: x**2 / (x**2 + h**2)),
     "gamma-normalised": (
         partial(F.smooth_l0, normalize_at_one=True),
@@ -265,6 +276,7 @@ MASKED_ARRAYS = {
     "elastic_net": lambda x, h, **options: F.elastic_net(x, l1_ratio=h, **options),
     "lp p": F.lp,
     "lp eps": lambda x, h, **options: F.lp(x, 0.4, eps=h, **options),
+    "log_sum": F.log_sum,
     "smooth_l0": F.smooth_l0,
     "huber": F.huber,
     "group_lasso weights": lambda x, h, where, **options: F.group_lasso(
