@@ -5,16 +5,17 @@ from typing import Annotated, Literal
 
 import tyro
 
-from benchmarks import penalties, resolvent, sparsity, transforms
+from benchmarks import importance, penalties, resolvent, sparsity, transforms
 from benchmarks.harness import machine
 
 BENCHMARKS = {
+    "importance": importance.run,
     "penalties": penalties.run,
     "resolvent": resolvent.run,
     "sparsity": sparsity.run,
     "transforms": transforms.run,
 }
-Name = Literal["penalties", "resolvent", "sparsity", "transforms"]
+Name = Literal["importance", "penalties", "resolvent", "sparsity", "transforms"]
 
 
 def main(

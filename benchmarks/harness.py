@@ -146,7 +146,7 @@ def memory_passes(x: Float[Array, "..."]) -> dict[str, Program]:
     """
     return {
         "read": compiled(jnp.sum, x),
-        "read and write": compiled(lambda x, scale: x * scale, x, jnp.float32(1.5)),
+        "read and write": compiled(lambda x, scale: x * scale, x, jnp.asarray(1.5, x.dtype)),
     }
 
 

@@ -477,7 +477,7 @@ class DualAscent(Controller):
         """The state after a step in which the rate was `rate`; a rate of NaN changes no weight."""
         if rate is None:
             raise TypeError("DualAscent.update needs rate=, the measured rate of skipped work")
-        check_broadcast("rate", rate, state.weight.shape)
+        check_broadcast("rate", rate, jnp.shape(state.weight))
         excess = jnp.abs(rate - self.target(state)) - self.tolerance
         moved = jnp.clip(state.weight + self.step_size * excess, 0, self.max_weight)
         weight = jnp.where(jnp.isnan(rate), state.weight, moved)

@@ -21,6 +21,7 @@ from penalties_jax.functional.reduction import (
     Reduction,
     Sums,
     add_up,
+    check_broadcast,
     spread,
 )
 from penalties_jax.functional.sparsity import KINDS, Kind
@@ -550,6 +551,8 @@ class SparsityTarget(Reduced):
             rate = functional.sparsity_rate(mask, axis=self.axis, where=where, axis_name=axis_name)
             # A rate over the global batch is the same on every member: its loss counts once.
             where, axis_name = _any_included(mask, where, self.axis, axis_name), None
+        # Else every rate of a tree would be compared with the targets of all of them.
+        check_broadcast("target", self.target, jnp.shape(rate))
         return functional.sparsity_target_loss(
             rate,
             self.target,

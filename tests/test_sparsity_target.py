@@ -395,3 +395,12 @@ def test_errors(make, message):
 def test_a_mask_of_numbers_is_refused():
     with pytest.raises(TypeError, match="boolean"):
         pj.SparsityTarget(0.5, from_mask=True)(np.ones(3, np.float32), where=np.ones(3))
+
+
+def test_an_array_of_targets_is_none_for_a_tree_of_rates():
+    rates = {"a": jnp.array(0.1), "b": jnp.array(0.9)}
+    with pytest.raises(ValueError, match="target must broadcast"):
+        pj.SparsityTarget(jnp.array([0.1, 0.9]), "l1")(rates)
+    with pytest.raises(ValueError, match="target must broadcast"):
+        pj.SparsityTarget(jnp.array([0.1, 0.9]), from_mask=True)({"a": jnp.ones(4)})
+    assert float(pj.SparsityTarget({"a": 0.1, "b": 0.9}, "l1")(rates)) == 0

@@ -1,5 +1,7 @@
 """Gates in [0, 1] that are learned: stochastic relaxations and straight-through estimators."""
 
+import numbers
+import operator
 from typing import Any
 
 import jax
@@ -266,7 +268,7 @@ def top_k_gate(
     Raises:
         ValueError: If `k` is out of range, or `temperature` is a number that is not above 0 or
             does not broadcast.
-        TypeError: If `temperature` is a schedule.
+        TypeError: If `temperature` is a schedule, or `k` no integer.
 
     References:
         Kool, van Hoof & Welling (2019), Stochastic beams and where to find them: the
@@ -281,6 +283,7 @@ def top_k_gate(
     _check_scale("temperature", temperature, logits)
     axis = normalize_axis_index(axis, jnp.ndim(logits))
     size = jnp.shape(logits)[axis]
+    k = operator.index(k)
     if not 1 <= k <= size:
         raise ValueError(f"k must be from 1 to the size of the axis, {size}, got {k}")
     return _top_k_gate(logits, key, temperature, k=k, axis=axis)
@@ -288,7 +291,7 @@ def top_k_gate(
 
 def check_positive(name: str, value: Any) -> None:
     """Raises ValueError for a number that is not above 0."""
-    if isinstance(value, int | float) and not value > 0:
+    if isinstance(value, numbers.Real) and not value > 0:
         raise ValueError(f"{name} must be above 0, got {value!r}")
 
 

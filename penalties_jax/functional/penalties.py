@@ -455,25 +455,30 @@ def _power_slope(x, p, eps):
     magnitude = jnp.abs(x)
     nonzero = magnitude > 0
     base = jnp.where(nonzero, magnitude + eps, 1)
-    return p * base ** (p - 1) * jnp.sign(x)
+    return p * _raise(base, p - 1) * jnp.sign(x)
 
 
 def _power_p_slope(x, p, eps):
     base = absolute(x) + eps
     positive = base > 0
     base = jnp.where(positive, base, 1)
-    return jnp.where(positive, base**p * jnp.log(base), 0)
+    return jnp.where(positive, _raise(base, p) * jnp.log(base), 0)
 
 
 def _power_eps_slope(x, p, eps):
     base = absolute(x) + eps
     positive = base > 0
-    return jnp.where(positive, p * jnp.where(positive, base, 1) ** (p - 1), 0)
+    return jnp.where(positive, p * _raise(jnp.where(positive, base, 1), p - 1), 0)
 
 
 @elementwise_derivatives(_power_slope, _power_p_slope, _power_eps_slope)
 def _power(x, p, eps):
-    return (jnp.abs(x) + eps) ** p
+    return _raise(jnp.abs(x) + eps, p)
+
+
+def _raise(base, p):
+    """base^p for a base of at least 0: as exact as the logarithm, and vectorised on a CPU."""
+    return jnp.exp(jnp.where(p == 0, 0, p * jnp.log(base)))
 
 
 def _geman_mcclure_ratio(x, gamma):

@@ -29,7 +29,8 @@ def resolvent_diagonal(
     the right ratios $r_k$ the same from the other end, and
     $G_{kk} = 1 / (l_k + r_k - d_k)$. For $b_k c_k \ge 0$ every ratio has an imaginary part of at
     least $|\operatorname{Im} z|$, so that no division is near 0 and
-    $|G_{kk}| \le 1 / |\operatorname{Im} z|$, at any n, in float32.
+    $|G_{kk}| \le 1 / |\operatorname{Im} z|$, at any n, in float32. Ratios are squared on the way:
+    in float32, entries beyond 1e18 and an $|\operatorname{Im} z|$ below 1e-18 are out of range.
 
     Args:
         diagonal: The $a_k$, of shape [..., n], of any real dtype.
@@ -60,7 +61,7 @@ def resolvent_diagonal(
         Array(True, dtype=bool)
     """
     check_choice("method", method, METHODS)
-    if not jnp.iscomplexobj(z):
+    if not jnp.iscomplexobj(z) or (isinstance(z, complex) and z.imag == 0):
         raise ValueError(f"z must be a complex number off the real axis, got {z!r}")
     return _resolvent_diagonal(diagonal, couplings, z, causal=causal, method=method)
 

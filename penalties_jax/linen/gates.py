@@ -80,6 +80,8 @@ class SparsityGate(nn.Module):
         """
         temperature = self.temperature if temperature is None else temperature
         deterministic = self.deterministic if deterministic is None else deterministic
+        if x.shape[-1] < 2:
+            raise ValueError(f"x must have at least 2 features, got {x.shape[-1]}")
         hidden = nn.relu(nn.Dense(x.shape[-1] // 2, name="hidden")(x))
         logits = nn.Dense(1, name="out")(hidden)[..., 0]
         key = None if deterministic else self.make_rng("gate")

@@ -108,7 +108,7 @@ class ActivityPenalty(nn.Module):
 
     def __post_init__(self):
         check_plain("penalty", self.penalty)
-        check_plain("weight", self.weight)
+        check_plain("weight", (self.weight * self.penalty).scale)
         super().__post_init__()
 
     @nn.compact
@@ -189,4 +189,4 @@ def param_penalty(
     selected = path_aware_map(lambda path, x: x if filter(path, x) else None, params)
     if not jax.tree.leaves(selected):
         raise ValueError(f"filter selects no parameter, got {filter!r}")
-    return penalty(selected)
+    return check_scalar("penalty", penalty(selected))

@@ -176,4 +176,4 @@ def param_penalty(
     selected = nnx.state(model, filter)
     if not jax.tree.leaves(selected):
         raise ValueError(f"filter selects no parameter of the model, got {filter!r}")
-    return penalty(selected)
+    return check_scalar("penalty", penalty(selected))

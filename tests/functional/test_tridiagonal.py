@@ -298,7 +298,7 @@ def test_shapes_that_do_not_fit(a, products):
         F.resolvent_diagonal(jnp.zeros(a), jnp.zeros(products))
 
 
-@pytest.mark.parametrize("z", [0, 1.0, -2])
+@pytest.mark.parametrize("z", [0, 1.0, -2, 1 + 0j])
 def test_a_real_z(z):
     with pytest.raises(ValueError, match="real axis"):
         F.resolvent_diagonal(jnp.zeros(3), jnp.ones(2), z=z)

@@ -139,3 +139,8 @@ def test_bad_input(settings, message):
 def test_an_array_is_refused():
     with pytest.raises(TypeError, match="target must hold Python numbers only"):
         pj.linen.SparsityGate(target=jnp.array(0.5))
+
+
+def test_a_single_feature_is_refused():
+    with pytest.raises(ValueError, match="at least 2 features, got 1"):
+        pj.linen.SparsityGate().init(jax.random.key(0), jnp.ones((3, 1)), deterministic=True)

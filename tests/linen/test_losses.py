@@ -267,3 +267,11 @@ def test_a_penalty_that_is_no_scalar():
         pj.linen.ActivityPenalty(pj.L1(reduction="none")).apply(
             {}, jnp.ones(3), mutable=["penalties"]
         )
+    with pytest.raises(ValueError, match="penalty must be a scalar"):
+        pj.linen.param_penalty(PARAMS, pj.L2(reduction="none"))
+
+
+def test_a_bare_schedule_as_weight():
+    penalised = pj.linen.ActivityPenalty(pj.L1(), lambda step: 0.5 * step)
+    _, state = penalised.apply({}, jnp.ones(3), step=4, mutable=["penalties"])
+    assert float(pj.linen.collect_penalties(state)[0]) == 6

@@ -174,6 +174,7 @@ def test_a_stack_of_models():
         ({"weight": -1}, "weight must be at least 0"),
         ({"kind": "l3"}, "kind must be .*huber"),
         ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": np.float32(0)}, "temperature must be above 0"),
     ],
 )
 def test_bad_input(settings, message):
