@@ -197,8 +197,8 @@ def evaluate(
         weights = jnp.where(where, weights, 0) if weights.ndim else weights
         return jnp.where(where, weights * _apply(formula, inputs, parameters, axis), 0)
 
-    # With the sum inside, the cotangent that the backward pass waits for is a scalar. Without one it
-    # is an array, which the barrier against common subexpressions would keep in memory.
+    # With the sum inside, the cotangent that the backward pass waits for is a scalar. Without a sum
+    # it is an array, which the barrier against common subexpressions would keep in memory.
     @partial(jax.checkpoint, prevent_cse=reduction != "none")
     def reduced(inputs, parameters, weights, where):
         return reduce(
