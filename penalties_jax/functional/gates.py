@@ -291,7 +291,7 @@ def top_k_gate(
 
 def check_positive(name: str, value: Any) -> None:
     """Raises ValueError for a number that is not above 0."""
-    if isinstance(value, numbers.Real) and not value > 0:
+    if isinstance(value, numbers.Real) and not float(value) > 0:
         raise ValueError(f"{name} must be above 0, got {value!r}")
 
 

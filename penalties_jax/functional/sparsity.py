@@ -207,7 +207,7 @@ def balanced_loss(
 
 def check_weight(name: str, weight: ArrayLike) -> None:
     """Raises ValueError for a weight that is a negative number."""
-    if isinstance(weight, numbers.Real) and weight < 0:
+    if isinstance(weight, numbers.Real) and float(weight) < 0:
         raise ValueError(f"{name} must be at least 0, got {weight!r}")
 
 

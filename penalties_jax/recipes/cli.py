@@ -8,12 +8,14 @@ from typing import Any, NoReturn
 
 import tyro
 
+from penalties_jax.recipes.decompose import DecomposeConfig, decompose
 from penalties_jax.recipes.finetune import FinetuneConfig, finetune
 from penalties_jax.recipes.runs import UsageError
 from penalties_jax.recipes.sparsify import SparsifyConfig, sparsify
 
 PROGRAM = "penalties-jax"
 RECIPES: dict[str, tuple[type, Callable[[Any], Any]]] = {
+    "decompose": (DecomposeConfig, decompose),
     "finetune": (FinetuneConfig, finetune),
     "sparsify": (SparsifyConfig, sparsify),
 }

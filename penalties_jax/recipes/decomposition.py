@@ -88,7 +88,8 @@ def faithfulness(sites: Sites, target: Target) -> Float[Array, ""]:
     """Return the mean square of W - sum of v_j u_j^T over all entries of all matrices."""
     weights = target.weights
     missed = [weights[name] - site.v @ site.u for name, site in sites.items()]
-    return sum(jnp.sum(jnp.square(x)) for x in missed) / sum(x.size for x in missed)
+    squares = jnp.stack([jnp.sum(jnp.square(x)) for x in missed])
+    return jnp.sum(squares) / sum(x.size for x in missed)
 
 
 def clean_run(target: Target, inputs: Array) -> tuple[Array, dict[str, Array]]:
@@ -106,8 +107,11 @@ def gates(sites: Sites, seen: dict[str, Array]) -> dict[str, Array]:
     """Return the importances of each site before they are clipped."""
 
     def gate(site: Site, x: Array) -> Array:
-        hidden = jax.nn.gelu((x @ site.v)[..., None] * site.gate_in + site.gate_bias)
-        return jnp.sum(hidden * site.gate_out, -1) + site.gate_offset
+        # Positions last, where they are contiguous: the other axes are short.
+        inner = (x @ site.v).reshape(-1, site.v.shape[-1]).T
+        hidden = jax.nn.gelu(inner[:, None] * site.gate_in[..., None] + site.gate_bias[..., None])
+        raw = jnp.sum(hidden * site.gate_out[..., None], 1).T + site.gate_offset
+        return raw.reshape(*x.shape[:-1], -1)
 
     return {name: gate(site, seen[name]) for name, site in sites.items()}
 
@@ -153,7 +157,7 @@ def losses(key: Array, target: Target, sites: Sites, inputs: Array) -> Losses:
         distances.append(target.distance(masked_run(target, sites, inputs, masks, rest), clean))
     return Losses(
         faithfulness=faithfulness(sites, target),
-        reconstruction=sum(distances) / len(distances),
+        reconstruction=jnp.mean(jnp.stack(distances)),
         importances={name: upper_leaky(x) for name, x in raw.items()},
     )
 

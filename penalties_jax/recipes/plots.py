@@ -22,6 +22,8 @@ STYLE: dict[Any, Any] = {
     "axes.edgecolor": "#888888",
     "lines.linewidth": 1.8,
 }
+# Two colours that colour-blind readers tell apart.
+PAIR = ("#0072b2", "#d55e00")
 
 
 def frontier(
@@ -69,6 +71,46 @@ def frontiers(
         plot.set(xlabel=axes[0], ylabel=axes[1])
         plot.legend(frameon=False)
         return _png(figure)
+
+
+def pareto(
+    groups: Mapping[str, Sequence[Sequence[tuple[float, float]]]], *, axes: tuple[str, str]
+) -> bytes:
+    """Plot what members cost against what they give, with the Pareto front of each group.
+
+    Args:
+        groups: By name, for each setting the points of its seeds; less is better on both axes.
+        axes: The labels of the two axes, with units; the second is logarithmic.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 4.4), layout="constrained")
+        plot = figure.subplots()
+        for colour, (name, settings) in zip(PAIR, groups.items(), strict=True):
+            points = [point for seeds in settings for point in seeds]
+            plot.scatter(*zip(*points, strict=True), s=14, color=colour, alpha=0.6, linewidths=0)
+            for seeds in settings:
+                means, low, high = (f(seeds, axis=0) for f in (np.mean, np.min, np.max))
+                plot.errorbar(
+                    *means,
+                    xerr=[[means[0] - low[0]], [high[0] - means[0]]],
+                    yerr=[[means[1] - low[1]], [high[1] - means[1]]],
+                    color=colour,
+                    linewidth=1,
+                )
+            front = _pareto_front(points)
+            plot.plot(*zip(*front, strict=True), color=colour, label=name)
+        plot.set(xlabel=axes[0], ylabel=axes[1], yscale="log")
+        plot.legend(frameon=False)
+        return _png(figure)
+
+
+def _pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points that no other beats on both axes, from left to right."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points):
+        if not front or y < front[-1][1]:
+            front.append((x, y))
+    return front
 
 
 def highlighted(text: str, shades: Mapping[str, Sequence[float]], *, scale: str) -> bytes:

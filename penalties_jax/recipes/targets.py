@@ -122,7 +122,7 @@ def train_toy_model(
     """Train a toy model of superposition to reproduce its inputs."""
     key = jax.random.key(seed)
     weight = jax.random.normal(key, (features, hidden)) / hidden**0.5
-    parameters = (weight, jnp.zeros(features))
+    parameters = {"weight": weight, "bias": jnp.zeros(features)}
     optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, steps))
 
     @jax.jit
@@ -131,7 +131,7 @@ def train_toy_model(
             parameters, state = carry
 
             def loss(parameters: Any) -> Array:
-                model = ToyModel(*parameters, probability)
+                model = ToyModel(**parameters, probability=probability)
                 x = model.sample(jax.random.fold_in(key, index), 1024)
                 return model.distance(model.forward(lambda name, x: x @ model.weights[name], x), x)
 
@@ -140,4 +140,4 @@ def train_toy_model(
 
         return jax.lax.fori_loop(0, steps, step, (parameters, optimizer.init(parameters)))[0]
 
-    return ToyModel(*train(parameters), probability)
+    return ToyModel(**train(parameters), probability=probability)

@@ -89,6 +89,7 @@ def train_run(
     every: int,
     title: str,
     records: Callable[[Metrics], list[dict[str, Any]]],
+    placement: jax.sharding.Sharding | None = None,
 ) -> Any:
     """Train in a run's folder: from its last checkpoint on, with a log and checkpoints.
 
@@ -101,12 +102,13 @@ def train_run(
         every: The number of steps between two lines of the log, and two checkpoints.
         title: The name of the progress bar.
         records: From the means over a chunk to its lines in the log.
+        placement: Where state and data are; None is the first device.
 
     Returns:
         The state after the last step.
     """
     # On a device by name, as what a checkpoint restores is: else resuming would be another program.
-    state, data = jax.device_put((state, data), jax.local_devices()[0])
+    state, data = jax.device_put((state, data), placement or jax.local_devices()[0])
     with open_checkpoints(folder) as checkpoints:
         done = checkpoints.latest_step() or 0
         if done:
