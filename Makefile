@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 RUNS ?= runs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-quick clean
+.PHONY: help demo test test-slow lint bench bench-quick clean
 
 help:  ## show what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -13,7 +13,10 @@ demo: $(VENV)/.recipes  ## set up, and fine-tune on real text with a KL penalty:
 	$(BIN)/penalties-jax finetune --out $(RUNS)/finetune $(ARGS)
 
 test: $(VENV)/.test  ## set up, and run the tests
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+test-slow: $(VENV)/.test  ## the tests that take minutes each: whole runs on several devices
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(VENV)/.test  ## ruff and basedpyright
 	$(BIN)/ruff check .
