@@ -83,7 +83,7 @@ class DecomposeConfig:
     beta: float = 0.5
     """The weight of the frequency term, relative to the first term of either penalty."""
 
-    faithfulness_weight: float = 1.0
+    faithfulness_weight: float = 30.0
     """The weight of the faithfulness loss."""
 
     components: int | None = None
