@@ -1,10 +1,11 @@
 """Decompose a small network's parameters, and see which importance penalty does it better.
 
 The matrices of a trained network become sums of rank-one components, of which few should be needed
-at each position (`recipes/decomposition.py`). That is asked for by an L_p penalty, annealed from 2
-to 0.4, and by smooth L0, annealed from 1 to 0.1. The losses have different scales, so what is
-compared are the frontiers of sparsity against faithfulness that a sweep of coefficients gives, with
-several seeds. All members train in one compiled program, on the same batches.
+at each position (`recipes/decomposition.py`). That is asked for by an L_p penalty, whose p is
+annealed from 2 to 0.4, and by smooth L0, whose gamma is annealed from 1 to 0.1. The losses have
+different scales, so what is compared are the frontiers of sparsity against faithfulness that a
+sweep of coefficients gives, with several seeds. All members train in one compiled program, on the
+same batches.
 """
 
 import dataclasses
@@ -77,13 +78,19 @@ class DecomposeConfig:
     smooth_l0_coefficients: tuple[float, ...] | None = None
     """The coefficients of the smooth L0 penalty."""
 
+    p_final: float = 0.4
+    """The p of L_p at the end of its anneal from 2."""
+
+    gamma_final: float = 0.1
+    """The gamma of smooth L0 at the end of its anneal from 1."""
+
     seeds: int | None = None
     """The number of decompositions at each coefficient."""
 
     beta: float = 0.5
     """The weight of the frequency term, relative to the first term of either penalty."""
 
-    faithfulness_weight: float = 30.0
+    faithfulness_weight: float | None = None
     """The weight of the faithfulness loss."""
 
     components: int | None = None
@@ -95,7 +102,7 @@ class DecomposeConfig:
     batch_size: int | None = None
     """Sequences, or inputs of the toy model, in a batch: of all devices together."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     """Adam's learning rate at the first step; it falls to 0 along a cosine."""
 
     threshold: float = 0.1
@@ -135,27 +142,45 @@ class Size(NamedTuple):
     components: int
     steps: int
     batch_size: int
+    learning_rate: float
+    faithfulness_weight: float
 
 
-# Of each target, quickly and with --full.
-SIZES = {
-    ("lm", False): Size((3e-4, 1e-3, 3e-3), (3e-4, 1e-3, 3e-3), 1, 64, 500, 4),
-    ("lm", True): Size(
-        (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), 3, 64, 1500, 4
-    ),
-    ("tms", False): Size((1e-3, 3e-3), (1e-3, 3e-3), 1, 20, 2000, 1024),
-    ("tms", True): Size(
-        (3e-4, 1e-3, 2e-3, 4e-3, 8e-3), (3e-4, 1e-3, 2e-3, 4e-3, 8e-3), 3, 20, 8000, 1024
-    ),
+LM = Size(
+    lp_coefficients=(3e-4, 1e-3, 3e-3),
+    smooth_l0_coefficients=(3e-4, 1e-3, 3e-3),
+    seeds=1,
+    components=64,
+    steps=500,
+    batch_size=4,
+    learning_rate=1e-3,
+    faithfulness_weight=30.0,
+)
+# What a toy model's components miss is a component too: a heavy faithfulness freezes them.
+TMS = Size(
+    lp_coefficients=(3e-4, 5e-4, 8e-4),
+    smooth_l0_coefficients=(3e-4, 5e-4, 8e-4),
+    seeds=1,
+    components=20,
+    steps=2000,
+    batch_size=512,
+    learning_rate=3e-3,
+    faithfulness_weight=0.1,
+)
+FIVE = {
+    "lm": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    "tms": (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3),
 }
 
 
 def size_of(config: DecomposeConfig) -> Size:
     """Return the usual size of a run, but for what the config asks for."""
+    size = {"lm": LM, "tms": TMS}[config.target]
+    if config.full:
+        five = FIVE[config.target]
+        size = size._replace(lp_coefficients=five, smooth_l0_coefficients=five, seeds=3)
     given = {name: getattr(config, name) for name in Size._fields}
-    return SIZES[config.target, config.full]._replace(
-        **{name: value for name, value in given.items() if value is not None}
-    )
+    return size._replace(**{name: value for name, value in given.items() if value is not None})
 
 
 class Member(NamedTuple):
@@ -247,9 +272,10 @@ def check(config: DecomposeConfig) -> None:
     check_numbers(
         config,
         positive=[
-            "lp_coefficients", "smooth_l0_coefficients", "seeds", "faithfulness_weight",
-            "components", "steps", "batch_size", "learning_rate", "features", "hidden",
-            "pretrain_steps", "width", "layers", "heads", "context", "log_every",
+            "lp_coefficients", "smooth_l0_coefficients", "p_final", "gamma_final", "seeds",
+            "faithfulness_weight", "components", "steps", "batch_size", "learning_rate",
+            "features", "hidden", "pretrain_steps", "width", "layers", "heads", "context",
+            "log_every",
         ],
         nonnegative=["seed", "beta", "threshold"],
     )  # fmt: skip
@@ -306,8 +332,10 @@ def penalties(config: DecomposeConfig) -> dict[str, pj.ImportanceMinimality]:
     """Return the two penalties, without a coefficient, annealed over the steps."""
     steps = size_of(config).steps
     per_value = {
-        LP: pj.Lp(p=pj.anneal_fraction(2.0, 0.4, total_steps=steps)),
-        SMOOTH_L0: pj.SmoothL0(gamma=pj.anneal_fraction(1.0, 0.1, total_steps=steps)),
+        LP: pj.Lp(p=pj.anneal_fraction(2.0, config.p_final, total_steps=steps)),
+        SMOOTH_L0: pj.SmoothL0(
+            gamma=pj.anneal_fraction(1.0, config.gamma_final, total_steps=steps)
+        ),
     }
     return {
         name: pj.ImportanceMinimality(penalty, beta=config.beta)
@@ -334,7 +362,7 @@ def train_sweep(config: DecomposeConfig, target: Target) -> tuple[State, Shared]
         keys=jnp.stack([jax.random.key(member.seed) for member in everyone]),
         key=jax.random.key(config.seed),
     )
-    optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, size.steps))
+    optimizer = optax.adam(optax.cosine_decay_schedule(size.learning_rate, size.steps))
 
     @jax.jit
     def begin(shared: Shared) -> State:
@@ -404,7 +432,7 @@ def make_step(config: DecomposeConfig, optimizer: optax.GradientTransformation) 
                     for name in PENALTIES
                 ]
             )
-            weighted = config.faithfulness_weight * parts.faithfulness + parts.reconstruction
+            weighted = size.faithfulness_weight * parts.faithfulness + parts.reconstruction
             return jnp.sum(weighted + minimality), parts
 
         gradient, parts = jax.grad(total, has_aux=True)(state.sites)
@@ -519,8 +547,8 @@ def _write_results(
         panels={
             "loss": f"stochastic reconstruction: {unit}",
             f"importance/ci_l0_{config.threshold:g}": "CI-L0, all matrices together",
-            "importance/smooth_l0_no_beta": "smooth L0 of the importances, gamma 0.1",
-            "importance/lp_no_beta": "L_p of the importances, p = 0.4",
+            "importance/smooth_l0_no_beta": f"smooth L0, gamma {config.gamma_final:g}",
+            "importance/lp_no_beta": f"L_p, p = {config.p_final:g}",
         },
         by="member",
         legend="penalty, coefficient",

@@ -107,11 +107,11 @@ def gates(sites: Sites, seen: dict[str, Array]) -> dict[str, Array]:
     """Return the importances of each site before they are clipped."""
 
     def gate(site: Site, x: Array) -> Array:
-        # Positions last, where they are contiguous: the other axes are short.
-        inner = (x @ site.v).reshape(-1, site.v.shape[-1]).T
-        hidden = jax.nn.gelu(inner[:, None] * site.gate_in[..., None] + site.gate_bias[..., None])
-        raw = jnp.sum(hidden * site.gate_out[..., None], 1).T + site.gate_offset
-        return raw.reshape(*x.shape[:-1], -1)
+        # Components first: both products, and their gradients, are then batched over them.
+        hidden = jnp.einsum("...c,ch->c...h", x @ site.v, site.gate_in)
+        bias = jnp.expand_dims(site.gate_bias, range(1, x.ndim))
+        raw = jnp.einsum("c...h,ch->...c", jax.nn.gelu(hidden + bias), site.gate_out)
+        return raw + site.gate_offset
 
     return {name: gate(site, seen[name]) for name, site in sites.items()}
 

@@ -78,7 +78,7 @@ def test_everything_is_written(folders):
     assert (settings["steps"], settings["lp_coefficients"]) == (7, [0.001, 0.01])
     report = (folder / "report.html").read_text()
     assert len(re.findall("data:image/png;base64,", report)) == 3
-    assert "http" not in report
+    assert "://" not in report
 
 
 def test_log(folders):
