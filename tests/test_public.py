@@ -11,7 +11,8 @@ import pytest
 import penalties_jax as pj
 
 PENALTIES = "l1 l2 elastic_net lp log_sum smooth_l0 huber group_lasso"
-DIVERGENCES = "kl_divergence js_divergence entropy kl_estimate"
+DIVERGENCES = """kl_divergence js_divergence entropy kl_estimate kl_from_logits js_from_logits
+    entropy_from_logits"""
 STRUCTURE = """orthogonality consistency gradient_penalty interpolated_gradient_penalty
     output_magnitude"""
 SPARSITY = """sparsity_rate sparsity_target_loss balanced_loss logistic_gate hard_concrete_gate

@@ -46,6 +46,11 @@ from penalties_jax.functional.sparsity import (
     sparsity_rate,
     sparsity_target_loss,
 )
+from penalties_jax.functional.streaming import (
+    entropy_from_logits,
+    js_from_logits,
+    kl_from_logits,
+)
 from penalties_jax.functional.tridiagonal import resolvent_diagonal
 
 __all__ = [
@@ -55,6 +60,7 @@ __all__ = [
     "consistency",
     "elastic_net",
     "entropy",
+    "entropy_from_logits",
     "gradient_penalty",
     "group_lasso",
     "hard_concrete_gate",
@@ -64,9 +70,11 @@ __all__ = [
     "importance_minimality",
     "interpolated_gradient_penalty",
     "js_divergence",
+    "js_from_logits",
     "jump_relu",
     "kl_divergence",
     "kl_estimate",
+    "kl_from_logits",
     "l1",
     "l2",
     "log_sum",

@@ -193,14 +193,17 @@ def _divergence(formula, inputs, axis, reduction, where, axis_name, scale=1.0, *
 @elementwise_derivatives(jnp.expm1)
 def expm1_minus(d: Float[Array, "..."]) -> Float[Array, "..."]:
     """expm1(d) - d, which is at least 0, without cancellation near 0."""
-    small = jnp.abs(d) < 1
-    s = jnp.where(small, d, 0)
-    # The Taylor series of (expm1(s) - s) / s^2, up to terms below rounding at |s| = 1.
-    series = jnp.zeros_like(s)
-    for k in reversed(range(18 if d.dtype == jnp.float64 else 11)):
-        series = series * s + 1 / math.factorial(k + 2)
     far = jnp.expm1(d) - jnp.minimum(d, jnp.finfo(d.dtype).max)
-    return jnp.where(small, jnp.square(s) * series, far)
+    return jnp.where(jnp.abs(d) < 1, expm1_minus_near(d), far)
+
+
+def expm1_minus_near(d):
+    """The same for |d| < 1, by its Taylor series up to terms below rounding at |d| = 1."""
+    d = jnp.where(jnp.abs(d) < 1, d, 0)
+    series = jnp.zeros_like(d)
+    for k in reversed(range(18 if d.dtype == jnp.float64 else 11)):
+        series = series * d + 1 / math.factorial(k + 2)
+    return jnp.square(d) * series
 
 
 def _log_ratio(log_p, log_q):
@@ -208,10 +211,10 @@ def _log_ratio(log_p, log_q):
     return jnp.where(log_p == log_q, 0, log_q - log_p)
 
 
-def _divergence_term(p, q, d):
+def divergence_term(p, q, d):
     """The term p (expm1(d) - d) = q - p - p d, d = log q - log p; q at p = 0, inf at only q = 0."""
     far = jnp.where(jnp.isneginf(d), jnp.inf, jnp.where(p == 0, q, q - p - p * d))
-    return jnp.where(jnp.abs(d) < 1, p * expm1_minus(d), far)
+    return jnp.where(jnp.abs(d) < 1, p * expm1_minus_near(d), far)
 
 
 def _kl_slope_p(log_p, log_q):
@@ -226,7 +229,7 @@ def _kl_slope_q(log_p, log_q):
 
 @elementwise_derivatives(_kl_slope_p, _kl_slope_q)
 def _kl_term(log_p, log_q):
-    return _divergence_term(jnp.exp(log_p), jnp.exp(log_q), _log_ratio(log_p, log_q))
+    return divergence_term(jnp.exp(log_p), jnp.exp(log_q), _log_ratio(log_p, log_q))
 
 
 def _kl_forward(log_p, log_q, axis):
@@ -259,8 +262,11 @@ def _log_mixture_slope(log_p, log_q, b, c):
     lambda log_p, log_q, b, c: _log_mixture_slope(log_p, log_q, b, c) / c,
 )
 def _log_mixture(log_p, log_q, b, c):
-    """Log m - log p for m = b p + c q; inf where p = 0."""
-    d = _log_ratio(log_p, log_q)
+    return log_mixture(_log_ratio(log_p, log_q), b, c)
+
+
+def log_mixture(d, b, c):
+    """Log m - log p for m = b p + c q and d = log q - log p; inf where p = 0."""
     ratio = jnp.where(d > 1, _log_mean_exp(b, c, -d) + d, _log_mean_exp(c, b, d))
     return jnp.where(c == 0, 0, ratio)
 
@@ -288,10 +294,15 @@ def _js_slope_b(log_p, log_q, b):
 
 @elementwise_derivatives(_js_slope_p, _js_slope_q, _js_slope_b)
 def _js_term(log_p, log_q, b):
-    p, q, c = jnp.exp(log_p), jnp.exp(log_q), 1 - b
+    return js_term(jnp.exp(log_p), jnp.exp(log_q), _log_ratio(log_p, log_q), b)
+
+
+def js_term(p, q, d, b):
+    """The term of the Jensen-Shannon divergence, d = log q - log p, with mixture b."""
+    c = 1 - b
     m = b * p + c * q
-    term_p = _divergence_term(p, m, _log_mixture(log_p, log_q, b, c))
-    term_q = _divergence_term(q, m, _log_mixture(log_q, log_p, c, b))
+    term_p = divergence_term(p, m, log_mixture(d, b, c))
+    term_q = divergence_term(q, m, log_mixture(-d, c, b))
     return jnp.where((b > 0) & (b < 1), b * term_p + c * term_q, 0)
 
 

@@ -32,6 +32,7 @@ class Case(NamedTuple):
     mask_shape: tuple[int, ...] = SHAPE
     where: Callable[[Any], Any] = lambda mask: mask
     prepare: Callable[[Any], Any] = lambda x: x
+    once: bool = False  # differentiable once, and in reverse mode only
 
     def call(self, *inputs, **options):
         return self.function(*map(self.prepare, inputs), **options)
@@ -64,6 +65,12 @@ def divergence(function, formula, inputs=2, **fixed):
         mask_shape=SHAPE[:-1],
         prepare=jax.nn.log_softmax,
     )
+
+
+def streamed(function, formula, inputs=2, **fixed):
+    """From logits, in blocks that don't divide the rows."""
+    case = divergence(partial(function, block_size=2), formula, inputs, **fixed)
+    return case._replace(prepare=lambda x: x, once=True)
 
 
 def by_row(function, formula, inputs=1, where=lambda mask: mask[..., None], **fixed):
@@ -127,6 +134,26 @@ DIVERGENCES = {
     ),
 }
 
+STREAMED = {
+    "kl_from_logits": streamed(F.kl_from_logits, oracles.kl),
+    "kl_from_logits-reverse": streamed(
+        F.kl_from_logits, lambda p, q: oracles.kl(q, p), direction="reverse"
+    ),
+    "kl_from_logits-symmetric": streamed(F.kl_from_logits, symmetric_kl, direction="symmetric"),
+    "js_from_logits": streamed(F.js_from_logits, oracles.js),
+    "js_from_logits-mixture": streamed(
+        F.js_from_logits, partial(oracles.js, mixture=0.2), mixture=0.2
+    ),
+    "entropy_from_logits": streamed(F.entropy_from_logits, oracles.entropy, inputs=1),
+    "entropy_from_logits-normalised": streamed(
+        F.entropy_from_logits,
+        lambda log_p: oracles.entropy(log_p, 0.7) / np.log(SHAPE[-1]),
+        inputs=1,
+        temperature=0.7,
+        normalize=True,
+    ),
+}
+
 ESTIMATORS = {
     "k1": elementwise(F.kl_estimate, lambda p, q: p - q, inputs=2, estimator="k1"),
     "k2": elementwise(F.kl_estimate, lambda p, q: (p - q) ** 2 / 2, inputs=2, estimator="k2"),
@@ -150,7 +177,7 @@ CONSTRAINTS = {
     ),
 }
 
-CASES = PENALTIES | DIVERGENCES | ESTIMATORS | CONSTRAINTS
+CASES = PENALTIES | DIVERGENCES | STREAMED | ESTIMATORS | CONSTRAINTS
 
 # One of each function, for what does not depend on its options.
 FUNCTIONS = {
@@ -158,6 +185,7 @@ FUNCTIONS = {
     for name in (
         *("l1", "l2-mean", "elastic_net", "lp", "smooth_l0", "huber", "group_lasso"),
         *("kl", "js", "entropy", "k3", "consistency-mse", "consistency-cosine"),
+        *("kl_from_logits", "js_from_logits", "entropy_from_logits"),
         "output_magnitude",
     )
 }

@@ -260,6 +260,7 @@ def test_any_split_of_the_batch_gives_the_same_number(name):
 
 SHARDED = ["l1", "l2", "l2-mean", "elastic_net", "lp", "smooth_l0", "huber", "group_lasso"]
 SHARDED += ["kl", "kl-symmetric", "js", "entropy"]
+SHARDED += ["kl_from_logits", "kl_from_logits-symmetric", "js_from_logits", "entropy_from_logits"]
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
