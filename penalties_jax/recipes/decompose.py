@@ -279,6 +279,8 @@ def check(config: DecomposeConfig) -> None:
         ],
         nonnegative=["seed", "beta", "threshold"],
     )  # fmt: skip
+    if config.threshold >= 1:
+        raise UsageError(f"--threshold must be below 1, got {config.threshold:g}")
     check_model(config)
     size = size_of(config)
     for name, coefficients in (
@@ -311,7 +313,8 @@ def make_target(config: DecomposeConfig, text: Corpus) -> Target:
     )
     model = pretrained_model(pretraining, text, config.out / "pretrained")
     graph, parameters = nnx.split(model)
-    return TextModel(parameters, jnp.asarray(text.train), graph, config.context)
+    train, held_out = jnp.asarray(text.train), jnp.asarray(text.held_out)
+    return TextModel(parameters, train, held_out, graph, config.context)
 
 
 def members(config: DecomposeConfig) -> list[Member]:
@@ -459,22 +462,30 @@ def _over_devices(batch: Array) -> Array:
 
 
 def evaluate(config: DecomposeConfig, sites: Sites, shared: Shared) -> list[Result]:
-    """Judge every member on a batch that none was trained on."""
+    """Judge every member on a batch of inputs that nothing was trained on.
+
+    Raises:
+        UsageError: If none of them has a finite score.
+    """
     key = jax.random.fold_in(shared.key, 2**31)
-    count = 4 * size_of(config).batch_size
+    count = 16 * size_of(config).batch_size
 
     @jax.jit
     def judged(sites: Sites, shared: Shared) -> tuple[Scores, Any]:
-        inputs = shared.target.sample(key, count)
+        inputs = shared.target.unseen.sample(key, count)
 
-        def one(key: Array, sites: Sites) -> tuple[Scores, Any]:
+        def one(member: tuple[Array, Sites]) -> tuple[Scores, Any]:
+            key, sites = member
             scores = score(key, shared.target, sites, inputs, threshold=config.threshold)
             found = recovery(shared.target, sites) if isinstance(shared.target, ToyModel) else None
             return scores, found
 
-        return jax.vmap(one)(shared.keys, sites)
+        # One after another: side by side, the adversaries' activations take gigabytes.
+        return jax.lax.map(one, (shared.keys, sites))
 
     scores, found = judged(sites, shared)
+    if not np.isfinite(scores.distance).any():
+        raise UsageError("every decomposition has diverged: lower --learning-rate")
     return [
         Result(
             penalty=member.penalty,
@@ -493,8 +504,15 @@ def evaluate(config: DecomposeConfig, sites: Sites, shared: Shared) -> list[Resu
 def frontier(
     results: Sequence[Result], penalty: str, metric: str
 ) -> list[list[tuple[float, float]]]:
-    """Return (CI-L0, metric) of a penalty's members: a list for each coefficient, over seeds."""
-    own = [result for result in results if result.penalty == penalty]
+    """Return (CI-L0, metric) of a penalty's members: a list for each coefficient, over seeds.
+
+    Members that have diverged are left out.
+    """
+    own = [
+        result
+        for result in results
+        if result.penalty == penalty and np.isfinite((result.l0, getattr(result, metric))).all()
+    ]
     return [
         [
             (result.l0, getattr(result, metric))
@@ -513,7 +531,9 @@ def matched(results: Sequence[Result], metric: str, count: int = 5) -> list[tupl
     curves = []
     for name in PENALTIES:
         means = sorted(tuple(np.mean(points, axis=0)) for points in frontier(results, name, metric))
-        curves.append(np.array(means).T)
+        curves.append(np.array([mean for mean in means if mean[1] > 0]).T)
+    if not all(curve.size for curve in curves):
+        return []
     low, high = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
     if not low < high:
         return []

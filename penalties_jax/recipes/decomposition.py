@@ -237,5 +237,7 @@ def recovery(target: Target, sites: Sites) -> Float[Array, ""]:
     # The inner product of row i with component j is v_ij (w_i . u_j).
     inner = site.v * (weight @ site.u.T)
     lengths = jnp.linalg.norm(site.v, axis=0) * jnp.linalg.norm(site.u, axis=1)
+    # A component that has shrunk to nothing is like no feature.
+    lengths = jnp.where(lengths > 0, lengths, jnp.inf)
     cosine = jnp.abs(inner) / (jnp.linalg.norm(weight, axis=1)[:, None] * lengths)
     return jnp.mean(jnp.max(cosine, axis=1))

@@ -87,6 +87,8 @@ def pareto(
         plot = figure.subplots()
         for colour, (name, settings) in zip(PAIR, groups.items(), strict=True):
             points = [point for seeds in settings for point in seeds]
+            if not points:
+                continue
             plot.scatter(*zip(*points, strict=True), s=30, color=colour, alpha=0.6, linewidths=0)
             for seeds in settings:
                 means, low, high = (f(seeds, axis=0) for f in (np.mean, np.min, np.max))

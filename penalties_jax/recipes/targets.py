@@ -54,6 +54,11 @@ class ToyModel:
             size, shape
         )
 
+    @property
+    def unseen(self) -> "ToyModel":
+        """The same network: inputs are drawn anew each time."""
+        return self
+
     def forward(self, apply: Apply, x: Float[Array, "batch features"]) -> Array:
         """Run the network with `apply` in place of its matrices."""
         return jax.nn.relu(apply("decode", apply("encode", x)) + self.bias)
@@ -65,7 +70,7 @@ class ToyModel:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["parameters", "text"],
+    data_fields=["parameters", "text", "held_out"],
     meta_fields=["graph", "context"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +80,14 @@ class TextModel:
     Attributes:
         parameters: Those of the language model.
         text: The bytes it reads.
+        held_out: Bytes that it is judged on.
         graph: The rest of the language model.
         context: The length of its inputs.
     """
 
     parameters: nnx.State
     text: UInt8[Array, " bytes"]
+    held_out: UInt8[Array, " bytes"]
     graph: nnx.GraphDef[LanguageModel]
     context: int
 
@@ -96,6 +103,11 @@ class TextModel:
     def sample(self, key: Array, batch_size: int) -> Int[Array, "batch time"]:
         """Draw windows of the text."""
         return sample_windows(self.text, key, batch_size=batch_size, length=self.context)
+
+    @property
+    def unseen(self) -> "TextModel":
+        """The same network, of inputs that nothing was trained on."""
+        return dataclasses.replace(self, text=self.held_out)
 
     def forward(self, apply: Apply, x: Int[Array, "batch time"]) -> Array:
         """Run the network with `apply` in place of its matrices; return log-probabilities."""
