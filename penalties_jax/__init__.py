@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from penalties_jax import functional
 from penalties_jax.functional import (
+    DistillationLoss,
     ImportanceLoss,
     ImportanceStats,
     balanced_loss,
@@ -33,6 +34,10 @@ from penalties_jax.functional import (
     kl_from_logits,
     l1,
     l2,
+    linear_cross_entropy,
+    linear_distillation,
+    linear_js,
+    linear_kl,
     log_sum,
     logistic_gate,
     lp,
@@ -94,6 +99,7 @@ __all__ = [
     "L2",
     "AdaptiveSparsityScheduler",
     "Consistency",
+    "DistillationLoss",
     "DualAscent",
     "ElasticNet",
     "Entropy",
@@ -140,6 +146,10 @@ __all__ = [
     "kl_from_logits",
     "l1",
     "l2",
+    "linear_cross_entropy",
+    "linear_distillation",
+    "linear_js",
+    "linear_kl",
     "log_sum",
     "logistic_gate",
     "lp",

@@ -66,6 +66,8 @@ class Penalty(Pytree):
             ValueError: As the function of the same name.
         """
         self._check_resolved()
+        if _has_function(self):
+            return self._value(inputs, where)
         return _evaluate(self, inputs, where)
 
     def at(self, step: ArrayLike) -> Self:
@@ -127,6 +129,12 @@ class Penalty(Pytree):
 @jax.jit
 def _evaluate(penalty, inputs, where):
     return penalty._value(inputs, where)
+
+
+def _has_function(penalty):
+    """Whether it holds a user's function, by whose identity a compiled program would go stale."""
+    nodes = jax.tree.leaves(penalty, is_leaf=lambda node: isinstance(node, Partial))
+    return any(isinstance(node, Partial) for node in nodes)
 
 
 @pytree
@@ -628,8 +636,15 @@ class ImportanceMinimality(Penalty):
         )
 
     def _value(self, inputs, where):
+        if len(inputs) != 1:
+            raise TypeError(
+                f"ImportanceMinimality takes 1 input, got {len(inputs)}; a mask is where="
+            )
         (importances,) = inputs
         return self.parts(importances, where=where).total
+
+    def _elementwise(self, x):
+        raise TypeError("ImportanceMinimality is no per-value penalty: pass its .penalty")
 
 
 @pytree

@@ -12,13 +12,13 @@ import penalties_jax as pj
 
 PENALTIES = "l1 l2 elastic_net lp log_sum smooth_l0 huber group_lasso"
 DIVERGENCES = """kl_divergence js_divergence entropy kl_estimate kl_from_logits js_from_logits
-    entropy_from_logits"""
+    entropy_from_logits linear_kl linear_js linear_cross_entropy linear_distillation"""
 STRUCTURE = """orthogonality consistency gradient_penalty interpolated_gradient_penalty
     output_magnitude"""
 SPARSITY = """sparsity_rate sparsity_target_loss balanced_loss logistic_gate hard_concrete_gate
     hard_concrete_l0 step_gate jump_relu top_k_gate straight_through resolvent_diagonal"""
 IMPORTANCE = "importance_minimality importance_metrics"
-STATS = "ImportanceLoss ImportanceStats"
+STATS = "ImportanceLoss ImportanceStats DistillationLoss"
 CONTROLLERS = "AdaptiveSparsityScheduler DualAscent SparsityControl"
 CONFIGS = f"""{CONTROLLERS} {STATS} SparsityTarget ImportanceMinimality
     L1 L2 ElasticNet Lp LogSum SmoothL0 Huber GroupLasso KLDivergence JSDivergence Entropy

@@ -24,6 +24,13 @@ from penalties_jax.functional.importance import (
     importance_metrics,
     importance_minimality,
 )
+from penalties_jax.functional.linear import (
+    DistillationLoss,
+    linear_cross_entropy,
+    linear_distillation,
+    linear_js,
+    linear_kl,
+)
 from penalties_jax.functional.penalties import (
     elastic_net,
     group_lasso,
@@ -54,6 +61,7 @@ from penalties_jax.functional.streaming import (
 from penalties_jax.functional.tridiagonal import resolvent_diagonal
 
 __all__ = [
+    "DistillationLoss",
     "ImportanceLoss",
     "ImportanceStats",
     "balanced_loss",
@@ -77,6 +85,10 @@ __all__ = [
     "kl_from_logits",
     "l1",
     "l2",
+    "linear_cross_entropy",
+    "linear_distillation",
+    "linear_js",
+    "linear_kl",
     "log_sum",
     "logistic_gate",
     "lp",

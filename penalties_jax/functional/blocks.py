@@ -1,32 +1,29 @@
-"""Walking the rows of large arrays in blocks that stay in cache, on one device or many."""
+"""Walking the rows of large arrays in blocks, on one device or many."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.sharding import AxisType
-from jaxtyping import Array, Float, PyTree
-
-# Of float32 values of one array in a block: within the cache of one core on a CPU; enough to fill
-# a GPU.
-BLOCK_BYTES = {"cpu": 2**20, "gpu": 2**26}
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 
 def map_rows(
-    function: Callable[..., Any], arrays: Sequence[Float[Array, "..."]], block_size: int | None
-) -> Any:
+    function: Callable[..., PyTree[Array]], arrays: Sequence[Float[Array, "..."]], block_size: int
+) -> PyTree[Array]:
     """Applies `function` to blocks of rows, one after another.
 
     Nothing is gathered where rows are sharded: each device walks its own.
 
     Args:
-        function: Takes blocks [*rows, C] of the arrays, and returns a pytree of arrays [*rows].
-        arrays: Arrays [*positions, C], whose axes may also have size 1.
-        block_size: The number of rows in a block; None chooses it from the shape and the backend.
+        function: Takes blocks [*rows, n] of the arrays, and returns a pytree of arrays [*rows].
+        arrays: Arrays [*positions, n], each with its own n, whose axes may also have size 1.
+        block_size: The number of rows in a block.
 
     Returns:
         What `function` would return for the whole arrays.
@@ -34,7 +31,7 @@ def map_rows(
 
     @custom_vmap
     def run(arrays):
-        return _walk(function, arrays, block_size)
+        return sum_rows(lambda *blocks, fresh: (function(*blocks), ()), arrays, block_size)[0]
 
     @run.def_vmap
     def _(size, batched, arrays):
@@ -47,11 +44,35 @@ def map_rows(
     return run(list(arrays))
 
 
-def rows_in_block(classes: int, block_size: int | None) -> int:
-    """The number of rows in a block: `block_size`, or as many as stay in cache."""
-    if block_size is not None:
-        return block_size
-    return max(1, BLOCK_BYTES.get(jax.default_backend(), 2**26) // (4 * max(classes, 1)))
+def sum_rows(
+    function: Callable[..., tuple[PyTree[Array], PyTree[Array]]],
+    arrays: Sequence[Float[Array, "..."]],
+    block_size: int,
+) -> tuple[PyTree[Array], PyTree[Array]]:
+    """As `map_rows`, and adds up what belongs to no row.
+
+    Args:
+        function: Takes blocks of the arrays and `fresh`, [*rows], where a row was in no block
+            before; returns what to keep of each row, [*rows, ...], and what to sum over blocks.
+        arrays: Arrays [*positions, n], each with its own n, whose axes may also have size 1.
+        block_size: The number of rows in a block.
+    """
+    grid = _grid(arrays, block_size)
+    if grid.length <= 1:
+        return function(*arrays, fresh=jnp.ones(grid.positions, bool))
+    arrays = [grid.split(x) for x in arrays]
+
+    def run(index):
+        return function(*(grid.block(x, index) for x in arrays), fresh=grid.fresh(index))
+
+    def step(index, carry):
+        (kept, sums), (rows, terms) = carry, run(index)
+        kept = jax.tree.map(lambda all, part: grid.put(all, part, index), kept, rows)
+        return kept, jax.tree.map(jnp.add, sums, terms)
+
+    rows, sums = run(0)
+    kept, sums = lax.fori_loop(1, grid.length, step, (jax.tree.map(grid.pad, rows), sums))
+    return jax.tree.map(grid.join, kept), sums
 
 
 def vary_alike(tree: PyTree[Array]) -> PyTree[Array]:
@@ -68,78 +89,99 @@ def vary_alike(tree: PyTree[Array]) -> PyTree[Array]:
     return jax.tree.map(lambda x: lax.pcast(x, tuple(sorted(axes - varies(x))), to="varying"), tree)
 
 
-def _walk(function, arrays, block_size):
-    positions = jnp.broadcast_shapes(*(x.shape[:-1] for x in arrays))
-    parts = [_shards(arrays, axis, size) for axis, size in enumerate(positions)]
-    local = [n // g for n, g in zip(positions, parts, strict=True)]
-    budget = rows_in_block(max(x.shape[-1] for x in arrays), block_size)
-    sizes = []
-    for n in reversed(local):
-        sizes.insert(0, max(1, min(n, budget)))
-        budget //= sizes[0]
-    counts = [-(-n // size) for n, size in zip(local, sizes, strict=True)]
-    if math.prod(counts) <= 1:
-        return function(*arrays)
+class Grid(NamedTuple):
+    """How axes of positions are cut: across devices first, then into blocks.
 
-    # One axis at a time: that is how shardings follow a reshape.
-    def split(x):
-        for axis in reversed(range(len(positions))):
-            rows = (parts[axis], local[axis]) if x.shape[axis] > 1 else (1, 1)
-            x = x.reshape(*x.shape[:axis], *rows, *x.shape[axis + 1 :])
+    An axis of n positions becomes two, [shards, rows of a shard], and a block is a range of the
+    second: whichever device holds a shard has its rows of every block.
+
+    Attributes:
+        positions: The axes before they are cut.
+        shards: Into how many parts each may lie on devices.
+        rows: The positions of a shard.
+        sizes: Those of them in a block.
+        counts: The number of blocks along each axis.
+    """
+
+    positions: tuple[int, ...]
+    shards: tuple[int, ...]
+    rows: tuple[int, ...]
+    sizes: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """The number of blocks."""
+        return math.prod(self.counts)
+
+    def split(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Cuts each axis of positions in two; an axis of size 1 stays whole."""
+        # One axis at a time: that is how shardings follow a reshape.
+        for axis in reversed(range(len(self.positions))):
+            cut = (self.shards[axis], self.rows[axis]) if x.shape[axis] > 1 else (1, 1)
+            x = x.reshape(*x.shape[:axis], *cut, *x.shape[axis + 1 :])
         return x
 
-    def join(x):
-        for axis in range(len(positions)):
-            rows = x.shape[axis] * x.shape[axis + 1]
-            x = x.reshape(*x.shape[:axis], rows, *x.shape[axis + 2 :])
+    def join(self, x: Array) -> Array:
+        """The inverse of `split`."""
+        for axis in range(len(self.positions)):
+            x = x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
         return x
 
-    def starts(index):
-        found = []
-        for count, size in zip(reversed(counts), reversed(sizes), strict=True):
-            found.insert(0, (index % count) * size)
-            index = index // count
-        return found
-
-    def block(x, index):
-        """The rows of a block, [shards x rows, ...]; past the end, the last there are."""
-        for axis, (start, size) in enumerate(zip(starts(index), sizes, strict=True)):
+    def block(self, x: Float[Array, "..."], index: Int[Array, ""] | int) -> Float[Array, "..."]:
+        """The rows of a block; past the end of an axis, the last that there are."""
+        for axis, (start, size) in enumerate(zip(self._starts(index), self.sizes, strict=True)):
             if x.shape[2 * axis + 1] > 1:
                 x = lax.dynamic_slice_in_dim(x, start, size, 2 * axis + 1)
         return x
 
-    def whole(part):
-        """The first block, padded to all rows: so it has the type of the rest, on any device."""
-        room = [
-            (0, 0 if shared else extra, 0)
-            for shared, n, size in zip(same(part), local, sizes, strict=True)
-            for extra in (0, n - size)
-        ]
+    def fresh(self, index: Int[Array, ""] | int) -> Bool[Array, "..."]:
+        """Which rows of a block are in no block before it."""
+        result = jnp.ones((1,) * 2 * len(self.positions), bool)
+        for axis, start in enumerate(self._starts(index)):
+            last = self.rows[axis] - self.sizes[axis]
+            row = jnp.minimum(start, last) + jnp.arange(self.sizes[axis]) >= start
+            result &= jnp.expand_dims(row, [i for i in range(result.ndim) if i != 2 * axis + 1])
+        return result
+
+    def pad(self, part: Array) -> Array:
+        """The first block with room for the others: an array of the type of the whole result."""
+        room = [(0, 0, 0)] * part.ndim
+        for axis, shared in enumerate(self._shared(part)):
+            room[2 * axis + 1] = (0, 0 if shared else self.rows[axis] - self.sizes[axis], 0)
         return lax.pad(part, jnp.zeros((), part.dtype), room)
 
-    def put(result, part, index):
-        offsets = [
-            i
-            for shared, start in zip(same(part), starts(index), strict=True)
-            for i in (0, 0 if shared else start)
-        ]
-        return lax.dynamic_update_slice(result, part, offsets)
+    def put(self, whole: Array, part: Array, index: Int[Array, ""] | int) -> Array:
+        """Writes what was computed of a block to its rows."""
+        offsets = [0] * part.ndim
+        starts = zip(self._shared(part), self._starts(index), strict=True)
+        for axis, (shared, start) in enumerate(starts):
+            offsets[2 * axis + 1] = 0 if shared else start
+        return lax.dynamic_update_slice(whole, part, offsets)
 
-    def same(part):
-        """Along which axes of positions a result is the same, as all its arrays have size 1."""
-        shapes = zip(part.shape[::2], part.shape[1::2], parts, sizes, strict=True)
-        return [(g, rows) == (1, 1) != (own, size) for g, rows, own, size in shapes]
+    def _starts(self, index):
+        starts = []
+        for count, size in zip(reversed(self.counts), reversed(self.sizes), strict=True):
+            starts.insert(0, (index % count) * size)
+            index = index // count
+        return starts
 
-    split_arrays = [split(x) for x in arrays]
+    def _shared(self, part):
+        """Along which axes a result does not depend on the position: its arrays have size 1."""
+        cuts = zip(part.shape[::2], part.shape[1::2], self.shards, self.sizes, strict=False)
+        return [(g, rows) == (1, 1) != (shards, size) for g, rows, shards, size in cuts]
 
-    def run(index):
-        return function(*(block(x, index) for x in split_arrays))
 
-    def step(index, result):
-        return jax.tree.map(lambda all, part: put(all, part, index), result, run(index))
-
-    result = lax.fori_loop(1, math.prod(counts), step, jax.tree.map(whole, run(0)))
-    return jax.tree.map(join, result)
+def _grid(arrays: Sequence[Array], block_size: int) -> Grid:
+    positions = np.broadcast_shapes(*(x.shape[:-1] for x in arrays))
+    shards = tuple(_shards(arrays, axis, size) for axis, size in enumerate(positions))
+    rows = tuple(n // g for n, g in zip(positions, shards, strict=True))
+    sizes: tuple[int, ...] = ()
+    for n in reversed(rows):
+        sizes = (max(1, min(n, block_size)), *sizes)
+        block_size //= sizes[0]
+    counts = tuple(-(-n // size) for n, size in zip(rows, sizes, strict=True))
+    return Grid(positions, shards, rows, sizes, counts)
 
 
 def _shards(arrays, axis, size):

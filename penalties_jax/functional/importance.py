@@ -11,7 +11,15 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from penalties_jax.functional.reduction import AxisName, check_where, promote, spread
+from penalties_jax.functional.blocks import vary_alike
+from penalties_jax.functional.reduction import (
+    AxisName,
+    check_broadcast,
+    check_same_shape,
+    check_where,
+    promote,
+    spread,
+)
 
 # A config, which has `elementwise`, or a function from an array to the penalty of each value.
 PerValue = Any
@@ -65,6 +73,10 @@ class ImportanceStats(NamedTuple):
 
     One pass is not exact, whether it averages the losses of microbatches or uses running sums.
 
+    On shards of `jax.shard_map`, `.psum(axis_name)` makes local statistics global: before the loss,
+    and between the two passes. The second pass then is the sum over members of what each adds up:
+    with check_vma=False, or in `jax.pmap`, psum the gradients of replicated parameters.
+
     Attributes:
         sums: The $S_j$ of each site, of shape [C], in a pytree like the importances.
         residuals: What rounding has taken from them.
@@ -111,9 +123,16 @@ class ImportanceStats(NamedTuple):
         masks = spread(where, structure)
         for site, mask in zip(sites, masks, strict=True):
             check_where(mask, jnp.shape(site)[:-1])
-        if not isinstance(penalty, Partial) and not hasattr(penalty, "elementwise"):
-            penalty = Partial(penalty)
-        sums = _sums(sites, masks, penalty)
+        if hasattr(penalty, "elementwise"):
+            sums = _compiled_sums(sites, masks, penalty)
+        elif callable(penalty):
+            # A compiled program would be found again by the function's identity, and be stale.
+            sums = _sums(sites, masks, penalty)
+        else:
+            raise TypeError(
+                "penalty must be a config such as pj.Lp(p=0.4), or a function of each value, got "
+                f"{penalty!r}"
+            )
         return cls(
             sums=structure.unflatten(sums),
             residuals=structure.unflatten(map(jnp.zeros_like, sums)),
@@ -127,7 +146,8 @@ class ImportanceStats(NamedTuple):
         """The statistics of no positions, where merging starts.
 
         Args:
-            importances: Arrays like those to come, or `jax.ShapeDtypeStruct` of them.
+            importances: Arrays like those to come, or `jax.ShapeDtypeStruct` of them. Inside of
+                `jax.shard_map` arrays: the carry of a scan has to vary as they do.
 
         Raises:
             ValueError: As `importance_minimality`.
@@ -138,14 +158,20 @@ class ImportanceStats(NamedTuple):
             jnp.zeros(site.shape[-1], jnp.result_type(site.dtype, jnp.float32)) for site in sites
         ]
         zero = jnp.zeros((), jnp.int32)
-        return cls(
+        stats = cls(
             sums=structure.unflatten(sums),
             residuals=structure.unflatten(sums),
             counts=structure.unflatten([Count(zero, zero)] * len(sites)),
         )
+        return vary_alike((stats, [site for site in sites if isinstance(site, jax.Array)]))[0]
 
     def merge(self, other: "ImportanceStats") -> "ImportanceStats":
-        """The statistics of the positions of both, which are of the same sites."""
+        """The statistics of the positions of both, which are of the same sites.
+
+        Raises:
+            ValueError: If a site has other components in one than in the other.
+        """
+        jax.tree.map(lambda own, its: check_same_shape(own=own, other=its), self.sums, other.sums)
         lost = jax.tree.map(_lost, self.sums, other.sums)
         return ImportanceStats(
             sums=jax.tree.map(jnp.add, self.sums, other.sums),
@@ -227,7 +253,8 @@ def importance_minimality(
             importance is an error upstream and is not clipped: the penalties of this package take
             its magnitude.
         penalty: The $\psi$: a separable config such as `pj.SmoothL0(gamma=0.1)` or
-            `pj.Lp(p=0.4)`, or a function from an array to the penalty of each value.
+            `pj.Lp(p=0.4)`, whose reduction plays no part, or a function from an array to the
+            penalty of each value.
         beta: The $\beta$, at least 0; 0.5 is usual.
         reference_count: An $a \ge 1$ that replaces $S_j$ in the logarithm by $a f_j$, which makes
             the loss independent of the number of positions.
@@ -238,9 +265,10 @@ def importance_minimality(
         An `ImportanceLoss(total, sparsity, frequency)` of scalars, float32 or wider.
 
     Raises:
-        ValueError: If there is no array or one has no axis of components, `where` does not fit, or
-            a number is out of range.
-        TypeError: If `where` is not boolean, or the config holds a schedule.
+        ValueError: If there is no array or one has no axis of components, `where` does not fit, a
+            number is out of range, or the penalty does not keep the shape of its input.
+        TypeError: If `where` is not boolean, a number is a schedule or the config holds one, or
+            the penalty is neither a config nor a function.
 
     References:
         Bushnaq, Braun & Sharkey (2025), Stochastic parameter decomposition.
@@ -311,6 +339,8 @@ def importance_metrics(
         l1 0.75
         l1_no_beta 0.75
     """
+    if isinstance(thresholds, int | float):
+        raise TypeError(f"thresholds must be a sequence of numbers, got {thresholds!r}")
     if not thresholds:
         raise ValueError("thresholds must hold at least one number, got none")
 
@@ -324,7 +354,7 @@ def importance_metrics(
         metrics[f"importance/{name}"] = loss.total
         metrics[f"importance/{name}_no_beta"] = loss.sparsity
     for threshold in thresholds:
-        used = stats(Partial(_above, threshold))
+        used = stats(_Above(threshold))
         label = f"importance/ci_l0_{threshold:g}"
         metrics[label] = used.loss().sparsity
         paths, sums, counts = _by_site(used)
@@ -332,8 +362,9 @@ def importance_metrics(
             if path:
                 site = jax.tree_util.keystr(path, simple=True, separator="/")
                 metrics[f"{label}/{site}"] = jnp.sum(_mean(total, count))
-    _, sums, _ = _by_site(stats(Partial(_above, min(thresholds))))
-    metrics["importance/dead"] = jnp.mean(jnp.concatenate(sums) == 0)
+    _, sums, _ = _by_site(stats(_Above(min(thresholds))))
+    dead = sum(jnp.sum(total == 0) for total in sums)
+    metrics["importance/dead"] = dead / sum(total.size for total in sums)
     return metrics
 
 
@@ -346,15 +377,24 @@ def _check_sites(sites):
 
 
 def _check_numbers(beta, reference_count):
+    check_broadcast("beta", beta, ())
+    if reference_count is not None:
+        check_broadcast("reference_count", reference_count, ())
     if isinstance(beta, int | float) and not beta >= 0:
         raise ValueError(f"beta must be at least 0, got {beta!r}")
     if isinstance(reference_count, int | float) and not reference_count >= 1:
         raise ValueError(f"reference_count must be at least 1, got {reference_count!r}")
 
 
-@jax.jit
 def _sums(sites, masks, penalty):
-    per_value = getattr(penalty, "elementwise", penalty)
+    def per_value(site):
+        values = getattr(penalty, "elementwise", penalty)(site)
+        if jnp.shape(values) != jnp.shape(site):
+            raise ValueError(
+                "penalty must return a value for each importance, of shape "
+                f"{jnp.shape(site)}, got shape {jnp.shape(values)}"
+            )
+        return values
 
     # Recomputed in the backward pass: a residual of the size of the input costs more than that.
     @jax.checkpoint
@@ -368,6 +408,9 @@ def _sums(sites, masks, penalty):
         return jnp.sum(jnp.where(included, values, 0), positions)
 
     return [total(site, mask) for site, mask in zip(sites, masks, strict=True)]
+
+
+_compiled_sums = jax.jit(_sums)
 
 
 def _count(mask, shape):
@@ -415,7 +458,9 @@ def _loss(stats, beta, reference_count):
         scale = total if reference_count is None else reference_count * mean
         sparsity += jnp.sum(mean)
         frequency += jnp.sum(mean * jnp.log1p(scale)) / math.log(2)
-    return ImportanceLoss(sparsity + beta * frequency, sparsity, frequency)
+    # At beta = 0 the frequency may be infinite.
+    total = jnp.where(beta == 0, sparsity, sparsity + beta * frequency)
+    return ImportanceLoss(total, sparsity, frequency)
 
 
 def _linear(slopes, stats):
@@ -423,5 +468,10 @@ def _linear(slopes, stats):
     return sum(jax.tree.leaves(products))
 
 
-def _above(threshold, importances):
-    return (importances > threshold).astype(importances.dtype)
+class _Above(NamedTuple):
+    """1 for importances above a threshold, 0 for the others, NaN for NaN."""
+
+    threshold: float
+
+    def elementwise(self, c):
+        return jnp.where(jnp.isnan(c), c, (c > self.threshold).astype(c.dtype))

@@ -7,7 +7,7 @@ divergence whose slope through log p_c is s_c, it is s_c - p_c sum(s) through th
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -38,6 +38,9 @@ from penalties_jax.functional.reduction import (
     promote,
     reduce,
 )
+
+# Of one array in a block, as float32: within the cache of a CPU's core, and enough to fill a GPU.
+BLOCK_BYTES = {"cpu": 2**20, "gpu": 2**26}
 
 
 class Distributions(NamedTuple):
@@ -412,7 +415,8 @@ def _evaluate(
     parameters = tuple(
         x.reshape((1,) * (len(positions) - x.ndim) + x.shape + (1,)) for x in parameters
     )
-    static = Static(formula, block_size, class_axis_name)
+    classes = logits[0].shape[-1]
+    static = Static(formula, block_size or rows_in_block(classes, BLOCK_BYTES), class_axis_name)
     values: Array = _divergences(static, *vary_alike((logits, parameters)))
     if class_axis_name is not None:
         values = lax.psum(values, class_axis_name)
@@ -421,11 +425,17 @@ def _evaluate(
     return reduce(values, reduction=reduction, where=where, axis_name=axis_name)
 
 
+def rows_in_block(classes: int, block_bytes: Mapping[str, int]) -> int:
+    """How many rows of float32 logits make a block on this backend."""
+    backend = jax.default_backend()
+    return max(1, block_bytes.get(backend, block_bytes["gpu"]) // (4 * max(classes, 1)))
+
+
 class Static(NamedTuple):
     """What changes the program."""
 
     formula: Formula
-    block_size: int | None
+    block_size: int
     class_axis_name: AxisName | None
 
 
@@ -441,15 +451,23 @@ def _divergences(
 
 
 def _forward(static, wanted, logits, parameters):
+    formula, block_size, class_axis_name = static
+
     def rows(*arrays):
-        return _rows(static, wanted, arrays[: len(logits)], arrays[len(logits) :])
+        mine, others = arrays[: len(logits)], arrays[len(logits) :]
+        return statistics_of(formula, class_axis_name, wanted, mine, others)
 
-    return map_rows(rows, (*logits, *parameters), static.block_size)
+    return map_rows(rows, (*logits, *parameters), block_size)
 
 
-def _rows(static, wanted, logits, parameters):
-    """The divergence of each row in a block, and its statistics."""
-    formula, _, class_axis_name = static
+def statistics_of(
+    formula: Formula,
+    class_axis_name: AxisName | None,
+    wanted: Wanted,
+    logits: tuple[Float[Array, "*rows C"], ...],
+    parameters: tuple[Float[Array, "*rows 1"], ...],
+) -> tuple[Float[Array, "*rows"], Statistics]:
+    """The divergence of each row, or this member's part of it, and its statistics."""
     temperature, *others = parameters
     scaled = _scaled(logits, temperature)
     normalisers = tuple(_normaliser(z, class_axis_name) for z in scaled)
@@ -530,33 +548,47 @@ def _divergences_backward(static, residuals, cotangent):
     logits, parameters, statistics = residuals
     if isinstance(cotangent, SymbolicZero):
         return None, None
-    temperature, *others = parameters
-    x = _distributions(_scaled(logits, temperature), statistics.normalisers)
     # A position that is masked out may hold anything.
     ignored = cotangent == 0
-    weight = cotangent[..., None] / temperature
 
-    def through(logit, slope, p, slope_sum):
-        gradient = weight * (slope(x, *others) - p * slope_sum[..., None])
-        return jnp.where(ignored[..., None], 0, gradient).astype(logit.dtype)
+    def through(logit, gradient):
+        weighted = jnp.where(ignored[..., None], 0, cotangent[..., None] * gradient)
+        return weighted.astype(logit.dtype)
 
     def through_parameter(parameter, slope):
-        each = jnp.where(ignored, 0, cotangent * slope)[..., None]
-        axes = [axis for axis, n in enumerate(parameter.shape) if n != each.shape[axis]]
-        return jnp.sum(each, axes, keepdims=True)
+        return sum_to(parameter, jnp.where(ignored, 0, cotangent * slope))
 
+    gradients = gradients_of(static.formula, logits, parameters, statistics)
     return (
-        tuple(
-            map(
-                through,
-                logits,
-                static.formula.slopes,
-                x.probabilities,
-                statistics.slope_sums,
-            )
-        ),
+        tuple(map(through, logits, gradients)),
         tuple(map(through_parameter, parameters, statistics.parameters)),
     )
+
+
+def gradients_of(
+    formula: Formula,
+    logits: tuple[Float[Array, "*rows C"], ...],
+    parameters: tuple[Float[Array, "*rows 1"], ...],
+    statistics: Statistics,
+) -> list[Float[Array, "*rows C"]]:
+    """The gradients of each row's divergence through its logits."""
+    temperature, *others = parameters
+    x = _distributions(_scaled(logits, temperature), statistics.normalisers)
+    return [
+        (slope(x, *others) - p * total[..., None]) / temperature
+        for slope, p, total in zip(
+            formula.slopes, x.probabilities, statistics.slope_sums, strict=True
+        )
+    ]
+
+
+def sum_to(
+    parameter: Float[Array, "*positions 1"], cotangent: Float[Array, "*rows"]
+) -> Float[Array, "*positions 1"]:
+    """Sums the cotangents of rows over the axes along which a parameter is shared."""
+    each = cotangent[..., None]
+    axes = [axis for axis, n in enumerate(parameter.shape) if n != each.shape[axis]]
+    return jnp.sum(each, axes, keepdims=True)
 
 
 _divergences.defvjp(_divergences_forward, _divergences_backward, symbolic_zeros=True)

@@ -509,3 +509,99 @@ def test_negative_importances_count_by_their_size():
     for penalty in (pj.SmoothL0(gamma=0.2), pj.Lp(p=0.5), pj.L1()):
         positive, negative = (pj.importance_minimality(jnp.asarray(x), penalty) for x in (c, -c))
         assert_close(jnp.stack(negative), np.asarray(positive), rtol=1e-6)
+
+
+def test_a_function_is_never_stale():
+    """What it closes over may change between calls: nothing is cached by its identity."""
+    slope = 1.0
+
+    def scaled(c):
+        return slope * c
+
+    c = jnp.array([[0.5, 1.0], [0.25, 0.0]])
+    config = pj.ImportanceMinimality(scaled)
+    for slope in (1.0, 2.0):
+        assert_close(pj.importance_minimality(c, scaled).total, slope * 0.875)
+        assert_close(config(c), slope * 0.875)
+        assert_close((3 * config)(c), slope * 2.625)
+
+
+def test_without_beta_an_infinite_frequency_plays_no_part():
+    value, slope = jax.value_and_grad(lambda c: pj.importance_minimality(c, pj.L1()).total)(
+        jnp.array([[1e37]])
+    )
+    assert_close(value, 1e37)
+    assert_close(slope, 1.0)
+
+
+def test_metrics_of_a_diverged_run_are_nan():
+    metrics = pj.importance_metrics(jnp.array([[jnp.nan, 1.0]]), {"l1": pj.L1()})
+    assert np.isnan(metrics["importance/ci_l0_0"])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda c: pj.importance_minimality(c, pj.l1),
+            ValueError,
+            r"shape \(2, 3\), got shape \(\)",
+        ),
+        (lambda c: pj.importance_minimality(c, "lp"), TypeError, "a config such as pj.Lp"),
+        (
+            lambda c: pj.importance_minimality(c, pj.ImportanceMinimality(pj.L1())),
+            TypeError,
+            "pass its .penalty",
+        ),
+        (
+            lambda c: pj.importance_minimality(c, pj.L1(), beta=pj.anneal(0, 1, start=0, end=9)),
+            TypeError,
+            "beta is a schedule",
+        ),
+        (lambda c: pj.importance_minimality(c, pj.L1(), beta=c[0]), ValueError, "beta must broad"),
+        (lambda c: pj.importance_metrics(c, {}, thresholds=0.1), TypeError, "must be a sequence"),
+        (lambda c: pj.ImportanceMinimality(pj.L1())(c, c), TypeError, "takes 1 input, got 2"),
+        (
+            lambda c: pj.ImportanceStats.empty(c).merge(pj.ImportanceStats.empty(c[:, :1])),
+            ValueError,
+            r"\(3,\) and \(1,\)",
+        ),
+    ],
+)
+def test_misuse(call, error, message):
+    with pytest.raises(error, match=message):
+        call(jnp.ones((2, 3)))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_microbatches_of_a_shard(check_vma):
+    """Both exact ways, inside of shard_map."""
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    c = jnp.asarray(np.random.default_rng(0).random((8, 4, 3)), jnp.float32)
+
+    def loss(scale, c):
+        return pj.importance_minimality(scale * c, pj.L1(), beta=0.5).total
+
+    def scanned(scale, c):
+        def step(stats, part):
+            return stats.merge(pj.ImportanceStats.from_batch(scale * part, pj.L1())), None
+
+        stats, _ = jax.lax.scan(jax.checkpoint(step), pj.ImportanceStats.empty(c[0]), c)
+        return stats.psum("batch").loss(0.5).total
+
+    def twice(scale, c):
+        def stats(scale):
+            return pj.ImportanceStats.from_batch(scale * c, pj.L1())
+
+        linear = stats(scale).psum("batch").linearized(0.5)
+        slope = jax.grad(lambda scale: linear(stats(scale)))(scale)
+        return slope if check_vma else jax.lax.psum(slope, "batch")
+
+    over = partial(
+        jax.shard_map, mesh=mesh, in_specs=(P(), P("batch")), out_specs=P(), check_vma=check_vma
+    )
+    value, slope = jax.value_and_grad(loss)(1.5, c)
+    ours, gradient = jax.value_and_grad(jax.jit(over(scanned)))(1.5, c)
+    assert_close(ours, value)
+    assert_close(gradient, slope)
+    assert_close(jax.jit(over(twice))(jnp.float32(1.5), c), slope)

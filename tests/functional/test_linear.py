@@ -1,0 +1,308 @@
+"""Divergences from hidden states, beside the same from logits in float64 and on one device."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from scipy import special
+
+import penalties_jax.functional as F  # noqa: N812
+from tests import oracles
+from tests.functional.cases import quick_jit
+from tests.oracles import assert_close
+
+ROWS, WIDTH, OTHER, CLASSES = (16, 3), 6, 4, 40
+
+
+def data(dtype=np.float32):
+    """The model's and the reference's hidden states, kernels and biases, labels and a mask."""
+    random = np.random.default_rng(0)
+    shapes = [
+        (*ROWS, WIDTH), (WIDTH, CLASSES), (CLASSES,), (*ROWS, OTHER), (OTHER, CLASSES), (CLASSES,),
+    ]  # fmt: skip
+    arrays = [random.normal(size=shape).astype(dtype) for shape in shapes]
+    return arrays, random.integers(0, CLASSES, size=ROWS), random.random(ROWS) < 0.7
+
+
+def kl(arrays, labels, **options):
+    hidden_p, kernel_p, bias_p, hidden_q, kernel_q, bias_q = arrays
+    return F.linear_kl(
+        hidden_p, kernel_p, hidden_q, kernel_q, bias_p=bias_p, bias_q=bias_q, **options
+    )
+
+
+def js(arrays, labels, **options):
+    hidden_p, kernel_p, bias_p, hidden_q, kernel_q, bias_q = arrays
+    return F.linear_js(
+        hidden_p, kernel_p, hidden_q, kernel_q, bias_p=bias_p, bias_q=bias_q, mixture=0.3, **options
+    )
+
+
+def cross_entropy(arrays, labels, **options):
+    hidden, kernel, bias, *_ = arrays
+    return F.linear_cross_entropy(hidden, kernel, labels, bias=bias, **options)
+
+
+def distillation(arrays, labels, **options):
+    hidden_p, kernel_p, bias_p, hidden_q, kernel_q, bias_q = arrays
+    return F.linear_distillation(
+        *(hidden_p, kernel_p, hidden_q, kernel_q, labels),
+        kl_weight=0.3, cross_entropy_weight=0.7, temperature=2.0,
+        bias_p=bias_p, bias_q=bias_q, direction="symmetric", **options,
+    ).total  # fmt: skip
+
+
+def logs(arrays, temperature=1.0):
+    hidden_p, kernel_p, bias_p, hidden_q, kernel_q, bias_q = arrays
+    logits = hidden_p @ kernel_p + bias_p, hidden_q @ kernel_q + bias_q
+    return [special.log_softmax(z / temperature, axis=-1) for z in logits]
+
+
+def chosen(log_p, labels):
+    return -np.take_along_axis(log_p, labels[..., None], -1)[..., 0]
+
+
+def distilled(arrays, labels):
+    p, q = logs(arrays, 2.0)
+    both = (oracles.kl(p, q) + oracles.kl(q, p)) / 2
+    return 0.7 * chosen(logs(arrays)[0], labels) + 0.3 * both
+
+
+CASES = {
+    "kl": (kl, lambda arrays, labels: oracles.kl(*logs(arrays))),
+    "js": (js, lambda arrays, labels: oracles.js(*logs(arrays), 0.3)),
+    "cross_entropy": (cross_entropy, lambda arrays, labels: chosen(logs(arrays)[0], labels)),
+    "distillation": (distillation, distilled),
+}
+every_case = pytest.mark.parametrize(("call", "oracle"), CASES.values(), ids=CASES.keys())
+
+
+def reduced(values, mask, reduction):
+    kept = np.where(mask, values, 0)
+    if reduction == "none":
+        return kept
+    return kept.sum() / (mask.sum() if reduction == "mean" else 1)
+
+
+def directional(function, arrays, directions, step=1e-5):
+    """The derivative along directions, one array at a time, by differences."""
+    result = []
+    for i, direction in enumerate(directions):
+        ends = [
+            function([x + (s * direction if i == j else 0) for j, x in enumerate(arrays)])
+            for s in (step, -step)
+        ]
+        result.append((ends[0] - ends[1]) / (2 * step))
+    return result
+
+
+@every_case
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("block_size", [None, 2])
+def test_value_and_gradients(call, oracle, reduction, block_size, x64):
+    """Of hidden states, kernels and biases, with a mask, in blocks that don't divide the rows."""
+    arrays, labels, mask = data(np.float64)
+    weights = np.random.default_rng(1).normal(size=ROWS)
+
+    def total(values):
+        return (weights * values).sum() if reduction == "none" else values
+
+    def ours(arrays):
+        return total(call(arrays, labels, where=mask, reduction=reduction, block_size=block_size))
+
+    def exact(arrays):
+        return total(reduced(oracle(arrays, labels), mask, reduction))
+
+    value, slopes = quick_jit(jax.value_and_grad(ours))([jnp.asarray(x) for x in arrays])
+    assert_close(value, exact(arrays), rtol=1e-10)
+    directions = [np.random.default_rng(2).normal(size=x.shape) for x in arrays]
+    along = [(slope * d).sum() for slope, d in zip(slopes, directions, strict=True)]
+    assert_close(along, directional(exact, arrays, directions), rtol=1e-6, atol=1e-9)
+
+
+@every_case
+def test_a_gradient_for_one_argument_is_that_of_all(call, oracle):
+    """Whatever is differentiated, alone or together, in any order, inside of scan and remat."""
+    arrays, labels, _ = data()
+    arrays = [jnp.asarray(x) for x in arrays]
+
+    def loss(*arrays):
+        return call(arrays, labels, block_size=2)
+
+    everything = quick_jit(jax.grad(loss, range(6)))(*arrays)
+    for i in (3, 1, 0):
+        assert_close(quick_jit(jax.grad(loss, i))(*arrays), everything[i], rtol=1e-5, atol=1e-8)
+
+    def scanned(hidden):
+        def step(carry, part):
+            return carry + jax.checkpoint(loss)(part, *arrays[1:]), None
+
+        return jax.lax.scan(step, 0.0, jnp.stack([hidden, hidden]))[0] / 2
+
+    assert_close(quick_jit(jax.grad(scanned))(arrays[0]), everything[0], rtol=1e-5, atol=1e-8)
+
+
+def test_mapped_over_models():
+    arrays, *_ = data()
+
+    def loss(kernel, hidden):
+        return F.linear_kl(hidden, kernel, *arrays[3:5], block_size=2)
+
+    kernels = jnp.stack([arrays[1], 2 * arrays[1]])
+    values, slopes = quick_jit(jax.vmap(jax.value_and_grad(loss), (0, None)))(kernels, arrays[0])
+    for i, kernel in enumerate(kernels):
+        value, slope = quick_jit(jax.value_and_grad(loss))(kernel, arrays[0])
+        assert_close(values[i], value)
+        assert_close(slopes[i], slope, rtol=1e-4, atol=1e-7)
+
+
+def test_derivatives_in_weights_and_temperature(x64):
+    arrays, labels, mask = data(np.float64)
+    p = [jnp.asarray(x) for x in arrays]
+
+    def ours(numbers):
+        loss = F.linear_distillation(
+            *(p[0], p[1], p[3], p[4], labels),
+            cross_entropy_weight=numbers[0], kl_weight=numbers[1], temperature=numbers[2],
+            where=mask, block_size=2,
+        )  # fmt: skip
+        return loss.total, loss
+
+    def exact(numbers):
+        bare = [*arrays[:2], 0, *arrays[3:5], 0]
+        parts = chosen(logs(bare)[0], labels), oracles.kl(*logs(bare, numbers[2]))
+        return reduced(numbers[0] * parts[0] + numbers[1] * parts[1], mask, "mean")
+
+    numbers = np.array([0.7, 0.3, 1.5])
+    (total, loss), slopes = quick_jit(jax.value_and_grad(ours, has_aux=True))(jnp.array(numbers))
+    assert_close(total, exact(numbers), rtol=1e-12)
+    assert_close(slopes, oracles.gradient(exact, numbers), rtol=1e-8)
+    assert_close(total, 0.7 * loss.cross_entropy + 0.3 * loss.kl, rtol=1e-12)
+
+
+def test_an_excluded_position_may_hold_anything():
+    arrays, labels, mask = data()
+    kept, slopes = jax.value_and_grad(lambda h: kl([h, *arrays[1:]], labels, where=mask))(
+        jnp.asarray(arrays[0])
+    )
+    spoilt = np.where(mask[..., None], arrays[0], np.nan)
+    value, found = jax.value_and_grad(
+        lambda arrays: kl(arrays, labels, where=mask), allow_int=False
+    )([jnp.asarray(x) for x in (spoilt, *arrays[1:])])
+    assert_close(value, kept)
+    assert_close(found[0], np.where(mask[..., None], slopes, 0), rtol=1e-5, atol=1e-9)
+    assert all(np.isfinite(x).all() for x in found)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_rows_sharded_under_jit(kind):
+    """The numbers of one device, with nothing gathered."""
+    arrays, labels, mask = data()
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+
+    def loss(arrays, labels, mask):
+        return distillation(arrays, labels, where=mask, block_size=2)
+
+    value, slopes = quick_jit(jax.value_and_grad(loss))(arrays, labels, mask)
+    specs = [P("data"), P(), P(), P("data"), P(), P()]
+    placed = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(arrays, specs, strict=True)]
+    others = jax.device_put((labels, mask), NamedSharding(mesh, P("data")))
+    program = quick_jit(jax.value_and_grad(loss)).lower(placed, *others).compile()
+    assert "all-gather" not in program.as_text()
+    ours, found = program(placed, *others)
+    assert_close(ours, value)
+    for slope, desired in zip(found, slopes, strict=True):
+        assert_close(slope, desired, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_rows_and_classes_sharded(reduction, check_vma):
+    """Rows over one mesh axis, the classes of kernels and biases over another."""
+    arrays, labels, mask = data()
+    mesh = jax.make_mesh((2, 4), ("rows", "classes"), axis_types=(AxisType.Auto,) * 2)
+    options = {"reduction": reduction, "block_size": 2}
+    names = {"class_axis_name": "classes"} | ({"axis_name": "rows"} if reduction == "mean" else {})
+    kernels = [P("rows"), P(None, "classes"), P("classes")]
+    sharded = jax.shard_map(
+        lambda arrays, labels, mask: distillation(arrays, labels, where=mask, **options, **names),
+        mesh=mesh,
+        in_specs=(kernels * 2, P("rows"), P("rows")),
+        out_specs=P() if reduction == "mean" else P("rows"),
+        check_vma=check_vma,
+    )
+
+    def total(function, arrays):
+        return jnp.sum(jnp.sin(function(arrays, labels, mask)))
+
+    plain = partial(total, lambda arrays, labels, mask: distillation(
+        arrays, labels, where=mask, **options
+    ))  # fmt: skip
+    value, slopes = quick_jit(jax.value_and_grad(plain))(arrays)
+    ours, found = quick_jit(jax.value_and_grad(partial(total, sharded)))(arrays)
+    assert_close(ours, value)
+    for slope, desired in zip(found, slopes, strict=True):
+        assert_close(slope, desired, rtol=1e-4, atol=1e-6)
+
+
+def test_memory():
+    """Beside the kernel's gradient there are a few blocks, not the logits."""
+    rows, width, classes = 2048, 16, 4096
+    shapes = [(rows, width), (width, classes)] * 2
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    loss = jax.value_and_grad(partial(F.linear_kl, block_size=4), (0, 1))
+    temporaries = jax.jit(loss).lower(*inputs).compile().memory_analysis().temp_size_in_bytes
+    assert temporaries < 4 * (width * classes + 0.15 * rows * classes)
+
+
+def test_half_precision_multiplies_as_it_is_and_accumulates_in_float32():
+    arrays, labels, _ = data()
+    half = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
+    value, slopes = quick_jit(jax.value_and_grad(lambda a: kl(a, labels)))(half)
+    assert value.dtype == jnp.float32
+    assert {x.dtype for x in slopes} == {jnp.dtype(jnp.bfloat16)}
+    rounded = [np.asarray(x).astype(np.float64) for x in half]
+    assert_close(value, oracles.kl(*logs(rounded)).mean(), rtol=1e-5)
+    text = jax.jit(kl).lower(half, labels).as_text()
+    assert "bf16>, tensor<" in text.split("dot_general", 1)[1].splitlines()[0]
+
+
+def test_labels_outside_of_the_classes_have_no_loss():
+    arrays, labels, _ = data()
+    labels[0, 0] = -100
+    ours = cross_entropy(arrays, labels, reduction="none")
+    assert float(ours[0, 0]) == 0
+    assert float(ours[0, 1]) > 0
+
+
+HIDDEN, KERNEL = np.ones((2, 3), np.float32), np.ones((3, 4), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_q": np.ones((2, 5))}, r"kernel_q must be \[5, classes\]"),
+        ({"hidden_q": np.ones((3, 3))}, r"got shapes \(2, 3\) and \(3, 3\)"),
+        ({"kernel_q": np.ones((3, 5))}, r"got shapes \(3, 4\) and \(3, 5\)"),
+        ({"bias_p": np.ones(3)}, r"bias_p must have shape \(4,\), got \(3,\)"),
+        ({"block_size": 0}, "block_size must be at least 1, got 0"),
+        ({"temperature": 0}, "temperature must be above 0, got 0"),
+        ({"direction": "up"}, "'forward', 'reverse', 'symmetric', got 'up'"),
+        ({"reduction": "avg"}, "'sum', 'mean', 'none', got 'avg'"),
+    ],
+)
+def test_bad_input(change, message):
+    names = {"hidden_p": HIDDEN, "kernel_p": KERNEL, "hidden_q": HIDDEN, "kernel_q": KERNEL}
+    with pytest.raises(ValueError, match=message):
+        F.linear_kl(**(names | change))
+
+
+def test_bad_labels():
+    with pytest.raises(TypeError, match="labels must be integers, got float"):
+        F.linear_cross_entropy(HIDDEN, KERNEL, np.ones(2))
+    with pytest.raises(ValueError, match=r"labels must have shape \(2,\)"):
+        F.linear_cross_entropy(HIDDEN, KERNEL, np.arange(3))
