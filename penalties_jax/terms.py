@@ -43,6 +43,9 @@ from penalties_jax.pytree import (
 # A number, an array or a schedule; or a pytree of them like the input.
 Numeric = Any
 
+Inputs = Literal["logprobs", "logits"]
+INPUTS = ("logprobs", "logits")
+
 
 class Penalty(Pytree):
     """What every penalty can do: be evaluated, resolved at a step, scaled and added."""
@@ -432,9 +435,44 @@ class GroupLasso(Weighted):
         return jnp.size(v) // max(jnp.size(v, self.axis), 1)
 
 
+@abstract
+class Divergence(Reduced):
+    """What divergences share: of log-probabilities, or streamed from logits."""
+
+    inputs: Inputs = option(default="logprobs", choices=INPUTS, kw_only=True)
+    temperature: Numeric | None = number(default=None, valid=POSITIVE, kw_only=True)
+    axis: int = option(default=-1, kw_only=True)
+    block_size: int | None = option(default=None, kw_only=True)
+    class_axis_name: AxisName | None = option(default=None, kw_only=True)
+    reduction: Reduction = option(default="mean", choices=REDUCTIONS, kw_only=True)
+
+    _of_logits: ClassVar[tuple[str, ...]] = ("temperature", "block_size", "class_axis_name")
+
+    def __post_init__(self):
+        super().__post_init__()
+        name = type(self).__name__
+        if self.inputs == "logits" and self.axis != -1:
+            raise ValueError(f"{name}.axis must be -1 for logits, got {self.axis}")
+        for field in self._of_logits:
+            value = getattr(self, field)
+            if self.inputs != "logits" and value is not None:
+                raise ValueError(f"{name}.{field} needs inputs='logits', got {value!r}")
+
+    @property
+    def _streaming(self):
+        return {
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "block_size": self.block_size,
+            "class_axis_name": self.class_axis_name,
+        }
+
+
 @pytree
-class KLDivergence(Reduced):
+class KLDivergence(Divergence):
     """The Kullback-Leibler divergence of two log-probabilities, `pj.kl_divergence`.
+
+    With inputs="logits" it is `pj.kl_from_logits`, for which the temperature, the block size and
+    the name of the class axis are.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -442,23 +480,27 @@ class KLDivergence(Reduced):
         >>> log_p, log_q = jnp.log(jnp.array([0.75, 0.25])), jnp.log(jnp.array([0.5, 0.5]))
         >>> round(float(pj.KLDivergence()(log_p, log_q)), 4)
         0.1308
+        >>> round(float(pj.KLDivergence(inputs="logits")(log_p + 1, log_q - 2)), 4)
+        0.1308
     """
 
     _inputs: ClassVar[int] = 2
 
     direction: Direction = option(default="forward", choices=DIRECTIONS)
-    axis: int = option(default=-1, kw_only=True)
-    reduction: Reduction = option(default="mean", choices=REDUCTIONS, kw_only=True)
 
-    def _function(self, log_p, log_q, **options):
-        return functional.kl_divergence(
-            log_p, log_q, direction=self.direction, axis=self.axis, **options
-        )
+    def _function(self, p, q, **options):
+        if self.inputs == "logits":
+            return functional.kl_from_logits(
+                p, q, direction=self.direction, **self._streaming, **options
+            )
+        return functional.kl_divergence(p, q, direction=self.direction, axis=self.axis, **options)
 
 
 @pytree
-class JSDivergence(Reduced):
+class JSDivergence(Divergence):
     """The Jensen-Shannon divergence of two log-probabilities, `pj.js_divergence`.
+
+    With inputs="logits" it is `pj.js_from_logits`.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -471,18 +513,20 @@ class JSDivergence(Reduced):
     _inputs: ClassVar[int] = 2
 
     mixture: Numeric = number(default=0.5, valid=UNIT)
-    axis: int = option(default=-1, kw_only=True)
-    reduction: Reduction = option(default="mean", choices=REDUCTIONS, kw_only=True)
 
-    def _function(self, log_p, log_q, **options):
-        return functional.js_divergence(
-            log_p, log_q, mixture=self.mixture, axis=self.axis, **options
-        )
+    def _function(self, p, q, **options):
+        if self.inputs == "logits":
+            return functional.js_from_logits(
+                p, q, mixture=self.mixture, **self._streaming, **options
+            )
+        return functional.js_divergence(p, q, mixture=self.mixture, axis=self.axis, **options)
 
 
 @pytree
-class Entropy(Reduced):
+class Entropy(Divergence):
     """The entropy of log-probabilities, `pj.entropy`: +H to sharpen, -H with `maximize`.
+
+    With inputs="logits" it is `pj.entropy_from_logits`.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -491,15 +535,19 @@ class Entropy(Reduced):
         -0.6931
     """
 
-    maximize: bool = option(default=False, kw_only=True)
-    temperature: Numeric = number(default=1.0, valid=POSITIVE, kw_only=True)
-    normalize: bool = option(default=False, kw_only=True)
-    axis: int = option(default=-1, kw_only=True)
-    reduction: Reduction = option(default="mean", choices=REDUCTIONS, kw_only=True)
+    _of_logits: ClassVar[tuple[str, ...]] = ("block_size", "class_axis_name")
 
-    def _function(self, log_p, **options):
+    temperature: Numeric = number(default=1.0, valid=POSITIVE, kw_only=True)
+    maximize: bool = option(default=False, kw_only=True)
+    normalize: bool = option(default=False, kw_only=True)
+
+    def _function(self, x, **options):
+        if self.inputs == "logits":
+            return functional.entropy_from_logits(
+                x, normalize=self.normalize, **self._streaming, **options
+            )
         return functional.entropy(
-            log_p,
+            x,
             temperature=self.temperature,
             normalize=self.normalize,
             axis=self.axis,

@@ -40,9 +40,16 @@ class Example(NamedTuple):
     def data(self, seed=0, shape=(4, 3)):
         """Inputs of this config: log-probabilities where it takes them."""
         arrays = [lattice(seed + i, *shape).astype(np.float32) for i in range(self.inputs)]
-        if self.make in (pj.KLDivergence, pj.JSDivergence, pj.Entropy):
+        divergences = (pj.KLDivergence, pj.JSDivergence, pj.Entropy)
+        if self.make in divergences and self.settings.get("inputs") != "logits":
             return tuple(np.asarray(jax.nn.log_softmax(x)) for x in arrays)
         return tuple(arrays)
+
+
+def kl_of_logits(*logits, inputs, **options):
+    """The function that stands for a config whose inputs are logits."""
+    assert inputs == "logits"
+    return pj.kl_from_logits(*logits, **options)
 
 
 SEPARABLE = (pj.L1, pj.L2, pj.ElasticNet, pj.Lp, pj.LogSum, pj.SmoothL0, pj.Huber)
@@ -63,6 +70,9 @@ EXAMPLES = {
     "kl, reverse": Example(pj.KLDivergence, pj.kl_divergence, {"direction": "reverse"}, 2),
     "js": Example(pj.JSDivergence, pj.js_divergence, {"mixture": 0.3}, 2),
     "entropy": Example(pj.Entropy, pj.entropy, {"temperature": 0.5, "normalize": True}),
+    "kl of logits": Example(
+        pj.KLDivergence, kl_of_logits, {"inputs": "logits", "temperature": 0.5}, 2
+    ),
     "consistency": Example(pj.Consistency, pj.consistency, {"metric": "l1"}, 2),
     "orthogonality": Example(pj.Orthogonality, pj.orthogonality, {"mode": "hard"}),
 }

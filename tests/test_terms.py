@@ -662,3 +662,51 @@ def test_configs_keep_float32_under_x64():
         assert pj.L1()(jnp.ones(3, jnp.float32)).dtype == jnp.float32
         assert pj.L1(reduction="mean")(jnp.ones(3, jnp.bfloat16)).dtype == jnp.float32
         assert pj.L1()(jnp.ones(3, jnp.float64)).dtype == jnp.float64
+
+
+STREAMED = {
+    "kl": (pj.KLDivergence, pj.kl_from_logits, 2, {"direction": "reverse"}),
+    "js": (pj.JSDivergence, pj.js_from_logits, 2, {"mixture": 0.3}),
+    "entropy": (pj.Entropy, pj.entropy_from_logits, 1, {"normalize": True}),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "function", "inputs", "settings"), STREAMED.values(), ids=STREAMED.keys()
+)
+def test_divergences_from_logits(make, function, inputs, settings):
+    """Over one array and over trees of unlike positions, with a temperature and a mask."""
+    config = make(inputs="logits", temperature=0.5, block_size=2, **settings)
+    x, y = (
+        [lattice(i + j, n, 5).astype(np.float32) for j in range(inputs)]
+        for i, n in ((0, 3), (7, 4))
+    )
+    assert_close(config(*x), function(*x, temperature=0.5, **settings))
+    joined = [np.concatenate(pair) for pair in zip(x, y, strict=True)]
+    trees = [{"a": a, "b": b} for a, b in zip(x, y, strict=True)]
+    assert_close(config(*trees), function(*joined, temperature=0.5, **settings), rtol=1e-6)
+    mask = np.array([True, False, True])
+    masked = function(*(a[mask] for a in x), temperature=0.5, **settings)
+    assert_close(config(*x, where=mask), masked, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: pj.KLDivergence(temperature=2.0),
+            "KLDivergence.temperature needs inputs",
+        ),
+        (lambda: pj.JSDivergence(block_size=8), "JSDivergence.block_size needs inputs='logits'"),
+        (lambda: pj.Entropy(class_axis_name="c"), "Entropy.class_axis_name needs inputs='logits'"),
+        (
+            lambda: pj.KLDivergence(inputs="logits", axis=0),
+            "KLDivergence.axis must be -1",
+        ),
+        (lambda: pj.KLDivergence(inputs="probs"), "KLDivergence.inputs .*'logprobs', 'logits'"),
+        (lambda: pj.KLDivergence(inputs="logits", temperature=0), "KLDivergence.temperature"),
+    ],
+)
+def test_options_of_logits(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -272,7 +272,7 @@ def entropy_from_logits(
         if class_axis_name is not None:
             classes *= lax.axis_size(class_axis_name)
         scale = 1 / math.log(classes) if classes > 1 else 0.0
-    value = _reduced(
+    return _reduced(
         ENTROPY,
         (logits,),
         (),
@@ -282,8 +282,8 @@ def entropy_from_logits(
         where,
         axis_name,
         class_axis_name,
+        scale,
     )
-    return scale * value
 
 
 def _kl_term(x):
@@ -371,6 +371,7 @@ def _reduced(
     where,
     axis_name,
     class_axis_name,
+    scale=1.0,
 ):
     check_reduction(reduction)
     check_block_size(block_size)
@@ -379,6 +380,7 @@ def _reduced(
         formula,
         logits,
         (temperature, *parameters),
+        scale,
         where=where,
         block_size=block_size,
         reduction=reduction,
@@ -403,7 +405,7 @@ def check_temperature(temperature: ArrayLike) -> None:
     jax.jit, static_argnames=("formula", "block_size", "reduction", "axis_name", "class_axis_name")
 )
 def _evaluate(
-    formula, logits, parameters, *, where, block_size, reduction, axis_name, class_axis_name
+    formula, logits, parameters, scale, *, where, block_size, reduction, axis_name, class_axis_name
 ):
     positions = logits[0].shape[:-1]
     check_where(where, positions)
@@ -420,6 +422,7 @@ def _evaluate(
     values: Array = _divergences(static, *vary_alike((logits, parameters)))
     if class_axis_name is not None:
         values = lax.psum(values, class_axis_name)
+    values = scale * values
     if where is not None:
         values = jnp.where(where, values, 0)
     return reduce(values, reduction=reduction, where=where, axis_name=axis_name)

@@ -200,12 +200,13 @@ def make_objective(config: FinetuneConfig) -> pj.Objective:
         "l1": pj.Term(pj.L1(reduction="mean"), on=on, weight=config.l1_weight),
         "l2": pj.Term(pj.L2(reduction="mean"), on=on, weight=config.l2_weight),
         "entropy": pj.Term(
-            pj.Entropy(maximize=True), on=log_probabilities, weight=config.entropy_weight
+            pj.Entropy(inputs="logits", maximize=True), on="logits", weight=config.entropy_weight
         ),
     }
+    kl = pj.KLDivergence(inputs="logits")
     return pj.Objective(
         loss=cross_entropy,
-        terms={"kl": pj.Term(pj.KLDivergence(), on=model_and_reference, weight=0.0)}
+        terms={"kl": pj.Term(kl, on=("logits", "reference_logits"), weight=0.0)}
         | {name: term for name, term in optional.items() if term.weight},
     )
 
@@ -223,11 +224,6 @@ def log_probabilities(outputs: Mapping[str, Array]) -> Array:
 def probabilities(outputs: Mapping[str, Array]) -> Array:
     """Return the model's probabilities."""
     return jax.nn.softmax(outputs["logits"])
-
-
-def model_and_reference(outputs: Mapping[str, Array]) -> tuple[Array, Array]:
-    """Return the log-probabilities of the model and of the frozen base model."""
-    return log_probabilities(outputs), outputs["reference_logprobs"]
 
 
 def _train_and_evaluate(

@@ -87,8 +87,8 @@ def start_sweep(
 def sweep_step(optimizer: optax.GradientTransformation, *, batch_size: int, length: int) -> Step:
     """Return `step(members, shared, index) -> (members, metrics)`, one step of every member.
 
-    All members see the same batch, and the base model's log-probabilities of it are computed once.
-    An objective's outputs are "logits", "reference_logprobs" and "targets". The metrics are its
+    All members see the same batch, and the base model's logits of it are computed once. An
+    objective's outputs are "logits", "reference_logits" and "targets". The metrics are its
     own and, under "gradient/<name>", the norm of the gradient of each with respect to the logits,
     where a divergence has gradient 0 at its minimum. Each has one value for each member.
     """
@@ -97,13 +97,13 @@ def sweep_step(optimizer: optax.GradientTransformation, *, batch_size: int, leng
         windows = sample_windows(
             shared.text, jax.random.fold_in(shared.key, index), batch_size=batch_size, length=length
         )
-        reference_logprobs = jax.nn.log_softmax(nnx.merge(*shared.base)(windows[:, :-1]))
+        reference_logits = nnx.merge(*shared.base)(windows[:, :-1])
 
         def update(member: Member, objective: pj.Objective) -> tuple[Member, Metrics]:
             def total(adapters):
                 outputs = {
                     "logits": _logits(shared, adapters, windows),
-                    "reference_logprobs": reference_logprobs,
+                    "reference_logits": reference_logits,
                     "targets": windows[:, 1:],
                 }
                 value, metrics = objective(outputs, step=index)
@@ -142,7 +142,7 @@ def evaluate(members: Member, shared: Shared, windows: Int[Array, "windows lengt
             return Scores(
                 base_loss=mean_loss(base_logits, targets),
                 loss=mean_loss(logits, targets),
-                kl=pj.kl_divergence(jax.nn.log_softmax(logits), jax.nn.log_softmax(base_logits)),
+                kl=pj.kl_from_logits(logits, base_logits),
             )
 
         return jax.vmap(member_score)(members.adapters)

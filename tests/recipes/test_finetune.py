@@ -179,7 +179,7 @@ def test_terms_are_those_with_a_weight():
     config = finetune.FinetuneConfig(l1_weight=2.0, l2_weight=3.0, entropy_weight=4.0, on="probs")
     outputs = {
         "logits": jnp.zeros((1, 2, 256)),
-        "reference_logprobs": jax.nn.log_softmax(jnp.zeros((1, 2, 256))),
+        "reference_logits": jnp.zeros((1, 2, 256)),
         "targets": jnp.zeros((1, 2), int),
     }
     _, metrics = jax.jit(finetune.make_objective(config))(outputs)
