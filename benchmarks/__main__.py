@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from benchmarks import importance, penalties, resolvent, sparsity, sweep, transforms
+from benchmarks import importance, penalties, resolvent, sparsity, streaming, sweep, transforms
 from benchmarks.harness import machine
 
 BENCHMARKS = {
@@ -13,10 +13,13 @@ BENCHMARKS = {
     "penalties": penalties.run,
     "resolvent": resolvent.run,
     "sparsity": sparsity.run,
+    "streaming": streaming.run,
     "sweep": sweep.run,
     "transforms": transforms.run,
 }
-Name = Literal["importance", "penalties", "resolvent", "sparsity", "sweep", "transforms"]
+Name = Literal[
+    "importance", "penalties", "resolvent", "sparsity", "streaming", "sweep", "transforms"
+]
 
 
 def main(

@@ -60,10 +60,16 @@ def sum_rows(
     grid = _grid(arrays, block_size)
     if grid.length <= 1:
         return function(*arrays, fresh=jnp.ones(grid.positions, bool))
-    arrays = [grid.split(x) for x in arrays]
+    # As integers: XLA's CPU backend slices a half-precision array by casting the whole of it.
+    dtypes = [x.dtype for x in arrays]
+    arrays = [grid.split(_bits(x)) for x in arrays]
 
     def run(index):
-        return function(*(grid.block(x, index) for x in arrays), fresh=grid.fresh(index))
+        blocks = [
+            lax.bitcast_convert_type(grid.block(x, index), dtype)
+            for x, dtype in zip(arrays, dtypes, strict=True)
+        ]
+        return function(*blocks, fresh=grid.fresh(index))
 
     def step(index, carry):
         (kept, sums), (rows, terms) = carry, run(index)
@@ -170,6 +176,10 @@ class Grid(NamedTuple):
         """Along which axes a result does not depend on the position: its arrays have size 1."""
         cuts = zip(part.shape[::2], part.shape[1::2], self.shards, self.sizes, strict=False)
         return [(g, rows) == (1, 1) != (shards, size) for g, rows, shards, size in cuts]
+
+
+def _bits(x):
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
 def _grid(arrays: Sequence[Array], block_size: int) -> Grid:
