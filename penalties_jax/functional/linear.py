@@ -44,7 +44,7 @@ from penalties_jax.functional.streaming import (
 
 # Of the logits of one head in a block: enough rows for a matrix product to be worth its reading of
 # the kernel.
-BLOCK_BYTES = {"cpu": 2**25, "gpu": 2**28}
+BLOCK_BYTES = {"cpu": 2**24, "gpu": 2**28}
 
 
 class Head(NamedTuple):

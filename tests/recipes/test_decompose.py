@@ -264,7 +264,7 @@ def test_the_toy_model_learns():
 @pytest.mark.slow
 def test_a_sweep_gives_the_numbers_of_single_runs(toy):
     config = DecomposeConfig(
-        target="tms", steps=5, components=4, batch_size=16, seeds=1,
+        target="tms", steps=5, components=4, batch_size=16, seeds=1, faithfulness_weight=1.0,
         lp_coefficients=(0.01, 0.1), smooth_l0_coefficients=(0.02,),
     )  # fmt: skip
     optimizer = decompose.optax.adam(1e-2)
