@@ -21,10 +21,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from penalties_jax.functional.blocks import map_rows, sum_rows, vary_alike
 from penalties_jax.functional.divergences import DIRECTIONS, Direction
+from penalties_jax.functional.gates import check_positive
 from penalties_jax.functional.reduction import (
     AxisName,
     Reduction,
-    check_broadcast,
     check_choice,
     check_reduction,
     check_where,
@@ -34,9 +34,12 @@ from penalties_jax.functional.streaming import (
     KL,
     Formula,
     Wanted,
+    by_position,
     check_block_size,
-    check_temperature,
     gradients_of,
+    log_probabilities_of,
+    normaliser_of,
+    probabilities_of,
     rows_in_block,
     statistics_of,
     sum_to,
@@ -399,7 +402,7 @@ def _reduced(parts, heads, labels, parameters, weights, options):
     check_reduction(options.reduction)
     check_block_size(options.block_size)
     if parameters:
-        check_temperature(parameters[0])
+        check_positive("temperature", parameters[0])
     return _evaluate(
         parts,
         heads,
@@ -433,13 +436,8 @@ def _evaluate(
     """The weighted sum of the parts, and the parts."""
     positions = heads[0].hidden.shape[:-1]
     check_where(where, positions)
-    for name, parameter in zip(("temperature", "mixture"), parameters, strict=False):
-        check_broadcast(name, parameter, positions)
     dtype = jnp.result_type(jnp.float32, *(head.hidden for head in heads))
-    parameters = tuple(jnp.asarray(x, dtype) for x in parameters)
-    parameters = tuple(
-        x.reshape((1,) * (len(positions) - x.ndim) + x.shape + (1,)) for x in parameters
-    )
+    parameters = by_position(parameters, positions, dtype)
     included = jnp.ones(positions, bool)
     if where is not None:
         included = jnp.broadcast_to(where, positions)
@@ -472,16 +470,10 @@ def _cross_entropy(z, labels, class_axis_name):
     classes = z.shape[-1]
     if class_axis_name is not None:
         labels = labels - lax.axis_index(class_axis_name) * classes
-    peak = jnp.max(z, -1, keepdims=True)
-    if class_axis_name is not None:
-        peak = lax.pmax(peak, class_axis_name)
-    e = jnp.exp(z - peak)
-    total = jnp.sum(e, -1, keepdims=True)
-    if class_axis_name is not None:
-        total = lax.psum(total, class_axis_name)
+    normaliser = normaliser_of(z, class_axis_name)
     chosen = labels[..., None] == jnp.arange(classes)
-    value = jnp.sum(jnp.where(chosen, peak + jnp.log(total) - z, 0), -1)
-    return value, e / total - chosen
+    value = -jnp.sum(jnp.where(chosen, log_probabilities_of(z, normaliser), 0), -1)
+    return value, probabilities_of(z, normaliser) - chosen
 
 
 def _block(static, wanted, heads, parameters, labels):

@@ -9,7 +9,7 @@ divergence whose slope through log p_c is s_c, it is s_c - p_c sum(s) through th
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from penalties_jax.functional.divergences import (
     js_term,
     log_mixture,
 )
+from penalties_jax.functional.gates import check_positive
 from penalties_jax.functional.reduction import (
     AxisName,
     Reduction,
@@ -375,7 +376,7 @@ def _reduced(
 ):
     check_reduction(reduction)
     check_block_size(block_size)
-    check_temperature(temperature)
+    check_positive("temperature", temperature)
     return _evaluate(
         formula,
         logits,
@@ -395,12 +396,6 @@ def check_block_size(block_size: int | None) -> None:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
 
 
-def check_temperature(temperature: ArrayLike) -> None:
-    """Raises ValueError for a number that is not above 0; an array is not looked at."""
-    if isinstance(temperature, (int, float)) and not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-
-
 @partial(
     jax.jit, static_argnames=("formula", "block_size", "reduction", "axis_name", "class_axis_name")
 )
@@ -409,14 +404,7 @@ def _evaluate(
 ):
     positions = logits[0].shape[:-1]
     check_where(where, positions)
-    for name, parameter in zip(("temperature", "mixture"), parameters, strict=False):
-        check_broadcast(name, parameter, positions)
-    dtype = jnp.result_type(jnp.float32, *logits)
-    # A parameter for each position, or for all: with the axes of the logits, as `map_rows` asks.
-    parameters = tuple(jnp.asarray(x, dtype) for x in parameters)
-    parameters = tuple(
-        x.reshape((1,) * (len(positions) - x.ndim) + x.shape + (1,)) for x in parameters
-    )
+    parameters = by_position(parameters, positions, jnp.result_type(jnp.float32, *logits))
     classes = logits[0].shape[-1]
     static = Static(formula, block_size or rows_in_block(classes, BLOCK_BYTES), class_axis_name)
     values: Array = _divergences(static, *vary_alike((logits, parameters)))
@@ -426,6 +414,20 @@ def _evaluate(
     if where is not None:
         values = jnp.where(where, values, 0)
     return reduce(values, reduction=reduction, where=where, axis_name=axis_name)
+
+
+def by_position(
+    parameters: tuple[ArrayLike, ...], positions: tuple[int, ...], dtype: Any
+) -> tuple[Float[Array, "*positions 1"], ...]:
+    """The temperature and the mixture, each one for all positions or for each, as `map_rows` asks.
+
+    Raises:
+        ValueError: If one does not broadcast to the positions.
+    """
+    for name, parameter in zip(("temperature", "mixture"), parameters, strict=False):
+        check_broadcast(name, parameter, positions)
+    arrays = (jnp.asarray(x, dtype) for x in parameters)
+    return tuple(x.reshape((1,) * (len(positions) - x.ndim) + x.shape + (1,)) for x in arrays)
 
 
 def rows_in_block(classes: int, block_bytes: Mapping[str, int]) -> int:
@@ -473,7 +475,7 @@ def statistics_of(
     """The divergence of each row, or this member's part of it, and its statistics."""
     temperature, *others = parameters
     scaled = _scaled(logits, temperature)
-    normalisers = tuple(_normaliser(z, class_axis_name) for z in scaled)
+    normalisers = tuple(normaliser_of(z, class_axis_name) for z in scaled)
     x = _distributions(scaled, normalisers)
 
     def total(terms, want=True):
@@ -511,7 +513,8 @@ def _sum(terms, class_axis_name):
     return total if class_axis_name is None else lax.psum(total, class_axis_name)
 
 
-def _normaliser(z, class_axis_name):
+def normaliser_of(z: Float[Array, "*rows C"], class_axis_name: AxisName | None) -> Normaliser:
+    """The normaliser of each row, over all members that hold some of its classes."""
     peak = jnp.max(z, -1)
     if class_axis_name is not None:
         peak = lax.pmax(peak, class_axis_name)
@@ -519,12 +522,9 @@ def _normaliser(z, class_axis_name):
 
 
 def _distributions(scaled, normalisers):
-    probabilities = tuple(
-        jnp.exp(z - n.peak[..., None]) / n.total[..., None]
-        for z, n in zip(scaled, normalisers, strict=True)
-    )
+    probabilities = tuple(map(probabilities_of, scaled, normalisers))
     if len(scaled) == 1:
-        return Distributions(probabilities, _log_probability(scaled[0], normalisers[0]))
+        return Distributions(probabilities, log_probabilities_of(scaled[0], normalisers[0]))
     (z_p, z_q), (n_p, n_q) = scaled, normalisers
     # Of near logits the difference is exact, and so is that of the normalisers, but for rounding
     # of the size of their difference.
@@ -532,12 +532,20 @@ def _distributions(scaled, normalisers):
     return Distributions(probabilities, jnp.where(z_p == z_q, 0, z_q - z_p) - shift[..., None])
 
 
-def _log_probability(z, normaliser):
+def probabilities_of(z: Float[Array, "*rows C"], normaliser: Normaliser) -> Float[Array, "*rows C"]:
+    """The softmax of logits whose normaliser is known."""
+    return jnp.exp(z - normaliser.peak[..., None]) / normaliser.total[..., None]
+
+
+def log_probabilities_of(
+    z: Float[Array, "*rows C"], normaliser: Normaliser
+) -> Float[Array, "*rows C"]:
+    """Its logarithm."""
     return z - normaliser.peak[..., None] - jnp.log(normaliser.total)[..., None]
 
 
 def _times_log(gradient, z, normaliser):
-    return jnp.where(gradient == 0, 0, gradient * _log_probability(z, normaliser))
+    return jnp.where(gradient == 0, 0, gradient * log_probabilities_of(z, normaliser))
 
 
 def _divergences_forward(static, logits, parameters):
