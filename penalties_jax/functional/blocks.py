@@ -60,16 +60,15 @@ def sum_rows(
     grid = _grid(arrays, block_size)
     if grid.length <= 1:
         return function(*arrays, fresh=jnp.ones(grid.positions, bool))
-    # As integers: XLA's CPU backend slices a half-precision array by casting the whole of it.
-    dtypes = [x.dtype for x in arrays]
-    arrays = [grid.split(_bits(x)) for x in arrays]
+    arrays = [grid.split(x) for x in arrays]
+
+    # XLA's CPU backend divides work between cores along the first axis: it should not have size 1.
+    single = [i for i, n in enumerate(grid.block_shape) if n == 1]
 
     def run(index):
-        blocks = [
-            lax.bitcast_convert_type(grid.block(x, index), dtype)
-            for x, dtype in zip(arrays, dtypes, strict=True)
-        ]
-        return function(*blocks, fresh=grid.fresh(index))
+        blocks = [jnp.squeeze(grid.block(x, index), single) for x in arrays]
+        rows, sums = function(*blocks, fresh=jnp.squeeze(grid.fresh(index), single))
+        return jax.tree.map(lambda x: jnp.expand_dims(x, single), rows), sums
 
     def step(index, carry):
         (kept, sums), (rows, terms) = carry, run(index)
@@ -120,6 +119,11 @@ class Grid(NamedTuple):
         """The number of blocks."""
         return math.prod(self.counts)
 
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """The axes of a block, two for each axis of positions."""
+        return tuple(n for axis in zip(self.shards, self.sizes, strict=True) for n in axis)
+
     def split(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Cuts each axis of positions in two; an axis of size 1 stays whole."""
         # One axis at a time: that is how shardings follow a reshape.
@@ -136,6 +140,12 @@ class Grid(NamedTuple):
 
     def block(self, x: Float[Array, "..."], index: Int[Array, ""] | int) -> Float[Array, "..."]:
         """The rows of a block; past the end of an axis, the last that there are."""
+        if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2:
+            # XLA's CPU backend slices half precision by casting the whole array, and casts ahead of
+            # a loop what does not change in it: so slice integers, of what seems to change.
+            x, index = lax.optimization_barrier((x, jnp.asarray(index)))
+            bits = self.block(lax.bitcast_convert_type(x, jnp.uint16), index)
+            return lax.bitcast_convert_type(bits, x.dtype)
         for axis, (start, size) in enumerate(zip(self._starts(index), self.sizes, strict=True)):
             if x.shape[2 * axis + 1] > 1:
                 x = lax.dynamic_slice_in_dim(x, start, size, 2 * axis + 1)
@@ -176,10 +186,6 @@ class Grid(NamedTuple):
         """Along which axes a result does not depend on the position: its arrays have size 1."""
         cuts = zip(part.shape[::2], part.shape[1::2], self.shards, self.sizes, strict=False)
         return [(g, rows) == (1, 1) != (shards, size) for g, rows, shards, size in cuts]
-
-
-def _bits(x):
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
 def _grid(arrays: Sequence[Array], block_size: int) -> Grid:

@@ -267,7 +267,9 @@ def _log_mixture(log_p, log_q, b, c):
 
 def log_mixture(d, b, c):
     """Log m - log p for m = b p + c q and d = log q - log p; inf where p = 0."""
-    ratio = jnp.where(d > 1, _log_mean_exp(b, c, -d) + d, _log_mean_exp(c, b, d))
+    far = d > 1
+    weight, rest = jnp.where(far, b, c), jnp.where(far, c, b)
+    ratio = _log_mean_exp(weight, rest, jnp.where(far, -d, d)) + jnp.where(far, d, 0)
     return jnp.where(c == 0, 0, ratio)
 
 

@@ -19,6 +19,7 @@ from jax.sharding import AxisType
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from penalties_jax.functional import streaming
 from penalties_jax.functional.blocks import map_rows, sum_rows, vary_alike
 from penalties_jax.functional.divergences import DIRECTIONS, Direction
 from penalties_jax.functional.gates import check_positive
@@ -41,13 +42,12 @@ from penalties_jax.functional.streaming import (
     normaliser_of,
     probabilities_of,
     rows_in_block,
-    statistics_of,
     sum_to,
 )
 
 # Of the logits of one head in a block: enough rows for a matrix product to be worth its reading of
-# the kernel.
-BLOCK_BYTES = {"cpu": 2**24, "gpu": 2**28}
+# the kernel, and its adding to the kernel's gradient.
+BLOCK_BYTES = {"cpu": 2**26, "gpu": 2**28}
 
 
 class Head(NamedTuple):
@@ -470,10 +470,15 @@ def _cross_entropy(z, labels, class_axis_name):
     classes = z.shape[-1]
     if class_axis_name is not None:
         labels = labels - lax.axis_index(class_axis_name) * classes
-    normaliser = normaliser_of(z, class_axis_name)
-    chosen = labels[..., None] == jnp.arange(classes)
-    value = -jnp.sum(jnp.where(chosen, log_probabilities_of(z, normaliser), 0), -1)
-    return value, probabilities_of(z, normaliser) - chosen
+
+    def rows(z, labels):
+        normaliser = normaliser_of(z, class_axis_name)
+        chosen = labels == jnp.arange(classes)
+        log_probabilities = log_probabilities_of(z, normaliser)
+        return -jnp.sum(jnp.where(chosen, log_probabilities, 0), -1), normaliser
+
+    value, normaliser = map_rows(rows, (z, labels), rows_in_block(classes))
+    return value, probabilities_of(z, normaliser) - (labels == jnp.arange(classes))
 
 
 def _block(static, wanted, heads, parameters, labels):
@@ -482,13 +487,13 @@ def _block(static, wanted, heads, parameters, labels):
     values, gradients, slopes = [], [], []
     for part in static.parts:
         if part is _cross_entropy:
-            value, gradient = part(logits[0], labels[..., 0], static.class_axis_name)
+            value, gradient = part(logits[0], labels, static.class_axis_name)
             by_logits = [gradient, *[jnp.zeros_like(z) for z in logits[1:]]]
             by_parameters = [jnp.zeros_like(value) for _ in parameters]
         else:
-            value, statistics = statistics_of(
-                part, static.class_axis_name, wanted, logits, parameters
-            )
+            rows = rows_in_block(logits[0].shape[-1])
+            walk = streaming.Static(part, rows, static.class_axis_name)
+            value, statistics = streaming.statistics_of(walk, wanted, logits, parameters)
             by_logits = gradients_of(part, logits, parameters, statistics)
             by_parameters = list(statistics.parameters)
         values.append(value)

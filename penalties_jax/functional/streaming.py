@@ -41,7 +41,7 @@ from penalties_jax.functional.reduction import (
 )
 
 # Of one array in a block, as float32: within the cache of a CPU's core, and enough to fill a GPU.
-BLOCK_BYTES = {"cpu": 2**20, "gpu": 2**26}
+BLOCK_BYTES = {"cpu": 2**21, "gpu": 2**26}
 
 
 class Distributions(NamedTuple):
@@ -295,7 +295,7 @@ def _kl_term(x):
 def _kl_slope_p(x):
     """-p d: where only q is 0, the derivative through log p is 0, as if d were 1."""
     p, _ = x.probabilities
-    return -p * jnp.where(jnp.isneginf(x.ratio), 1, jnp.where(p == 0, 0, x.ratio))
+    return jnp.where(jnp.isneginf(x.ratio), -p, jnp.where(p == 0, 0, -p * x.ratio))
 
 
 def _kl_slope_q(x):
@@ -406,7 +406,7 @@ def _evaluate(
     check_where(where, positions)
     parameters = by_position(parameters, positions, jnp.result_type(jnp.float32, *logits))
     classes = logits[0].shape[-1]
-    static = Static(formula, block_size or rows_in_block(classes, BLOCK_BYTES), class_axis_name)
+    static = Static(formula, block_size or rows_in_block(classes), class_axis_name)
     values: Array = _divergences(static, *vary_alike((logits, parameters)))
     if class_axis_name is not None:
         values = lax.psum(values, class_axis_name)
@@ -430,7 +430,7 @@ def by_position(
     return tuple(x.reshape((1,) * (len(positions) - x.ndim) + x.shape + (1,)) for x in arrays)
 
 
-def rows_in_block(classes: int, block_bytes: Mapping[str, int]) -> int:
+def rows_in_block(classes: int, block_bytes: Mapping[str, int] = BLOCK_BYTES) -> int:
     """How many rows of float32 logits make a block on this backend."""
     backend = jax.default_backend()
     return max(1, block_bytes.get(backend, block_bytes["gpu"]) // (4 * max(classes, 1)))
@@ -452,27 +452,25 @@ def _divergences(
 ) -> Float[Array, "*positions"]:
     """The divergence at each position; with sharded classes, what this member adds to it."""
     wanted = Wanted((False,) * len(logits), (False,) * len(parameters))
-    return _forward(static, wanted, logits, parameters)[0]
-
-
-def _forward(static, wanted, logits, parameters):
-    formula, block_size, class_axis_name = static
-
-    def rows(*arrays):
-        mine, others = arrays[: len(logits)], arrays[len(logits) :]
-        return statistics_of(formula, class_axis_name, wanted, mine, others)
-
-    return map_rows(rows, (*logits, *parameters), block_size)
+    return statistics_of(static, wanted, logits, parameters)[0]
 
 
 def statistics_of(
-    formula: Formula,
-    class_axis_name: AxisName | None,
+    static: Static,
     wanted: Wanted,
-    logits: tuple[Float[Array, "*rows C"], ...],
-    parameters: tuple[Float[Array, "*rows 1"], ...],
-) -> tuple[Float[Array, "*rows"], Statistics]:
-    """The divergence of each row, or this member's part of it, and its statistics."""
+    logits: tuple[Float[Array, "*positions C"], ...],
+    parameters: tuple[Float[Array, "*positions 1"], ...],
+) -> tuple[Float[Array, "*positions"], Statistics]:
+    """The divergence at each position, or this member's part of it, and its statistics."""
+
+    def rows(*arrays):
+        mine, others = arrays[: len(logits)], arrays[len(logits) :]
+        return _statistics(static.formula, static.class_axis_name, wanted, mine, others)
+
+    return map_rows(rows, (*logits, *parameters), static.block_size)
+
+
+def _statistics(formula, class_axis_name, wanted, logits, parameters):
     temperature, *others = parameters
     scaled = _scaled(logits, temperature)
     normalisers = tuple(normaliser_of(z, class_axis_name) for z in scaled)
@@ -551,7 +549,7 @@ def _times_log(gradient, z, normaliser):
 def _divergences_forward(static, logits, parameters):
     wanted = Wanted(*(tuple(x.perturbed for x in group) for group in (logits, parameters)))
     logits, parameters = (tuple(x.value for x in group) for group in (logits, parameters))
-    values, statistics = _forward(static, wanted, logits, parameters)
+    values, statistics = statistics_of(static, wanted, logits, parameters)
     return values, (logits, parameters, statistics)
 
 
