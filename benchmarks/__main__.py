@@ -1,8 +1,9 @@
-"""Runs the benchmarks: `python -m benchmarks [--quick] [--out DIRECTORY] [NAME ...]`."""
+"""Runs the benchmarks: `python -m benchmarks [--quick] [--device gpu] [--out PATH] [NAME ...]`."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax
 import tyro
 
 from benchmarks import importance, penalties, resolvent, sparsity, streaming, sweep, transforms
@@ -26,6 +27,7 @@ def main(
     names: Annotated[tuple[Name, ...], tyro.conf.Positional] = (),
     /,
     quick: bool = False,
+    device: Literal["cpu", "gpu"] = "cpu",
     out: Path = Path(__file__).parent / "results",
 ) -> None:
     """Measures penalties-jax beside its peers, and prints tables.
@@ -33,8 +35,10 @@ def main(
     Args:
         names: What to run; all of it if none is named.
         quick: Smaller arrays.
+        device: What to run on.
         out: Where JSON and plots go.
     """
+    jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[device])
     out.mkdir(parents=True, exist_ok=True)
     print(", ".join(f"{key} {value}" for key, value in machine().items()), flush=True)
     for name in names or BENCHMARKS:

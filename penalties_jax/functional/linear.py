@@ -45,9 +45,10 @@ from penalties_jax.functional.streaming import (
     sum_to,
 )
 
-# Of the logits of one head in a block: enough rows for a matrix product to be worth its reading of
-# the kernel, and its adding to the kernel's gradient.
+# A block has so many bytes of each head's logits, but at least so many rows: a matrix product has to
+# be worth its reading of the kernel, and its adding to the kernel's gradient.
 BLOCK_BYTES = {"cpu": 2**26, "gpu": 2**28}
+BLOCK_ROWS = 240
 
 
 class Head(NamedTuple):
@@ -444,7 +445,7 @@ def _evaluate(
         heads = tuple(
             head._replace(hidden=jnp.where(included[..., None], head.hidden, 0)) for head in heads
         )
-    rows = block_size or rows_in_block(heads[0].kernel.shape[1], BLOCK_BYTES)
+    rows = block_size or max(BLOCK_ROWS, rows_in_block(heads[0].kernel.shape[1], BLOCK_BYTES))
     static = Static(parts, rows, class_axis_name)
     inputs = Inputs(heads, parameters, labels)
     if reduction == "none":
