@@ -22,21 +22,19 @@ from jaxtyping import Array, Bool, Float, Int
 from penalties_jax.functional import streaming
 from penalties_jax.functional.blocks import map_rows, sum_rows, vary_alike
 from penalties_jax.functional.divergences import DIRECTIONS, Direction
-from penalties_jax.functional.gates import check_positive
 from penalties_jax.functional.reduction import (
     AxisName,
     Reduction,
     check_choice,
-    check_reduction,
     check_where,
 )
 from penalties_jax.functional.streaming import (
     JS,
     KL,
     Formula,
+    Options,
     Wanted,
     by_position,
-    check_block_size,
     gradients_of,
     log_probabilities_of,
     normaliser_of,
@@ -45,8 +43,8 @@ from penalties_jax.functional.streaming import (
     sum_to,
 )
 
-# A block has so many bytes of each head's logits, but at least so many rows: a matrix product has to
-# be worth its reading of the kernel, and its adding to the kernel's gradient.
+# A block has so many bytes of each head's logits, but at least so many rows: a product has to be
+# worth its reading of the kernel, and its adding to the kernel's gradient.
 BLOCK_BYTES = {"cpu": 2**26, "gpu": 2**28}
 BLOCK_ROWS = 240
 
@@ -337,16 +335,6 @@ def linear_distillation(
     return DistillationLoss(total, lax.stop_gradient(cross_entropy), lax.stop_gradient(kl))
 
 
-class Options(NamedTuple):
-    """What all of the functions share."""
-
-    block_size: int | None
-    reduction: Reduction
-    where: Bool[Array, "*positions"] | None
-    axis_name: AxisName | None
-    class_axis_name: AxisName | None
-
-
 def _check_heads(heads, names):
     positions, classes = jnp.shape(heads[0].hidden)[:-1], jnp.shape(heads[0].kernel)[-1]
     for head, name in zip(heads, names, strict=True):
@@ -400,22 +388,8 @@ class Inputs(NamedTuple):
 
 
 def _reduced(parts, heads, labels, parameters, weights, options):
-    check_reduction(options.reduction)
-    check_block_size(options.block_size)
-    if parameters:
-        check_positive("temperature", parameters[0])
-    return _evaluate(
-        parts,
-        heads,
-        labels,
-        parameters,
-        weights,
-        where=options.where,
-        block_size=options.block_size,
-        reduction=options.reduction,
-        axis_name=options.axis_name,
-        class_axis_name=options.class_axis_name,
-    )
+    options.check(*parameters[:1])
+    return _evaluate(parts, heads, labels, parameters, weights, **options._asdict())
 
 
 @partial(

@@ -153,17 +153,8 @@ def kl_from_logits(
     """
     check_choice("direction", direction, DIRECTIONS)
     check_same_shape(logits_p=logits_p, logits_q=logits_q)
-    return _reduced(
-        KL[direction],
-        (logits_p, logits_q),
-        (),
-        temperature,
-        block_size,
-        reduction,
-        where,
-        axis_name,
-        class_axis_name,
-    )
+    options = Options(block_size, reduction, where, axis_name, class_axis_name)
+    return _reduced(KL[direction], (logits_p, logits_q), (temperature,), options)
 
 
 def js_from_logits(
@@ -212,17 +203,8 @@ def js_from_logits(
         0.6931
     """
     check_same_shape(logits_p=logits_p, logits_q=logits_q)
-    return _reduced(
-        JS,
-        (logits_p, logits_q),
-        (mixture,),
-        temperature,
-        block_size,
-        reduction,
-        where,
-        axis_name,
-        class_axis_name,
-    )
+    options = Options(block_size, reduction, where, axis_name, class_axis_name)
+    return _reduced(JS, (logits_p, logits_q), (temperature, mixture), options)
 
 
 def entropy_from_logits(
@@ -273,18 +255,8 @@ def entropy_from_logits(
         if class_axis_name is not None:
             classes *= lax.axis_size(class_axis_name)
         scale = 1 / math.log(classes) if classes > 1 else 0.0
-    return _reduced(
-        ENTROPY,
-        (logits,),
-        (),
-        temperature,
-        block_size,
-        reduction,
-        where,
-        axis_name,
-        class_axis_name,
-        scale,
-    )
+    options = Options(block_size, reduction, where, axis_name, class_axis_name)
+    return _reduced(ENTROPY, (logits,), (temperature,), options, scale)
 
 
 def _kl_term(x):
@@ -362,38 +334,27 @@ def _surprise(x):
 ENTROPY = Formula(_surprise, (_surprise,))
 
 
-def _reduced(
-    formula,
-    logits,
-    parameters,
-    temperature,
-    block_size,
-    reduction,
-    where,
-    axis_name,
-    class_axis_name,
-    scale=1.0,
-):
-    check_reduction(reduction)
-    check_block_size(block_size)
-    check_positive("temperature", temperature)
-    return _evaluate(
-        formula,
-        logits,
-        (temperature, *parameters),
-        scale,
-        where=where,
-        block_size=block_size,
-        reduction=reduction,
-        axis_name=axis_name,
-        class_axis_name=class_axis_name,
-    )
+class Options(NamedTuple):
+    """What all streamed functions share."""
+
+    block_size: int | None
+    reduction: Reduction
+    where: Bool[Array, "*positions"] | None
+    axis_name: AxisName | None
+    class_axis_name: AxisName | None
+
+    def check(self, *temperature: ArrayLike) -> None:
+        """Raises ValueError for a bad option, or a temperature that is not above 0."""
+        check_reduction(self.reduction)
+        if self.block_size is not None and self.block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {self.block_size}")
+        for number in temperature:
+            check_positive("temperature", number)
 
 
-def check_block_size(block_size: int | None) -> None:
-    """Raises ValueError for a block size below 1."""
-    if block_size is not None and block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}")
+def _reduced(formula, logits, parameters, options, scale=1.0):
+    options.check(parameters[0])
+    return _evaluate(formula, logits, parameters, scale, **options._asdict())
 
 
 @partial(
