@@ -79,6 +79,7 @@ from penalties_jax.terms import (
     ImportanceMinimality,
     JSDivergence,
     KLDivergence,
+    KLEstimate,
     LogSum,
     Lp,
     Orthogonality,
@@ -88,6 +89,7 @@ from penalties_jax.terms import (
 from penalties_jax.transforms import add_penalty, proximal
 
 if TYPE_CHECKING:
+    from penalties_jax import adapters as adapters
     from penalties_jax import linen as linen
     from penalties_jax import nnx as nnx
     from penalties_jax import recipes as recipes
@@ -110,6 +112,7 @@ __all__ = [
     "ImportanceStats",
     "JSDivergence",
     "KLDivergence",
+    "KLEstimate",
     "LogSum",
     "Lp",
     "Objective",
@@ -170,7 +173,7 @@ __all__ = [
 ]
 
 # Rooms that need an extra, or take long to import: loaded on first use.
-_LAZY = ("linen", "nnx", "recipes")
+_LAZY = ("adapters", "linen", "nnx", "recipes")
 
 
 def __getattr__(name: str):

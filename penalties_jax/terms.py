@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 from penalties_jax import functional
 from penalties_jax.functional.constraints import METRICS, MODES, ROWS, Metric, Mode, Rows
 from penalties_jax.functional.divergences import DIRECTIONS, Direction
+from penalties_jax.functional.estimators import ESTIMATORS, Estimator
 from penalties_jax.functional.reduction import (
     REDUCTIONS,
     Axis,
@@ -557,6 +558,27 @@ class Entropy(Divergence):
     def _value(self, inputs, where):
         value = super()._value(inputs, where)
         return jax.tree.map(jnp.negative, value) if self.maximize else value
+
+
+@pytree
+class KLEstimate(Reduced):
+    """An estimate of a KL divergence from sampled tokens, `pj.kl_estimate`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> log_p, log_q = jnp.log(jnp.array([0.5, 0.2])), jnp.log(jnp.array([0.25, 0.4]))
+        >>> round(float(pj.KLEstimate("k2")(log_p, log_q)), 4)
+        0.2402
+    """
+
+    _inputs: ClassVar[int] = 2
+
+    estimator: Estimator = option(default="k3", choices=ESTIMATORS)
+    reduction: Reduction = option(default="mean", choices=REDUCTIONS, kw_only=True)
+
+    def _function(self, log_p, log_q, **options):
+        return functional.kl_estimate(log_p, log_q, estimator=self.estimator, **options)
 
 
 @pytree

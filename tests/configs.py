@@ -73,6 +73,7 @@ EXAMPLES = {
     "kl of logits": Example(
         pj.KLDivergence, kl_of_logits, {"inputs": "logits", "temperature": 0.5}, 2
     ),
+    "kl estimate": Example(pj.KLEstimate, pj.kl_estimate, {"estimator": "k2"}, 2),
     "consistency": Example(pj.Consistency, pj.consistency, {"metric": "l1"}, 2),
     "orthogonality": Example(pj.Orthogonality, pj.orthogonality, {"mode": "hard"}),
 }

@@ -22,7 +22,7 @@ STATS = "ImportanceLoss ImportanceStats DistillationLoss"
 CONTROLLERS = "AdaptiveSparsityScheduler DualAscent SparsityControl"
 CONFIGS = f"""{CONTROLLERS} {STATS} SparsityTarget ImportanceMinimality
     L1 L2 ElasticNet Lp LogSum SmoothL0 Huber GroupLasso KLDivergence JSDivergence Entropy
-    Orthogonality Consistency Term Objective"""
+    KLEstimate Orthogonality Consistency Term Objective"""
 TOOLS = "stack anneal anneal_fraction add_penalty proximal"
 TEXT = "to_dict from_dict to_json from_json to_yaml from_yaml"
 FUNCTIONS = f"{PENALTIES} {DIVERGENCES} {STRUCTURE} {SPARSITY} {IMPORTANCE}".split()
@@ -69,7 +69,7 @@ LIGHT = """
 import sys
 import penalties_jax as pj
 heavy = ["flax", "torch", "matplotlib", "yaml", "orbax", "tqdm", "tyro", "jinja2", "scipy.stats"]
-heavy += ["penalties_jax.recipes", "penalties_jax.nnx", "penalties_jax.linen"]
+heavy += [f"penalties_jax.{room}" for room in ("adapters", "linen", "nnx", "recipes")]
 loaded = [name for name in heavy if name in sys.modules]
 assert not loaded, loaded
 assert "recipes" in dir(pj) and "recipes" not in vars(pj)

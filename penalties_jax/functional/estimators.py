@@ -16,6 +16,7 @@ from penalties_jax.functional.reduction import (
 )
 
 Estimator = Literal["k1", "k2", "k3"]
+ESTIMATORS = ("k1", "k2", "k3")
 
 
 def kl_estimate(
@@ -67,11 +68,11 @@ def kl_estimate(
         >>> round(float(pj.kl_estimate(log_p, log_q, estimator="k3")), 4)
         0.25
     """
-    check_choice("estimator", estimator, tuple(_ESTIMATORS))
+    check_choice("estimator", estimator, ESTIMATORS)
     check_reduction(reduction)
     check_same_shape(log_p=log_p, log_q=log_q)
     return evaluate(
-        _ESTIMATORS[estimator],
+        _FORMULAS[estimator],
         (log_p, log_q),
         {},
         weights=1.0,
@@ -93,4 +94,4 @@ def _k3(log_p, log_q):
     return expm1_minus(log_q - log_p)
 
 
-_ESTIMATORS = {"k1": _k1, "k2": _k2, "k3": _k3}
+_FORMULAS = {"k1": _k1, "k2": _k2, "k3": _k3}

@@ -1,0 +1,338 @@
+"""Batches of records: ragged sequences become padded arrays and a mask, which an objective takes.
+
+A record is anything with `loss_fn_inputs`, a mapping from names to arrays, such as the Tinker SDK's
+`Datum`. Its log-probabilities are those of sampled tokens, [T], or of all classes, [T, C].
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from penalties_jax.functional.reduction import REDUCTIONS, Reduction, evaluate
+from penalties_jax.objective import Metrics, Objective
+from penalties_jax.pytree import option, pytree
+from penalties_jax.terms import L1, L2, Divergence, Entropy, KLDivergence, KLEstimate, Reduced
+
+Target = Literal["logprobs", "probs"] | tuple[Literal["field"], str]
+
+
+class Record(Protocol):
+    """What a batch is made of."""
+
+    @property
+    def loss_fn_inputs(self) -> Mapping[str, Any]:
+        """Arrays by name, positions first: of NumPy, JAX, torch, or with a `to_numpy()`."""
+        ...
+
+
+def collate(
+    records: Sequence[Record],
+    logprobs: Sequence[Any] | None = None,
+    *,
+    reference_logprobs: Sequence[Any] | None = None,
+    reference_field: str | None = None,
+    compute_reference: Callable[[Sequence[Record]], Sequence[Any]] | None = None,
+    rows: int | None = None,
+    length: int | None = None,
+) -> dict[str, np.ndarray]:
+    """The padded arrays of a batch, by the names under which a `pj.Term` finds them.
+
+    Args:
+        records: The batch.
+        logprobs: The log-probabilities of each record, [T] of its sampled tokens or [T, C] of all
+            classes; None for those in its field "logprobs".
+        reference_logprobs: Those of the reference model, in the same shapes.
+        reference_field: The name of the field that holds them.
+        compute_reference: A function from the records to them.
+        rows: How many rows to pad to; the number of records if None.
+        length: How many positions to pad to; the longest record's if None.
+
+    Returns:
+        "logprobs" [rows, length] or [rows, length, C]; "mask" [rows, length], False where nothing
+        is; "reference" like "logprobs" if one is given; "field/<name>" for every field that all
+        records have, one entry for each position. Padding is 0.
+
+    Raises:
+        KeyError: If a record lacks the field of its log-probabilities or of its reference.
+        ValueError: If there are no records, more than one reference is given, lengths differ
+            within a record, or classes differ within the batch.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> import numpy as np
+        >>> import penalties_jax as pj
+        >>> records = [SimpleNamespace(loss_fn_inputs={"weights": np.ones(n)}) for n in (3, 2)]
+        >>> batch = pj.adapters.datum.collate(records, [np.zeros(3), np.zeros(2)])
+        >>> batch["mask"].astype(int).tolist()
+        [[1, 1, 1], [1, 1, 0]]
+        >>> sorted(batch)
+        ['field/weights', 'logprobs', 'mask']
+    """
+    if not records:
+        raise ValueError("a batch needs at least one record")
+    if logprobs is None:
+        logprobs = _field(records, "logprobs")
+    arrays = {"logprobs": _arrays("logprobs", records, logprobs)}
+    lengths = [len(x) for x in arrays["logprobs"]]
+    reference = _reference(records, reference_logprobs, reference_field, compute_reference)
+    if reference is not None:
+        arrays["reference"] = _arrays("the reference", records, reference)
+        for i, (x, y) in enumerate(zip(*arrays.values(), strict=True)):
+            if x.shape != y.shape:
+                raise ValueError(
+                    f"record {i}: logprobs of shape {x.shape}, but a reference of shape {y.shape}"
+                )
+    shared = set.intersection(*(set(record.loss_fn_inputs) for record in records))
+    for name in sorted(shared):
+        values = _arrays(name, records, _field(records, name))
+        if [x.shape[:1] for x in values] == [(n,) for n in lengths]:
+            arrays[f"field/{name}"] = values
+    rows, length = rows or len(records), length or max(lengths)
+    batch = {name: _pad(name, values, rows, length) for name, values in arrays.items()}
+    batch["mask"] = _pad("mask", [np.ones(n, bool) for n in lengths], rows, length)
+    return batch
+
+
+def measure(
+    penalty: Reduced,
+    records: Sequence[Record],
+    logprobs: Sequence[Any] | None = None,
+    *,
+    target: Target = "logprobs",
+    sampled: bool | None = None,
+    reference_logprobs: Sequence[Any] | None = None,
+    reference_field: str | None = None,
+    compute_reference: Callable[[Sequence[Record]], Sequence[Any]] | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """A penalty on a batch of records, and what is usually logged of it.
+
+    Args:
+        penalty: `pj.L1()`, `pj.L2()`, `pj.KLDivergence()`, `pj.KLEstimate()` or `pj.Entropy()`. The
+            last three are of the log-probabilities.
+        records: The batch.
+        logprobs: As for `collate`.
+        target: What L1 and L2 are of: "logprobs", "probs", or ("field", name) for a field of the
+            records, which has one entry for each position.
+        sampled: Whether log-probabilities are those of sampled tokens: then a divergence is
+            estimated, as `objective_for` says. None for what the shape says.
+        reference_logprobs: As for `collate`.
+        reference_field: As for `collate`.
+        compute_reference: As for `collate`.
+
+    Returns:
+        The value by the penalty's own reduction, and a flat dict: of L1 "l1_raw" (the sum) and
+        "l1_mean"; of L2 "l2_raw", "l2_mean" and "l2_max"; of a KL "kl_divergence" (the mean over
+        positions), "kl_max" and "kl_min"; of an entropy "entropy", its mean.
+
+    Raises:
+        KeyError: If a field is not in all records.
+        TypeError: If the penalty is none of those.
+        ValueError: As `collate`; if a KL has no reference; as `objective_for`.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> import numpy as np
+        >>> import penalties_jax as pj
+        >>> records = [SimpleNamespace(loss_fn_inputs={"old": np.full(n, -1.0)}) for n in (3, 1)]
+        >>> logprobs = [np.full(3, -1.0), np.full(1, -2.0)]
+        >>> value, metrics = pj.adapters.datum.measure(
+        ...     pj.KLEstimate("k2"), records, logprobs, reference_field="old"
+        ... )
+        >>> {name: float(value) for name, value in metrics.items()}
+        {'kl_divergence': 0.125, 'kl_max': 0.5, 'kl_min': 0.0}
+    """
+    kind = next((name for kinds, name in _KINDS.items() if isinstance(penalty, kinds)), None)
+    if kind is None:
+        raise TypeError(f"expected L1, L2, KLDivergence, KLEstimate or Entropy, got {penalty!r}")
+    batch = collate(
+        records,
+        logprobs,
+        reference_logprobs=reference_logprobs,
+        reference_field=reference_field,
+        compute_reference=compute_reference,
+    )
+    names = ["logprobs"]
+    if kind == "kl":
+        names.append("reference")
+        if "reference" not in batch:
+            raise ValueError(
+                "a KL needs one of reference_logprobs, reference_field and compute_reference"
+            )
+    elif kind in ("l1", "l2"):
+        names = [_name_of(target, batch)]
+    adapted = penalty_for(penalty, sampled=_is_sampled(batch, sampled))
+    return _measure(adapted, [batch[name] for name in names], batch["mask"], kind, target)
+
+
+def penalty_for(penalty: Any, *, sampled: bool) -> Any:
+    """The penalty that estimates a divergence from sampled tokens; others as they are.
+
+    Args:
+        penalty: A penalty, or a sum of some.
+        sampled: Whether log-probabilities are those of sampled tokens, [..., T]: then
+            `pj.KLDivergence()` becomes `pj.KLEstimate()`, and `pj.Entropy()` the mean of -log p,
+            which estimates it. As estimates they are to be read: their gradients at fixed tokens
+            are not those of the divergence (`pj.kl_estimate`).
+
+    Raises:
+        ValueError: For a divergence that such tokens don't tell: a reverse, symmetric or
+            Jensen-Shannon one, one with a temperature, or one from logits.
+    """
+    if not sampled:
+        return penalty
+    return jax.tree.map(_estimate, penalty, is_leaf=lambda node: isinstance(node, Divergence))
+
+
+def objective_for(objective: Objective, *, sampled: bool) -> Objective:
+    """The objective for a batch of `collate`: of what is there, and of no padding.
+
+    Args:
+        objective: Its terms pick their inputs by the names that `collate` gives, and "probs". A
+            term without a mask of its own gets that of the batch.
+        sampled: As for `penalty_for`.
+
+    Raises:
+        ValueError: As `penalty_for`.
+    """
+
+    def adapt(term):
+        penalty = penalty_for(term.penalty, sampled=sampled)
+        nodes = jax.tree.leaves(penalty, is_leaf=lambda node: isinstance(node, Divergence))
+        positions = sampled or any(isinstance(node, Divergence) for node in nodes)
+        where = ("mask" if positions else _entries) if term.where is None else term.where
+        return dataclasses.replace(term, penalty=penalty, where=where)
+
+    terms = {name: adapt(term) for name, term in objective.terms.items()}
+    return dataclasses.replace(objective, terms=terms)
+
+
+@pytree
+class SampledEntropy(Reduced):
+    """The mean of -log p of sampled tokens, which estimates an entropy; negated with `maximize`."""
+
+    maximize: bool = option(default=False)
+    reduction: Reduction = option(default="mean", choices=REDUCTIONS, kw_only=True)
+
+    def _function(self, log_p, **options):
+        weight = -1.0 if self.maximize else 1.0
+        return evaluate(jnp.negative, (log_p,), {}, weights=weight, **options)
+
+
+_KINDS = {
+    L1: "l1",
+    L2: "l2",
+    (KLDivergence, KLEstimate): "kl",
+    (Entropy, SampledEntropy): "entropy",
+}
+
+
+def _estimate(node):
+    if not isinstance(node, Divergence):
+        return node
+    shared = {"reduction": node.reduction, "axis_name": node.axis_name}
+    plain = node.inputs == "logprobs" and node.axis == -1
+    if isinstance(node, KLDivergence) and plain and node.direction == "forward":
+        return KLEstimate(**shared)
+    if isinstance(node, Entropy) and plain and node.temperature == 1 and not node.normalize:
+        return SampledEntropy(node.maximize, **shared)
+    raise ValueError(f"{node!r} can't be estimated from the log-probabilities of sampled tokens")
+
+
+def _entries(outputs):
+    """The mask of positions, with the axes of the log-probabilities."""
+    mask, classes = outputs["mask"], jnp.ndim(outputs["logprobs"]) - jnp.ndim(outputs["mask"])
+    return mask.reshape(*mask.shape, *(1,) * classes)
+
+
+@partial(jax.jit, static_argnames=("kind", "target"))
+def _measure(penalty, inputs, mask, kind, target):
+    if target == "probs" and kind in ("l1", "l2"):
+        inputs = [jnp.exp(x) for x in inputs]
+    each = not isinstance(penalty, Divergence)
+    where = mask.reshape(*mask.shape, *(1,) * (inputs[0].ndim - mask.ndim)) if each else mask
+    value = penalty(*inputs, where=where)
+    values = dataclasses.replace(penalty, reduction="none")(*inputs, where=where)
+    total, included = jnp.sum(values), jnp.broadcast_to(where, values.shape)
+    mean = total / jnp.maximum(jnp.sum(included), 1)
+    largest = jnp.max(values, where=included, initial=-jnp.inf)
+    smallest = jnp.min(values, where=included, initial=jnp.inf)
+    return value, {
+        "l1": {"l1_raw": total, "l1_mean": mean},
+        "l2": {"l2_raw": total, "l2_mean": mean, "l2_max": largest},
+        "kl": {"kl_divergence": mean, "kl_max": largest, "kl_min": smallest},
+        "entropy": {"entropy": -mean if getattr(penalty, "maximize", False) else mean},
+    }[kind]
+
+
+def _name_of(target, batch):
+    name = f"field/{target[1]}" if isinstance(target, tuple) and target[0] == "field" else target
+    if name == "probs":
+        return "logprobs"
+    if name not in batch or name == "mask":
+        fields = sorted(key.removeprefix("field/") for key in batch if key.startswith("field/"))
+        raise KeyError(
+            f"no target {target!r}: there are 'logprobs', 'probs', and ('field', name) for "
+            f"fields of all records with an entry for each position, here {fields}"
+        )
+    return name
+
+
+def _is_sampled(batch, sampled):
+    return batch["logprobs"].ndim == 2 if sampled is None else sampled
+
+
+def _reference(records, reference_logprobs, reference_field, compute_reference):
+    given = [x for x in (reference_logprobs, reference_field, compute_reference) if x is not None]
+    if len(given) > 1:
+        raise ValueError(
+            "give one of reference_logprobs, reference_field and compute_reference, not several"
+        )
+    if reference_field is not None:
+        return _field(records, reference_field)
+    return reference_logprobs if compute_reference is None else compute_reference(records)
+
+
+def _field(records, name):
+    for i, record in enumerate(records):
+        if name not in record.loss_fn_inputs:
+            raise KeyError(
+                f"record {i} has no field {name!r} in its loss_fn_inputs, only "
+                f"{sorted(record.loss_fn_inputs)}"
+            )
+    return [record.loss_fn_inputs[name] for record in records]
+
+
+def _arrays(name, records, values):
+    arrays = [to_numpy(x) for x in values]
+    if len(arrays) != len(records):
+        raise ValueError(f"{len(records)} records, but {name} of {len(arrays)}")
+    return arrays
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    """An array on the host, with 32-bit numbers, of one of the kinds that a `Record` may hold."""
+    if hasattr(x, "to_numpy"):
+        x = x.to_numpy()
+    elif hasattr(x, "detach"):
+        x = x.detach().cpu()
+        x = (x.float() if x.is_floating_point() else x).numpy()
+    x = np.asarray(x)
+    if x.dtype == bool:
+        return x
+    return x.astype(np.int32 if np.issubdtype(x.dtype, np.integer) else np.float32)
+
+
+def _pad(name, arrays, rows, length):
+    trailing = {x.shape[1:] for x in arrays}
+    if len(trailing) > 1:
+        raise ValueError(f"{name}: records differ in their last axes, {sorted(trailing)}")
+    result = np.zeros((rows, length, *trailing.pop()), arrays[0].dtype)
+    for row, x in zip(result, arrays, strict=False):
+        row[: len(x)] = x
+    return result

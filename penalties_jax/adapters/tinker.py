@@ -1,0 +1,114 @@
+"""The Tinker SDK: an objective as the loss of `TrainingClient.forward_backward_custom`."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from penalties_jax.adapters.datum import Record, collate, objective_for
+from penalties_jax.objective import Objective
+
+SHORTEST = 16
+
+
+def as_loss(
+    objective: Objective,
+    *,
+    sampled: bool | None = None,
+    reference_logprobs: Sequence[Any] | None = None,
+    reference_field: str | None = None,
+    compute_reference: Callable[[Sequence[Record]], Sequence[Any]] | None = None,
+) -> Callable[..., tuple[Any, dict[str, float]]]:
+    """A custom loss for the Tinker SDK, whose gradient JAX computes.
+
+    Its program is compiled once for each bucket of shapes: rows and positions are padded to powers
+    of two, of which the mask leaves out what is not there.
+
+    Args:
+        objective: Terms on "logprobs", "probs", "reference" and "field/<name>", as
+            `penalties_jax.adapters.datum.collate` names them.
+        sampled: Whether the log-probabilities are those of sampled tokens: then divergences are
+            estimated, as `penalties_jax.adapters.datum.penalty_for` says. None for what their
+            shape says: [T] is sampled, [T, C] has classes.
+        reference_logprobs: The reference model's, in the shapes of the batch's.
+        reference_field: The name of the field that holds them in every record.
+        compute_reference: A function from the records to them.
+
+    Returns:
+        A function of `(data, logprobs_list)`, torch tensors, and optionally `step=` for schedules.
+        It returns the total as a torch scalar, and the objective's metrics as floats.
+
+    Raises:
+        KeyError, TypeError, ValueError: The function does, as `collate` and the objective.
+
+    References:
+        Thinking Machines Lab, Tinker, `TrainingClient.forward_backward_custom`.
+
+    Examples:
+        >>> import penalties_jax as pj
+        >>> objective = pj.Objective(
+        ...     terms={"kl": pj.Term(pj.KLEstimate(), on=("logprobs", "reference"), weight=0.1)}
+        ... )
+        >>> loss = pj.adapters.tinker.as_loss(objective, reference_field="reference_logprobs")
+        >>> # client.forward_backward_custom(data, loss)
+    """
+
+    def loss(
+        data: Sequence[Record], logprobs_list: Sequence[Any], *, step: ArrayLike | None = None
+    ) -> tuple[Any, dict[str, float]]:
+        batch = collate(
+            data,
+            logprobs_list,
+            reference_logprobs=reference_logprobs,
+            reference_field=reference_field,
+            compute_reference=compute_reference,
+            rows=_bucket(len(data), 1),
+            length=_bucket(max(map(len, logprobs_list), default=1), SHORTEST),
+        )
+        adapted = objective_for(
+            objective, sampled=batch["logprobs"].ndim == 2 if sampled is None else sampled
+        )
+        (total, metrics), gradient = _value_and_gradient(adapted, batch, step)
+        gradients = [gradient[i, : len(x)] for i, x in enumerate(logprobs_list)]
+        return (
+            _as_torch(float(total), gradients, logprobs_list),
+            {name: float(value) for name, value in metrics.items()},
+        )
+
+    return loss
+
+
+@jax.jit
+def _value_and_gradient(objective, batch, step):
+    def total(logprobs):
+        outputs = {**batch, "logprobs": logprobs, "probs": jnp.exp(logprobs)}
+        return objective(outputs, step=step)
+
+    return jax.value_and_grad(total, has_aux=True)(batch["logprobs"])
+
+
+def _bucket(n, smallest):
+    return max(smallest, 1 << (n - 1).bit_length())
+
+
+def _as_torch(total, gradients, logprobs):
+    """A scalar in torch's graph, with a gradient that is known."""
+    torch = importlib.import_module("torch")
+
+    class Known(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *tensors):
+            return tensors[0].new_tensor(total)
+
+        @staticmethod
+        def backward(ctx, cotangent):
+            return tuple(
+                cotangent * torch.tensor(np.asarray(g), dtype=x.dtype, device=x.device)
+                for g, x in zip(gradients, logprobs, strict=True)
+            )
+
+    return Known.apply(*logprobs)

@@ -1,0 +1,220 @@
+"""Batches of records: padding, references, and the metrics of each penalty."""
+
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import penalties_jax as pj
+from penalties_jax.adapters import datum
+
+LENGTHS = (4, 1, 6)
+CLASSES = 3
+
+
+class Tensor:
+    """Like the Tinker SDK's: an array behind a method."""
+
+    def __init__(self, array):
+        self._array = array
+
+    def to_numpy(self):
+        return self._array
+
+
+def sampled(seed):
+    rng = np.random.default_rng(seed)
+    return [-rng.exponential(size=n).astype(np.float32) for n in LENGTHS]
+
+
+def of_classes(seed):
+    rng = np.random.default_rng(seed)
+    rows = [rng.normal(size=(n, CLASSES)) for n in LENGTHS]
+    return [(x - np.log(np.exp(x).sum(-1, keepdims=True))).astype(np.float32) for x in rows]
+
+
+def batch(**fields):
+    columns = zip(*fields.values(), strict=True)
+    return [
+        SimpleNamespace(loss_fn_inputs=dict(zip(fields, column, strict=True))) for column in columns
+    ]
+
+
+def flat(rows):
+    return np.concatenate([np.ravel(x) for x in rows]).astype(np.float64)
+
+
+def test_padding():
+    logprobs = sampled(0)
+    weights = [Tensor(np.full(n, i)) for i, n in enumerate(LENGTHS)]
+    names = [np.zeros(2) for _ in LENGTHS]
+    records = batch(weights=weights, other=names)
+    result = datum.collate(records, [jnp.asarray(x) for x in logprobs], rows=4, length=8)
+    assert set(result) == {"logprobs", "mask", "field/weights"}
+    assert all(x.shape == (4, 8) for x in result.values())
+    assert result["field/weights"].dtype == np.int32
+    np.testing.assert_array_equal(result["mask"].sum(-1), [*LENGTHS, 0])
+    np.testing.assert_array_equal(result["logprobs"][result["mask"]], np.concatenate(logprobs))
+    assert not result["logprobs"][~result["mask"]].any()
+
+
+def test_log_probabilities_from_the_records():
+    logprobs = sampled(0)
+    ours = datum.collate(batch(logprobs=logprobs))
+    theirs = datum.collate(batch(logprobs=logprobs), logprobs)
+    np.testing.assert_array_equal(ours["logprobs"], theirs["logprobs"])
+
+
+@pytest.mark.parametrize("rows", [sampled, of_classes])
+@pytest.mark.parametrize("how", ["reference_logprobs", "reference_field", "compute_reference"])
+def test_a_reference_for_every_record(rows, how):
+    logprobs, reference = rows(0), rows(1)
+    records = batch(old=reference)
+    given = {
+        "reference_logprobs": reference,
+        "reference_field": "old",
+        "compute_reference": lambda records: [x.loss_fn_inputs["old"] for x in records],
+    }
+    _, metrics = datum.measure(pj.KLDivergence(), records, logprobs, **{how: given[how]})
+    each = []
+    for p, q in zip(logprobs, reference, strict=True):
+        p, q = p.astype(np.float64), q.astype(np.float64)
+        term = np.expm1(q - p) - (q - p)
+        each.extend(term if p.ndim == 1 else (np.exp(p) * term).sum(-1))
+    expected = {"kl_divergence": np.mean(each), "kl_max": max(each), "kl_min": min(each)}
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_estimators(estimator):
+    logprobs, reference = sampled(0), sampled(1)
+    value, metrics = datum.measure(
+        pj.KLEstimate(estimator), batch(a=logprobs), logprobs, reference_logprobs=reference
+    )
+    p, q = (jnp.asarray(np.concatenate(x)) for x in (logprobs, reference))
+    np.testing.assert_allclose(value, pj.kl_estimate(p, q, estimator=estimator), rtol=1e-5)
+    np.testing.assert_allclose(metrics["kl_divergence"], value, rtol=1e-6)
+
+
+@pytest.mark.parametrize("target", ["logprobs", "probs", ("field", "advantages")])
+@pytest.mark.parametrize("rows", [sampled, of_classes])
+def test_l1_and_l2(target, rows):
+    logprobs, advantages = rows(0), sampled(2)
+    x = {"logprobs": flat(logprobs), "probs": np.exp(flat(logprobs))}.get(target)
+    x = flat(advantages) if x is None else x
+    records = batch(advantages=advantages)
+    value, metrics = datum.measure(pj.L1(weights=0.5), records, logprobs, target=target)
+    np.testing.assert_allclose(value, 0.5 * np.abs(x).sum(), rtol=1e-5)
+    assert metrics.keys() == {"l1_raw", "l1_mean"}
+    np.testing.assert_allclose(metrics["l1_mean"], 0.5 * np.abs(x).mean(), rtol=1e-5)
+    _, metrics = datum.measure(pj.L2(), records, logprobs, target=target)
+    expected = {"l2_raw": (x**2).sum(), "l2_mean": (x**2).mean(), "l2_max": (x**2).max()}
+    assert metrics.keys() == expected.keys()
+    for name, number in expected.items():
+        np.testing.assert_allclose(metrics[name], number, rtol=1e-5)
+
+
+def test_entropy():
+    logprobs = of_classes(0)
+    each = np.concatenate([-(np.exp(x) * x).sum(-1) for x in logprobs])
+    records = batch(a=logprobs)
+    for maximize in (False, True):
+        value, metrics = datum.measure(pj.Entropy(maximize=maximize), records, logprobs)
+        np.testing.assert_allclose(metrics["entropy"], each.mean(), rtol=1e-5)
+        np.testing.assert_allclose(value, (-1) ** maximize * each.mean(), rtol=1e-5)
+        tokens = sampled(0)
+        value, metrics = datum.measure(pj.Entropy(maximize=maximize), batch(a=tokens), tokens)
+        np.testing.assert_allclose(metrics["entropy"], -flat(tokens).mean(), rtol=1e-5)
+        np.testing.assert_allclose(value, -((-1) ** maximize) * flat(tokens).mean(), rtol=1e-5)
+
+
+def test_the_caller_says_what_a_shape_cannot():
+    """[T, K] of the tokens of K samples, which are no distribution."""
+    logprobs, reference = of_classes(0), of_classes(1)
+    value, _ = datum.measure(
+        pj.KLDivergence(),
+        batch(a=logprobs),
+        logprobs,
+        reference_logprobs=reference,
+        sampled=True,
+    )
+    p, q = (jnp.asarray(np.concatenate(x)) for x in (logprobs, reference))
+    np.testing.assert_allclose(value, pj.kl_estimate(p, q), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        pj.KLDivergence("reverse"),
+        pj.KLDivergence(inputs="logits"),
+        pj.JSDivergence(),
+        pj.Entropy(temperature=2.0),
+        pj.L1() + 0.5 * pj.Entropy(normalize=True),
+    ],
+)
+def test_divergences_that_tokens_do_not_tell(penalty):
+    with pytest.raises(ValueError, match="can't be estimated"):
+        datum.penalty_for(penalty, sampled=True)
+    assert datum.penalty_for(penalty, sampled=False) is penalty
+
+
+def test_objectives_leave_out_padding():
+    logprobs = of_classes(0)
+    objective = pj.Objective(
+        terms={
+            "l2": pj.Term(pj.L2(reduction="mean"), on="logprobs"),
+            "entropy": pj.Term(pj.Entropy(), on="logprobs"),
+            "own": pj.Term(pj.L1(), on="logprobs", where=lambda batch: batch["mask"][..., None]),
+        }
+    )
+    padded = datum.collate(batch(a=logprobs), logprobs, rows=8, length=16)
+    _, metrics = datum.objective_for(objective, sampled=False)(padded)
+    x = flat(logprobs)
+    np.testing.assert_allclose(metrics["l2"], (x**2).mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["own"], np.abs(x).sum(), rtol=1e-5)
+    each = np.concatenate([-(np.exp(x) * x).sum(-1) for x in logprobs])
+    np.testing.assert_allclose(metrics["entropy"], each.mean(), rtol=1e-5)
+
+
+LOGPROBS = sampled(0)
+RECORDS = batch(old=LOGPROBS)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: datum.collate([], []), ValueError, "at least one record"),
+        (lambda: datum.collate(RECORDS), KeyError, "record 0 has no field 'logprobs'.*old"),
+        (lambda: datum.collate(RECORDS, LOGPROBS[:2]), ValueError, "3 records, but logprobs of 2"),
+        (
+            lambda: datum.collate(
+                RECORDS, LOGPROBS, reference_logprobs=LOGPROBS, reference_field="old"
+            ),
+            ValueError,
+            "not several",
+        ),
+        (
+            lambda: datum.collate(RECORDS, LOGPROBS, reference_logprobs=LOGPROBS[::-1]),
+            ValueError,
+            r"record 0: logprobs of shape \(4,\), but a reference of shape \(6,\)",
+        ),
+        (
+            lambda: datum.collate(RECORDS, [*of_classes(0)[:2], np.zeros((6, 5))]),
+            ValueError,
+            r"logprobs: records differ in their last axes, \[\(3,\), \(5,\)\]",
+        ),
+        (lambda: datum.measure(pj.KLDivergence(), RECORDS, LOGPROBS), ValueError, "reference"),
+        (lambda: datum.measure(pj.Huber(), RECORDS, LOGPROBS), TypeError, "expected L1"),
+        (
+            lambda: datum.measure(pj.L1(), RECORDS, LOGPROBS, target=("field", "new")),
+            KeyError,
+            r"\('field', 'new'\).*\['old'\]",
+        ),
+    ],
+)
+def test_bad_input(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
