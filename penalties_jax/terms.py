@@ -26,6 +26,7 @@ from penalties_jax.functional.reduction import (
     spread,
 )
 from penalties_jax.functional.sparsity import KINDS, Kind
+from penalties_jax.functional.streaming import check_block_size
 from penalties_jax.pytree import (
     AT_LEAST_ONE,
     NONNEGATIVE,
@@ -454,6 +455,7 @@ class Divergence(Reduced):
         name = type(self).__name__
         if self.inputs == "logits" and self.axis != -1:
             raise ValueError(f"{name}.axis must be -1 for logits, got {self.axis}")
+        check_block_size(self.block_size)
         for field in self._of_logits:
             value = getattr(self, field)
             if self.inputs != "logits" and value is not None:

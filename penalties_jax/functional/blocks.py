@@ -14,34 +14,47 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 
 def map_rows(
-    function: Callable[..., PyTree[Array]], arrays: Sequence[Float[Array, "..."]], block_size: int
+    function: Callable[..., PyTree[Array]],
+    arrays: Sequence[Float[Array, "..."]],
+    block_size: int,
+    shared: PyTree[Array] = (),
 ) -> PyTree[Array]:
     """Applies `function` to blocks of rows, one after another.
 
     Nothing is gathered where rows are sharded: each device walks its own.
 
     Args:
-        function: Takes blocks [*rows, n] of the arrays, and returns a pytree of arrays [*rows].
+        function: Takes blocks [*rows, n] of the arrays and what is shared, and returns a pytree of
+            arrays [*rows]. It closes over no array.
         arrays: Arrays [*positions, n], each with its own n, whose axes may also have size 1.
         block_size: The number of rows in a block.
+        shared: What every block is computed with.
 
     Returns:
         What `function` would return for the whole arrays.
     """
 
-    @custom_vmap
-    def run(arrays):
-        return sum_rows(lambda *blocks, fresh: (function(*blocks), ()), arrays, block_size)[0]
+    def walk(arrays, shared):
+        def block(*blocks, fresh):
+            return function(*blocks, *shared), ()
+
+        return sum_rows(block, arrays, block_size)[0]
+
+    run = custom_vmap(walk)
 
     @run.def_vmap
-    def _(size, batched, arrays):
+    def _(size, batched, arrays, shared):
+        if any(jax.tree.leaves(batched[1])):
+            axes = jax.tree.map(lambda own: 0 if own else None, tuple(batched))
+            result = jax.vmap(walk, axes, axis_size=size)(arrays, shared)
+            return result, jax.tree.map(lambda _: True, result)
         # A mapped axis is one more axis of positions, which blocks may cut.
         arrays = [x if own else x[None] for x, own in zip(arrays, batched[0], strict=True)]
-        result = map_rows(function, arrays, block_size)
+        result = map_rows(function, arrays, block_size, shared)
         mapped = jax.tree.map(lambda x: x.shape[0] == size, result)
         return jax.tree.map(lambda x, own: x if own else x[0], result, mapped), mapped
 
-    return run(list(arrays))
+    return run(list(arrays), tuple(shared))
 
 
 def sum_rows(

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from penalties_jax.functional.decorators import elementwise_derivatives
+from penalties_jax.functional.gates import check_unit
 from penalties_jax.functional.reduction import (
     AxisName,
     Reduction,
@@ -21,6 +22,9 @@ from penalties_jax.functional.reduction import (
 
 Direction = Literal["forward", "reverse", "symmetric"]
 DIRECTIONS = ("forward", "reverse", "symmetric")
+
+# A log-ratio whose exponential still is a number.
+LARGE = 60.0
 
 
 def kl_divergence(
@@ -110,8 +114,8 @@ def js_divergence(
         A scalar, or an array of the shape of the positions for "none".
 
     Raises:
-        ValueError: If the shapes differ, `where` does not broadcast to the positions, or an option
-            is unknown.
+        ValueError: If the shapes differ, `where` does not broadcast to the positions, the mixture
+            is a number outside of [0, 1], or an option is unknown.
 
     References:
         Lin (1991), Divergence measures based on the Shannon entropy.
@@ -124,6 +128,7 @@ def js_divergence(
         0.6931
     """
     check_same_shape(log_p=log_p, log_q=log_q)
+    check_unit("mixture", mixture)
     inputs = (log_p, log_q)
     return _divergence(_js, inputs, axis, reduction, where, axis_name, mixture=mixture)
 
@@ -245,9 +250,11 @@ def _kl_symmetric(log_p, log_q, axis):
 
 
 def _log_mean_exp(weight, rest, d):
-    """log(rest + weight e^d) for weight + rest = 1 and d <= 1."""
-    near = jnp.log1p(weight * jnp.expm1(jnp.minimum(d, 1)))
-    return jnp.where(d < -1, jnp.log(rest + weight * jnp.exp(d)), near)
+    """log(rest + weight e^d) for weight + rest = 1 and d <= LARGE."""
+    near = jnp.log1p(weight * jnp.expm1(jnp.minimum(d, LARGE)))
+    # Where log1p would cancel, and only there: elsewhere `rest` may be too near to 1.
+    far = (d < -1) & (weight > 0.5)
+    return jnp.where(far, jnp.log(rest + weight * jnp.exp(d)), near)
 
 
 def _log_mixture_slope(log_p, log_q, b, c):
@@ -267,7 +274,7 @@ def _log_mixture(log_p, log_q, b, c):
 
 def log_mixture(d, b, c):
     """Log m - log p for m = b p + c q and d = log q - log p; inf where p = 0."""
-    far = d > 1
+    far = d > LARGE
     weight, rest = jnp.where(far, b, c), jnp.where(far, c, b)
     ratio = _log_mean_exp(weight, rest, jnp.where(far, -d, d)) + jnp.where(far, d, 0)
     return jnp.where(c == 0, 0, ratio)
@@ -305,7 +312,7 @@ def js_term(p, q, d, b):
     m = b * p + c * q
     term_p = divergence_term(p, m, log_mixture(d, b, c))
     term_q = divergence_term(q, m, log_mixture(-d, c, b))
-    return jnp.where((b > 0) & (b < 1), b * term_p + c * term_q, 0)
+    return jnp.where((b == 0) | (b == 1), 0, b * term_p + c * term_q)
 
 
 def _js(log_p, log_q, mixture, axis):

@@ -295,6 +295,12 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be above 0, got {value!r}")
 
 
+def check_unit(name: str, value: Any) -> None:
+    """Raises ValueError for a number that is not in [0, 1]."""
+    if isinstance(value, numbers.Real) and not 0 <= float(value) <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+
+
 def _check_scale(name, value, like):
     check_broadcast(name, value, jnp.shape(like))
     check_positive(name, value)

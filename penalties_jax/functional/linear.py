@@ -22,9 +22,11 @@ from jaxtyping import Array, Bool, Float, Int
 from penalties_jax.functional import streaming
 from penalties_jax.functional.blocks import map_rows, sum_rows, vary_alike
 from penalties_jax.functional.divergences import DIRECTIONS, Direction
+from penalties_jax.functional.gates import check_unit
 from penalties_jax.functional.reduction import (
     AxisName,
     Reduction,
+    check_broadcast,
     check_choice,
     check_where,
 )
@@ -34,6 +36,7 @@ from penalties_jax.functional.streaming import (
     Formula,
     Options,
     Wanted,
+    arrays_of_classes,
     by_position,
     gradients_of,
     log_probabilities_of,
@@ -102,9 +105,11 @@ def linear_kl(
     themselves, of which the kernel's is accumulated in float32, a few blocks are in memory.
 
     Half-precision factors are multiplied as they are, and accumulated in float32. Differentiable
-    once, and in reverse mode only. In a loop over microbatches take gradients inside of the loop:
-    differentiating through it stores a kernel's gradient for each step. Under `jit` on sharded rows
-    the kernel's gradient is summed over devices once a block; in `shard_map` once in all.
+    once, in reverse mode. In a loop over microbatches take gradients inside of the loop:
+    differentiating through it stores a kernel's gradient for each step. Means of microbatches that
+    are masked unevenly don't average to the mean: use reduction="sum" there, and divide by the
+    number of included positions of the whole batch. Under `jit` on sharded rows the kernel's
+    gradient is summed over devices once a block; in `shard_map` once in all.
 
     Args:
         hidden_p: The last hidden states. By convention the model's.
@@ -114,20 +119,24 @@ def linear_kl(
         bias_p: Added to the model's logits.
         bias_q: Added to the reference's.
         direction: "forward" is KL(P||Q), "reverse" KL(Q||P), "symmetric" the mean of the two.
-        temperature: The $T$ by which logits are divided, above 0.
-        block_size: Rows that are processed at once; chosen from the shape and the backend if None.
+        temperature: The $T$ by which logits are divided, above 0: for all, or one for each
+            position.
+        block_size: Rows that are processed at once; if None, 64 MiB of each head's logits on a CPU
+            and 256 MiB on a GPU, but at least 240 rows.
         reduction: "mean" or "sum" over the positions, or "none", which computes the products again
             in the backward pass.
         where: Mask of positions, which broadcasts to their shape.
         axis_name: Mapped axes over whose members to sum or average.
-        class_axis_name: Mapped axes over which the classes, of kernels and biases, are sharded.
+        class_axis_name: Axes of `jax.shard_map` over which the classes, of kernels and biases, are
+            sharded.
 
     Returns:
         A scalar, or an array of the shape of the positions for "none".
 
     Raises:
-        ValueError: If shapes don't fit each other, `block_size` is below 1, the temperature is not
-            above 0, or an option is unknown.
+        TypeError: If an input is not an array.
+        ValueError: If shapes don't fit each other, `block_size` is below 1, the temperature is a
+            number not above 0, or an option is unknown.
 
     References:
         Hsu et al. (2024), Liger Kernel: efficient Triton kernels for LLM training.
@@ -140,8 +149,7 @@ def linear_kl(
         0.1109
     """
     check_choice("direction", direction, DIRECTIONS)
-    heads = (Head(hidden_p, kernel_p, bias_p), Head(hidden_q, kernel_q, bias_q))
-    _check_heads(heads, ("p", "q"))
+    heads = _heads(p=(hidden_p, kernel_p, bias_p), q=(hidden_q, kernel_q, bias_q))
     options = Options(block_size, reduction, where, axis_name, class_axis_name)
     return _reduced((KL[direction],), heads, None, (temperature,), (1.0,), options)[0]
 
@@ -176,11 +184,13 @@ def linear_js(
         bias_q: Added to those of the other.
         mixture: The $b$ of $M = b P + (1 - b) Q$, in [0, 1].
         temperature: The $T$ by which logits are divided, above 0.
-        block_size: Rows that are processed at once; chosen from the shape and the backend if None.
+        block_size: Rows that are processed at once; if None, 64 MiB of each head's logits on a CPU
+            and 256 MiB on a GPU, but at least 240 rows.
         reduction: "mean" or "sum" over the positions, or "none".
         where: Mask of positions, which broadcasts to their shape.
         axis_name: Mapped axes over whose members to sum or average.
-        class_axis_name: Mapped axes over which the classes, of kernels and biases, are sharded.
+        class_axis_name: Axes of `jax.shard_map` over which the classes, of kernels and biases, are
+            sharded.
 
     Returns:
         A scalar, or an array of the shape of the positions for "none".
@@ -198,9 +208,9 @@ def linear_js(
         >>> round(float(pj.linear_js(jnp.ones((3, 1)), kernel, -jnp.ones((3, 1)), kernel)), 4)
         0.6931
     """
-    heads = (Head(hidden_p, kernel_p, bias_p), Head(hidden_q, kernel_q, bias_q))
-    _check_heads(heads, ("p", "q"))
+    heads = _heads(p=(hidden_p, kernel_p, bias_p), q=(hidden_q, kernel_q, bias_q))
     options = Options(block_size, reduction, where, axis_name, class_axis_name)
+    check_unit("mixture", mixture)
     return _reduced((JS,), heads, None, (temperature, mixture), (1.0,), options)[0]
 
 
@@ -225,14 +235,15 @@ def linear_cross_entropy(
         hidden: The last hidden states.
         kernel: The output kernel, classes last.
         labels: The classes y. One outside of [0, C) has loss 0, but counts in a mean: exclude
-            padding by `where`.
+            padding by `where=labels >= 0`.
         bias: Added to the logits.
-        block_size: Rows that are processed at once; chosen from the shape and the backend if None.
+        block_size: Rows that are processed at once; if None, 64 MiB of each head's logits on a CPU
+            and 256 MiB on a GPU, but at least 240 rows.
         reduction: "mean" or "sum" over the positions, or "none".
         where: Mask of positions, which broadcasts to their shape.
         axis_name: Mapped axes over whose members to sum or average.
-        class_axis_name: Mapped axes over which the classes, of kernel and bias, are sharded; labels
-            count over all of them.
+        class_axis_name: Axes of `jax.shard_map` over which the classes, of kernel and bias, are
+            sharded; labels count over all of them.
 
     Returns:
         A scalar, or an array of the shape of the positions for "none".
@@ -251,8 +262,7 @@ def linear_cross_entropy(
         >>> round(float(pj.linear_cross_entropy(jnp.ones((1, 1)), kernel, jnp.array([1]))), 4)
         0.3133
     """
-    heads = (Head(hidden, kernel, bias),)
-    _check_heads(heads, ("",))
+    heads = _heads(**{"": (hidden, kernel, bias)})
     _check_labels(labels, hidden)
     options = Options(block_size, reduction, where, axis_name, class_axis_name)
     return _reduced((_cross_entropy,), heads, labels, (), (1.0,), options)[0]
@@ -281,7 +291,10 @@ def linear_distillation(
 
     $w_{\mathrm{ce}}\,\mathrm{CE}(P, y) + w_{\mathrm{kl}}\,\mathrm{KL}(P \| Q)$, the sum of
     `pj.linear_cross_entropy` and `pj.linear_kl` by their weights: the model's products are computed
-    once for both. The temperature is that of the divergence alone.
+    once for both. Only the total has a gradient: that of its parts, which are for the log, is 0.
+
+    The temperature is that of the divergence alone; multiply `kl_weight` by $T^2$ for gradients
+    that don't depend on it. Hinton's distillation is KL(Q||P), direction="reverse".
 
     Args:
         hidden_p: The last hidden states of the model.
@@ -289,17 +302,19 @@ def linear_distillation(
         hidden_q: The last hidden states of the reference, at the same positions.
         kernel_q: Its kernel, for the same classes.
         labels: The classes y, as for `pj.linear_cross_entropy`.
-        kl_weight: The weight of the divergence.
-        cross_entropy_weight: The weight of the cross entropy.
+        kl_weight: The weight of the divergence; for reduction="none" also one for each position.
+        cross_entropy_weight: The weight of the cross entropy, likewise.
         bias_p: Added to the model's logits.
         bias_q: Added to the reference's.
         direction: "forward" is KL(P||Q), "reverse" KL(Q||P), "symmetric" the mean of the two.
         temperature: The $T$ of the divergence, above 0.
-        block_size: Rows that are processed at once; chosen from the shape and the backend if None.
+        block_size: Rows that are processed at once; if None, 64 MiB of each head's logits on a CPU
+            and 256 MiB on a GPU, but at least 240 rows.
         reduction: "mean" or "sum" over the positions, or "none".
         where: Mask of positions, which broadcasts to their shape.
         axis_name: Mapped axes over whose members to sum or average.
-        class_axis_name: Mapped axes over which the classes, of kernels and biases, are sharded.
+        class_axis_name: Axes of `jax.shard_map` over which the classes, of kernels and biases, are
+            sharded.
 
     Returns:
         A `DistillationLoss(total, cross_entropy, kl)`. Only the total has a gradient.
@@ -320,9 +335,11 @@ def linear_distillation(
         0.4242
     """
     check_choice("direction", direction, DIRECTIONS)
-    heads = (Head(hidden_p, kernel_p, bias_p), Head(hidden_q, kernel_q, bias_q))
-    _check_heads(heads, ("p", "q"))
+    heads = _heads(p=(hidden_p, kernel_p, bias_p), q=(hidden_q, kernel_q, bias_q))
     _check_labels(labels, hidden_p)
+    shape = jnp.shape(labels) if reduction == "none" else ()
+    check_broadcast("kl_weight", kl_weight, shape)
+    check_broadcast("cross_entropy_weight", cross_entropy_weight, shape)
     options = Options(block_size, reduction, where, axis_name, class_axis_name)
     total, (cross_entropy, kl) = _reduced(
         (_cross_entropy, KL[direction]),
@@ -335,30 +352,34 @@ def linear_distillation(
     return DistillationLoss(total, lax.stop_gradient(cross_entropy), lax.stop_gradient(kl))
 
 
-def _check_heads(heads, names):
-    positions, classes = jnp.shape(heads[0].hidden)[:-1], jnp.shape(heads[0].kernel)[-1]
-    for head, name in zip(heads, names, strict=True):
-        hidden, kernel = jnp.shape(head.hidden), jnp.shape(head.kernel)
-        suffix = f"_{name}" if name else ""
-        if len(kernel) != 2 or not hidden or hidden[-1] != kernel[0]:
+def _heads(**parts):
+    """The heads, by the suffixes of their arguments."""
+    heads = []
+    for name, values in parts.items():
+        names = [f"{part}_{name}" if name else part for part in Head._fields]
+        given = {n: x for n, x in zip(names, values, strict=True) if x is not None}
+        head = Head(*arrays_of_classes(**given), *([] if values[2] is not None else [None]))
+        hidden, kernel, bias = head
+        if kernel.ndim != 2 or hidden.shape[-1] != kernel.shape[0]:
             raise ValueError(
-                f"kernel{suffix} must be [{hidden[-1] if hidden else 'D'}, classes] for "
-                f"hidden{suffix} of shape {hidden}, got {kernel}"
+                f"{names[1]} must be [{hidden.shape[-1]}, classes] for {names[0]} of shape "
+                f"{hidden.shape}, got {kernel.shape}"
             )
-        if head.bias is not None and jnp.shape(head.bias) != kernel[1:]:
-            raise ValueError(
-                f"bias{suffix} must have shape {kernel[1:]}, got {jnp.shape(head.bias)}"
-            )
-        if hidden[:-1] != positions:
+        if bias is not None and bias.shape != kernel.shape[1:]:
+            raise ValueError(f"{names[2]} must have shape {kernel.shape[1:]}, got {bias.shape}")
+        heads.append(head)
+    for head in heads[1:]:
+        if head.hidden.shape[:-1] != heads[0].hidden.shape[:-1]:
             raise ValueError(
                 "hidden_p and hidden_q must have the same positions, got shapes "
-                f"{jnp.shape(heads[0].hidden)} and {hidden}"
+                f"{heads[0].hidden.shape} and {head.hidden.shape}"
             )
-        if kernel[1] != classes:
+        if head.kernel.shape[1] != heads[0].kernel.shape[1]:
             raise ValueError(
                 "kernel_p and kernel_q must have the same classes, got shapes "
-                f"{jnp.shape(heads[0].kernel)} and {kernel}"
+                f"{heads[0].kernel.shape} and {head.kernel.shape}"
             )
+    return tuple(heads)
 
 
 def _check_labels(labels, hidden):
@@ -416,9 +437,9 @@ def _evaluate(
     included = jnp.ones(positions, bool)
     if where is not None:
         included = jnp.broadcast_to(where, positions)
-        heads = tuple(
-            head._replace(hidden=jnp.where(included[..., None], head.hidden, 0)) for head in heads
-        )
+        entries = included[..., None]
+        heads = tuple(head._replace(hidden=jnp.where(entries, head.hidden, 0)) for head in heads)
+        parameters = tuple(x if x.size == 1 else jnp.where(entries, x, 1) for x in parameters)
     rows = block_size or max(BLOCK_ROWS, rows_in_block(heads[0].kernel.shape[1], BLOCK_BYTES))
     static = Static(parts, rows, class_axis_name)
     inputs = Inputs(heads, parameters, labels)
@@ -442,18 +463,20 @@ def _evaluate(
 
 def _cross_entropy(z, labels, class_axis_name):
     """The cross entropy, or this member's part of it, and its gradient through the logits."""
-    classes = z.shape[-1]
+    classes = every = z.shape[-1]
+    own = labels
     if class_axis_name is not None:
-        labels = labels - lax.axis_index(class_axis_name) * classes
+        every *= lax.axis_size(class_axis_name)
+        own = labels - lax.axis_index(class_axis_name) * classes
 
-    def rows(z, labels):
-        normaliser = normaliser_of(z, class_axis_name)
-        chosen = labels == jnp.arange(classes)
-        log_probabilities = log_probabilities_of(z, normaliser)
-        return -jnp.sum(jnp.where(chosen, log_probabilities, 0), -1), normaliser
+    def rows(z, own):
+        normaliser = normaliser_of(z, 1.0, class_axis_name)
+        log_probabilities = log_probabilities_of(z, 1.0, normaliser)
+        return -jnp.sum(jnp.where(own == jnp.arange(classes), log_probabilities, 0), -1), normaliser
 
-    value, normaliser = map_rows(rows, (z, labels), rows_in_block(classes))
-    return value, probabilities_of(z, normaliser) - (labels == jnp.arange(classes))
+    value, normaliser = map_rows(rows, (z, own), rows_in_block(classes))
+    slope = probabilities_of(z, 1.0, normaliser) - (own == jnp.arange(classes))
+    return value, jnp.where((labels >= 0) & (labels < every), slope, 0)
 
 
 def _block(static, wanted, heads, parameters, labels):
@@ -488,32 +511,30 @@ def _wide(*arrays):
 
 
 def _as_rows(inputs):
-    """The arrays that have positions, for `map_rows`, and how to put blocks of them together."""
+    """The arrays that have positions, those that have none, and how to put blocks together."""
     heads, parameters, labels = inputs
     arrays = [head.hidden for head in heads] + list(parameters)
     arrays += [] if labels is None else [labels[..., None]]
+    weights = [(head.kernel, head.bias) for head in heads]
+    first, last = len(heads), len(heads) + len(parameters)
 
-    def rebuild(blocks):
-        hidden, rest = blocks[: len(heads)], blocks[len(heads) :]
-        chosen = rest[len(parameters)] if labels is not None else None
-        return (
-            tuple(head._replace(hidden=h) for head, h in zip(heads, hidden, strict=True)),
-            rest[: len(parameters)],
-            chosen,
-        )
+    def rebuild(blocks, weights):
+        heads = tuple(Head(h, *own) for h, own in zip(blocks[:first], weights, strict=True))
+        return heads, blocks[first:last], blocks[last] if blocks[last:] else None
 
-    return arrays, rebuild
+    return arrays, weights, rebuild
 
 
 def _values(static, inputs):
     """Each part's values, [*positions]; with sharded classes, what this member adds to them."""
-    arrays, rebuild = _as_rows(inputs)
+    arrays, weights, rebuild = _as_rows(inputs)
     nothing = Wanted((False,) * len(inputs.heads), (False,) * len(inputs.parameters))
 
     def rows(*blocks):
-        return _block(static, nothing, *rebuild(blocks))[0]
+        *blocks, weights = blocks
+        return _block(static, nothing, *rebuild(blocks, weights))[0]
 
-    return map_rows(rows, arrays, static.block_size)
+    return map_rows(rows, arrays, static.block_size, (weights,))
 
 
 def _values_and_gradients(static, perturbed, inputs, weights):
@@ -521,14 +542,14 @@ def _values_and_gradients(static, perturbed, inputs, weights):
 
     Where nothing is perturbed it is a scalar 0.
     """
-    arrays, rebuild = _as_rows(inputs)
+    arrays, kernels, rebuild = _as_rows(inputs)
     wanted = Wanted(
         tuple(any(jax.tree.leaves(head)) for head in perturbed.heads), perturbed.parameters
     )
 
     def rows(*blocks, fresh):
         *blocks, by = blocks
-        heads, parameters, labels = rebuild(blocks)
+        heads, parameters, labels = rebuild(blocks, kernels)
         values, through_logits, through_parameters = _block(
             static, wanted, heads, parameters, labels
         )
@@ -569,7 +590,13 @@ def _through(head, slope, want, fresh):
     narrow = slope.astype(jnp.result_type(hidden, kernel))
     by_hidden = by_kernel = by_bias = None
     if want.hidden:
-        by_hidden = jnp.einsum("...c,dc->...d", narrow, kernel, preferred_element_type=wide)
+        by_hidden = jnp.einsum(
+            "...c,dc->...d",
+            narrow,
+            kernel,
+            preferred_element_type=wide,
+            out_sharding=_explicit_sharding(hidden),
+        )
         by_hidden = by_hidden.astype(hidden.dtype)
     if want.kernel:
         first = jnp.where(fresh[..., None], hidden, 0)

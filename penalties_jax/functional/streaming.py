@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
@@ -27,7 +28,7 @@ from penalties_jax.functional.divergences import (
     js_term,
     log_mixture,
 )
-from penalties_jax.functional.gates import check_positive
+from penalties_jax.functional.gates import check_positive, check_unit
 from penalties_jax.functional.reduction import (
     AxisName,
     Reduction,
@@ -74,7 +75,7 @@ class Formula(NamedTuple):
 
 
 class Normaliser(NamedTuple):
-    """The largest logit of a row, and the sum of exp(logit - largest)."""
+    """The largest logit of a row, and the sum of exp((logit - largest) / T)."""
 
     peak: Float[Array, "*rows"]
     total: Float[Array, "*rows"]
@@ -86,7 +87,8 @@ class Statistics(NamedTuple):
     Attributes:
         normalisers: Of each distribution.
         slope_sums: The sums of the slopes over the classes.
-        parameters: The derivatives with respect to the temperature and the parameters.
+        parameters: The derivatives with respect to the temperature and the parameters; with
+            sharded classes, what this member adds to them.
     """
 
     normalisers: tuple[Normaliser, ...]
@@ -120,27 +122,33 @@ def kl_from_logits(
     $p (\log p - \log q - \mathrm{KL}) / T$ and $(q - p) / T$. A class is excluded by logits of -inf
     in both.
 
-    Differentiable in reverse mode only. Works on arrays sharded over positions, of which nothing
-    is gathered.
+    Hinton's distillation, optax and torch have the expectation over the reference, which is
+    direction="reverse".
+
+    Differentiable once, in reverse mode. Works on arrays sharded over positions, of which nothing
+    is gathered. On a CPU, logits that fit the last cache are no slower as `pj.kl_divergence` of
+    their `jax.nn.log_softmax`.
 
     Args:
         logits_p: Unnormalised log-probabilities, classes last. By convention the model.
         logits_q: The same of the reference.
         direction: "forward" is KL(P||Q), "reverse" KL(Q||P), "symmetric" the mean of the two.
-        temperature: The $T$ by which both are divided, above 0. Nothing makes up for it: for
-            gradients that don't depend on it, multiply by $T^2$.
-        block_size: Rows that are processed at once; chosen from the shape and the backend if None.
+        temperature: The $T$ by which both are divided, above 0: for all, or one for each position.
+            Nothing makes up for it: for gradients that don't depend on it, multiply by $T^2$.
+        block_size: Rows that are processed at once; if None, 2 MiB of each array on a CPU, and 64
+            MiB on a GPU.
         reduction: "mean" or "sum" over the positions, or "none".
         where: Mask of positions, which broadcasts to their shape.
         axis_name: Mapped axes over whose members to sum or average.
-        class_axis_name: Mapped axes over which the classes are sharded.
+        class_axis_name: Axes of `jax.shard_map` over which the classes are sharded.
 
     Returns:
         A scalar, or an array of the shape of the positions for "none".
 
     Raises:
+        TypeError: If logits are not arrays.
         ValueError: If the shapes differ, `where` does not broadcast to the positions, `block_size`
-            is below 1, the temperature is not above 0, or an option is unknown.
+            is below 1, the temperature is a number not above 0, or an option is unknown.
 
     References:
         Hinton, Vinyals & Dean (2015), Distilling the knowledge in a neural network.
@@ -152,6 +160,7 @@ def kl_from_logits(
         0.1109
     """
     check_choice("direction", direction, DIRECTIONS)
+    logits_p, logits_q = arrays_of_classes(logits_p=logits_p, logits_q=logits_q)
     check_same_shape(logits_p=logits_p, logits_q=logits_q)
     options = Options(block_size, reduction, where, axis_name, class_axis_name)
     return _reduced(KL[direction], (logits_p, logits_q), (temperature,), options)
@@ -180,17 +189,18 @@ def js_from_logits(
         logits_q: The same of the other distribution.
         mixture: The $b$, in [0, 1].
         temperature: The $T$ by which both are divided, above 0.
-        block_size: Rows that are processed at once; chosen from the shape and the backend if None.
+        block_size: Rows that are processed at once; if None, 2 MiB of each array on a CPU, and 64
+            MiB on a GPU.
         reduction: "mean" or "sum" over the positions, or "none".
         where: Mask of positions, which broadcasts to their shape.
         axis_name: Mapped axes over whose members to sum or average.
-        class_axis_name: Mapped axes over which the classes are sharded.
+        class_axis_name: Axes of `jax.shard_map` over which the classes are sharded.
 
     Returns:
         A scalar, or an array of the shape of the positions for "none".
 
     Raises:
-        ValueError: As `pj.kl_from_logits`.
+        TypeError, ValueError: As `pj.kl_from_logits`.
 
     References:
         Lin (1991), Divergence measures based on the Shannon entropy.
@@ -202,7 +212,9 @@ def js_from_logits(
         >>> round(float(pj.js_from_logits(far, -far)), 4)
         0.6931
     """
+    logits_p, logits_q = arrays_of_classes(logits_p=logits_p, logits_q=logits_q)
     check_same_shape(logits_p=logits_p, logits_q=logits_q)
+    check_unit("mixture", mixture)
     options = Options(block_size, reduction, where, axis_name, class_axis_name)
     return _reduced(JS, (logits_p, logits_q), (temperature, mixture), options)
 
@@ -228,17 +240,18 @@ def entropy_from_logits(
         temperature: The $T$, above 0.
         normalize: Divide by ln C, so that the uniform distribution has entropy 1; a single class
             has entropy 0.
-        block_size: Rows that are processed at once; chosen from the shape and the backend if None.
+        block_size: Rows that are processed at once; if None, 2 MiB of each array on a CPU, and 64
+            MiB on a GPU.
         reduction: "mean" or "sum" over the positions, or "none".
         where: Mask of positions, which broadcasts to their shape.
         axis_name: Mapped axes over whose members to sum or average.
-        class_axis_name: Mapped axes over which the classes are sharded.
+        class_axis_name: Axes of `jax.shard_map` over which the classes are sharded.
 
     Returns:
         A scalar, or an array of the shape of the positions for "none".
 
     Raises:
-        ValueError: As `pj.kl_from_logits`.
+        TypeError, ValueError: As `pj.kl_from_logits`.
 
     References:
         Shannon (1948), A mathematical theory of communication.
@@ -249,9 +262,10 @@ def entropy_from_logits(
         >>> float(pj.entropy_from_logits(jnp.zeros((3, 4)), normalize=True))
         1.0
     """
+    (logits,) = arrays_of_classes(logits=logits)
     scale = 1.0
     if normalize:
-        classes = jnp.shape(logits)[-1]
+        classes = logits.shape[-1]
         if class_axis_name is not None:
             classes *= lax.axis_size(class_axis_name)
         scale = 1 / math.log(classes) if classes > 1 else 0.0
@@ -307,12 +321,15 @@ def _js_term(x, b):
 
 
 def _js_slope_p(x, b):
-    p, _ = x.probabilities
-    return jnp.where((p == 0) | (b == 0), 0, -b * p * log_mixture(x.ratio, b, 1 - b))
+    return _js_slope(x.probabilities[0], x.ratio, b, 1 - b)
 
 
 def _js_slope_q(x, b):
-    return _js_slope_p(Distributions(x.probabilities[::-1], -x.ratio), 1 - b)
+    return _js_slope(x.probabilities[1], -x.ratio, 1 - b, b)
+
+
+def _js_slope(p, ratio, b, c):
+    return jnp.where((p == 0) | (b == 0), 0, -b * p * log_mixture(ratio, b, c))
 
 
 def _js_slope_b(x, b):
@@ -346,10 +363,34 @@ class Options(NamedTuple):
     def check(self, *temperature: ArrayLike) -> None:
         """Raises ValueError for a bad option, or a temperature that is not above 0."""
         check_reduction(self.reduction)
-        if self.block_size is not None and self.block_size < 1:
-            raise ValueError(f"block_size must be at least 1, got {self.block_size}")
+        check_block_size(self.block_size)
         for number in temperature:
             check_positive("temperature", number)
+
+
+def check_block_size(block_size: Any) -> None:
+    """Raises ValueError for a block size that is not an integer of at least 1."""
+    if block_size is not None and not (isinstance(block_size, int) and block_size >= 1):
+        raise ValueError(f"block_size must be an integer of at least 1, got {block_size!r}")
+
+
+def arrays_of_classes(**inputs: Any) -> tuple[Array, ...]:
+    """The arrays that are meant, also by Flax variables.
+
+    Raises:
+        TypeError: If one is not an array.
+        ValueError: If one has no axis of classes, or no class on it.
+    """
+    arrays = []
+    for name, x in inputs.items():
+        if not isinstance(x, (jax.Array, np.ndarray)) and hasattr(x, "__jax_array__"):
+            x = x.__jax_array__()
+        if not isinstance(x, (jax.Array, np.ndarray)):
+            raise TypeError(f"{name} must be an array, got a {type(x).__name__}")
+        if not x.ndim or not x.shape[-1]:
+            raise ValueError(f"{name} needs classes on its last axis, got shape {x.shape}")
+        arrays.append(x)
+    return tuple(arrays)
 
 
 def _reduced(formula, logits, parameters, options, scale=1.0):
@@ -433,12 +474,16 @@ def statistics_of(
 
 def _statistics(formula, class_axis_name, wanted, logits, parameters):
     temperature, *others = parameters
-    scaled = _scaled(logits, temperature)
-    normalisers = tuple(normaliser_of(z, class_axis_name) for z in scaled)
-    x = _distributions(scaled, normalisers)
+    logits = promote(*logits)
+    normalisers = tuple(normaliser_of(z, temperature, class_axis_name) for z in logits)
+    x = _distributions(logits, temperature, normalisers)
 
-    def total(terms, want=True):
-        return _sum(terms, class_axis_name) if want else jnp.zeros_like(normalisers[0].peak)
+    def part(terms, want):
+        return jnp.sum(terms, -1) if want else jnp.zeros_like(normalisers[0].peak)
+
+    def total(terms, want):
+        whole = part(terms, want)
+        return whole if class_axis_name is None or not want else lax.psum(whole, class_axis_name)
 
     slopes = [slope(x, *others) for slope in formula.slopes]
     by_temperature, *by_others = wanted.parameters
@@ -448,14 +493,17 @@ def _statistics(formula, class_axis_name, wanted, logits, parameters):
         s - p * total(s, by_temperature)[..., None]
         for s, p in zip(slopes, x.probabilities, strict=True)
     ]
-    towards = sum(map(_times_log, gradients, scaled, normalisers))
+    towards = sum(
+        jnp.where(g == 0, 0, g * log_probabilities_of(z, temperature, normaliser))
+        for g, z, normaliser in zip(gradients, logits, normalisers, strict=True)
+    )
     statistics = Statistics(
         normalisers=normalisers,
         slope_sums=tuple(map(total, slopes, wanted.logits)),
         parameters=(
-            -total(towards, by_temperature) / jnp.squeeze(temperature, -1),
+            -part(towards, by_temperature) / jnp.squeeze(temperature, -1),
             *(
-                total(slope(x, *others), want)
+                part(slope(x, *others), want)
                 for slope, want in zip(formula.parameter_slopes, by_others, strict=True)
             ),
         ),
@@ -463,48 +511,47 @@ def _statistics(formula, class_axis_name, wanted, logits, parameters):
     return jnp.sum(formula.term(x, *others), -1), statistics
 
 
-def _scaled(logits, temperature):
-    return tuple(z / temperature for z in promote(*logits))
-
-
-def _sum(terms, class_axis_name):
-    total = jnp.sum(terms, -1)
-    return total if class_axis_name is None else lax.psum(total, class_axis_name)
-
-
-def normaliser_of(z: Float[Array, "*rows C"], class_axis_name: AxisName | None) -> Normaliser:
+def normaliser_of(
+    z: Float[Array, "*rows C"], temperature: ArrayLike, class_axis_name: AxisName | None
+) -> Normaliser:
     """The normaliser of each row, over all members that hold some of its classes."""
     peak = jnp.max(z, -1)
     if class_axis_name is not None:
         peak = lax.pmax(peak, class_axis_name)
-    return Normaliser(peak, _sum(jnp.exp(z - peak[..., None]), class_axis_name))
+    total = jnp.sum(jnp.exp((z - peak[..., None]) / temperature), -1)
+    return Normaliser(peak, total if class_axis_name is None else lax.psum(total, class_axis_name))
 
 
-def _distributions(scaled, normalisers):
-    probabilities = tuple(map(probabilities_of, scaled, normalisers))
-    if len(scaled) == 1:
-        return Distributions(probabilities, log_probabilities_of(scaled[0], normalisers[0]))
-    (z_p, z_q), (n_p, n_q) = scaled, normalisers
+def _distributions(logits, temperature, normalisers):
+    probabilities = tuple(
+        probabilities_of(z, temperature, n) for z, n in zip(logits, normalisers, strict=True)
+    )
+    if len(logits) == 1:
+        log_p = log_probabilities_of(logits[0], temperature, normalisers[0])
+        return Distributions(probabilities, log_p)
+    (z_p, z_q), (n_p, n_q) = logits, normalisers
     # Of near logits the difference is exact, and so is that of the normalisers, but for rounding
     # of the size of their difference.
-    shift = (n_q.peak - n_p.peak) + jnp.log(n_q.total / n_p.total)
-    return Distributions(probabilities, jnp.where(z_p == z_q, 0, z_q - z_p) - shift[..., None])
+    shift = (n_q.peak - n_p.peak)[..., None] / temperature + jnp.log(n_q.total / n_p.total)[
+        ..., None
+    ]
+    return Distributions(probabilities, jnp.where(z_p == z_q, 0, z_q - z_p) / temperature - shift)
 
 
-def probabilities_of(z: Float[Array, "*rows C"], normaliser: Normaliser) -> Float[Array, "*rows C"]:
+def probabilities_of(
+    z: Float[Array, "*rows C"], temperature: ArrayLike, normaliser: Normaliser
+) -> Float[Array, "*rows C"]:
     """The softmax of logits whose normaliser is known."""
-    return jnp.exp(z - normaliser.peak[..., None]) / normaliser.total[..., None]
+    peak, total = (x[..., None] for x in normaliser)
+    return jnp.exp((z - peak) / temperature) / total
 
 
 def log_probabilities_of(
-    z: Float[Array, "*rows C"], normaliser: Normaliser
+    z: Float[Array, "*rows C"], temperature: ArrayLike, normaliser: Normaliser
 ) -> Float[Array, "*rows C"]:
     """Its logarithm."""
-    return z - normaliser.peak[..., None] - jnp.log(normaliser.total)[..., None]
-
-
-def _times_log(gradient, z, normaliser):
-    return jnp.where(gradient == 0, 0, gradient * log_probabilities_of(z, normaliser))
+    peak, total = (x[..., None] for x in normaliser)
+    return (z - peak) / temperature - jnp.log(total)
 
 
 def _divergences_forward(static, logits, parameters):
@@ -543,7 +590,7 @@ def gradients_of(
 ) -> list[Float[Array, "*rows C"]]:
     """The gradients of each row's divergence through its logits."""
     temperature, *others = parameters
-    x = _distributions(_scaled(logits, temperature), statistics.normalisers)
+    x = _distributions(promote(*logits), temperature, statistics.normalisers)
     return [
         (slope(x, *others) - p * total[..., None]) / temperature
         for slope, p, total in zip(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from scipy import special
@@ -160,6 +161,26 @@ def test_mapped_over_models():
         assert_close(slopes[i], slope, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("argument", range(6))
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_mapped_over_one_argument(argument, reduction):
+    """Values, and gradients whose weights come later; a kernel can't be cut into rows."""
+    arrays, labels, _ = data()
+    arrays = [jnp.asarray(x) for x in arrays]
+
+    def loss(x):
+        given = [*arrays[:argument], x, *arrays[argument + 1 :]]
+        return jnp.square(distillation(given, labels, block_size=5, reduction=reduction)).sum()
+
+    stack = jnp.stack([arrays[argument], 2 * arrays[argument]])
+    both = jax.vmap(lambda x: (loss(x), *jax.value_and_grad(loss)(x)))
+    values, again, slopes = quick_jit(both)(stack)
+    for i, x in enumerate(stack):
+        value, slope = quick_jit(jax.value_and_grad(loss))(x)
+        assert_close([values[i], again[i]], [value, value])
+        assert_close(slopes[i], slope, rtol=1e-4, atol=1e-6)
+
+
 def test_derivatives_in_weights_and_temperature(x64):
     arrays, labels, mask = data(np.float64)
     p = [jnp.asarray(x) for x in arrays]
@@ -190,12 +211,13 @@ def test_an_excluded_position_may_hold_anything():
         jnp.asarray(arrays[0])
     )
     spoilt = np.where(mask[..., None], arrays[0], np.nan)
-    value, found = jax.value_and_grad(
-        lambda arrays: kl(arrays, labels, where=mask), allow_int=False
-    )([jnp.asarray(x) for x in (spoilt, *arrays[1:])])
+    temperature = jnp.where(mask, 1, jnp.nan)
+    value, (found, by_temperature) = jax.value_and_grad(
+        lambda arrays, t: kl(arrays, labels, where=mask, temperature=t), (0, 1)
+    )([jnp.asarray(x) for x in (spoilt, *arrays[1:])], temperature)
     assert_close(value, kept)
     assert_close(found[0], np.where(mask[..., None], slopes, 0), rtol=1e-5, atol=1e-9)
-    assert all(np.isfinite(x).all() for x in found)
+    assert all(np.isfinite(x).all() for x in (*found, by_temperature))
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
@@ -214,6 +236,21 @@ def test_rows_sharded_under_jit(kind):
     program = quick_jit(jax.value_and_grad(loss)).lower(placed, *others).compile()
     assert "all-gather" not in program.as_text()
     ours, found = program(placed, *others)
+    assert_close(ours, value)
+    for slope, desired in zip(found, slopes, strict=True):
+        assert_close(slope, desired, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kernel", [P(None, "model"), P("model"), P("data", "model")], ids=str)
+def test_kernels_sharded_on_explicit_axes(kernel):
+    arrays, labels, _ = data()
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    bias = P(kernel[1] if len(kernel) > 1 else None)
+    loss = quick_jit(jax.value_and_grad(partial(distillation, block_size=2)))
+    value, slopes = loss(arrays, labels)
+    specs = [P("data"), kernel, bias] * 2
+    placed = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(arrays, specs, strict=True)]
+    ours, found = loss(placed, jax.device_put(labels, NamedSharding(mesh, P("data"))))
     assert_close(ours, value)
     for slope, desired in zip(found, slopes, strict=True):
         assert_close(slope, desired, rtol=1e-4, atol=1e-7)
@@ -274,9 +311,16 @@ def test_half_precision_multiplies_as_it_is_and_accumulates_in_float32():
 def test_labels_outside_of_the_classes_have_no_loss():
     arrays, labels, _ = data()
     labels[0, 0] = -100
-    ours = cross_entropy(arrays, labels, reduction="none")
-    assert float(ours[0, 0]) == 0
-    assert float(ours[0, 1]) > 0
+    labels[0, 1] = CLASSES
+
+    def loss(hidden):
+        values = cross_entropy([hidden, *arrays[1:]], labels, reduction="none")
+        return values.sum(), values
+
+    slope, values = jax.grad(loss, has_aux=True)(jnp.asarray(arrays[0]))
+    for each in (values, jnp.abs(slope).sum(-1)):
+        assert float(each[0, 0]) == float(each[0, 1]) == 0
+        assert (each.ravel()[2:] > 0).all()
 
 
 HIDDEN, KERNEL = np.ones((2, 3), np.float32), np.ones((3, 4), np.float32)
@@ -289,7 +333,7 @@ HIDDEN, KERNEL = np.ones((2, 3), np.float32), np.ones((3, 4), np.float32)
         ({"hidden_q": np.ones((3, 3))}, r"got shapes \(2, 3\) and \(3, 3\)"),
         ({"kernel_q": np.ones((3, 5))}, r"got shapes \(3, 4\) and \(3, 5\)"),
         ({"bias_p": np.ones(3)}, r"bias_p must have shape \(4,\), got \(3,\)"),
-        ({"block_size": 0}, "block_size must be at least 1, got 0"),
+        ({"block_size": 0}, "block_size must be an integer of at least 1, got 0"),
         ({"temperature": 0}, "temperature must be above 0, got 0"),
         ({"direction": "up"}, "'forward', 'reverse', 'symmetric', got 'up'"),
         ({"reduction": "avg"}, "'sum', 'mean', 'none', got 'avg'"),
@@ -299,6 +343,28 @@ def test_bad_input(change, message):
     names = {"hidden_p": HIDDEN, "kernel_p": KERNEL, "hidden_q": HIDDEN, "kernel_q": KERNEL}
     with pytest.raises(ValueError, match=message):
         F.linear_kl(**(names | change))
+
+
+def test_bad_inputs_of_other_kinds():
+    with pytest.raises(TypeError, match="hidden_q must be an array, got a list"):
+        F.linear_kl(HIDDEN, KERNEL, [[1.0]], KERNEL)
+    with pytest.raises(ValueError, match=r"mixture must be in \[0, 1\], got 2"):
+        F.linear_js(HIDDEN, KERNEL, HIDDEN, KERNEL, mixture=2)
+    with pytest.raises(ValueError, match=r"kl_weight .* shape \(\), got shape \(2,\)"):
+        F.linear_distillation(
+            *(HIDDEN, KERNEL, HIDDEN, KERNEL, np.zeros(2, int)), kl_weight=np.ones(2)
+        )
+
+
+def test_variables_of_flax():
+    """Inside of a gradient, too, where they can't be told from arrays by their types."""
+    kernel = nnx.Param(jnp.asarray(KERNEL))
+
+    def loss(hidden, kernel):
+        return F.linear_kl(hidden, kernel, 2 * HIDDEN, kernel)
+
+    ours, desired = (jax.grad(loss)(jnp.asarray(HIDDEN), k) for k in (kernel, KERNEL))
+    assert_close(ours, desired)
 
 
 def test_bad_labels():

@@ -159,6 +159,40 @@ def test_edges_are_those_of_the_log_probability_functions(call, inputs):
         assert_close(slope, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1.3, 7.0])
+def test_a_row_of_the_least_numbers(temperature):
+    """As one finds it where all classes are masked out."""
+    x = jnp.full((2, 8), jnp.finfo(jnp.float32).min / 2).at[1].set(jnp.arange(8.0))
+    kl, entropy = quick_jit(
+        lambda x: (
+            F.kl_from_logits(x, x, temperature=temperature, reduction="none"),
+            F.entropy_from_logits(x, temperature=temperature, reduction="none"),
+        )
+    )(x)
+    assert_close(kl, [0, 0], atol=0)
+    assert_close(entropy[0], math.log(8))
+
+
+@pytest.mark.parametrize("mixture", [1e-8, 1e-6, 1e-3, 0.5])
+def test_slopes_of_extreme_mixtures(mixture):
+    """Of P, whose share it is, and of Q, whose derivative vanishes with it."""
+    p, q = np.array([0.0, 1.0, 2.0, -1.0]), np.array([1.0, 0.0, 0.5, 3.0])
+    mixture = float(np.float32(mixture))
+
+    log_p, log_q = (special.log_softmax(x) for x in (p, q))
+    to_p = np.log1p((1 - mixture) * np.expm1(log_q - log_p))
+    to_q = np.log1p(mixture * np.expm1(log_p - log_q))
+    slopes = [
+        -mixture * np.exp(log_p) * (to_p - (np.exp(log_p) * to_p).sum()),
+        -(1 - mixture) * np.exp(log_q) * (to_q - (np.exp(log_q) * to_q).sum()),
+    ]
+    found = jax.grad(partial(F.js_from_logits, mixture=mixture), (0, 1))(
+        *(jnp.asarray(x, jnp.float32) for x in (p, q))
+    )
+    for slope, expected in zip(found, slopes, strict=True):
+        assert_close(slope, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
 def test_derivatives_in_temperature_and_mixture(x64):
     p, q = (x.astype(np.float64) for x in rows(7, 1.0, count=3))
 
@@ -278,16 +312,16 @@ def test_classes_sharded_over_devices(name, check_vma):
     logits = rows(64, 1.0, count=6)[:inputs]
     mask = np.array([True, True, False, True, False, True])
     named = partial(call, block_size=2, axis_name="rows", class_axis_name="classes")
-    value = jax.value_and_grad(partial(call, where=mask), range(inputs))
+    whole = jax.value_and_grad(lambda t, *x: call(*x, where=mask, temperature=t), range(inputs + 1))
     sharded = jax.shard_map(
-        lambda mask, *x: named(*x, where=mask),
+        lambda mask, t, *x: named(*x, where=mask, temperature=t),
         mesh=mesh,
-        in_specs=(P("rows"), *[P("rows", "classes")] * inputs),
+        in_specs=(P("rows"), P(), *[P("rows", "classes")] * inputs),
         out_specs=P(),
         check_vma=check_vma,
     )
-    desired, slopes = quick_jit(value)(*logits)
-    ours, found = quick_jit(jax.value_and_grad(sharded, range(1, inputs + 1)))(mask, *logits)
+    desired, slopes = quick_jit(whole)(1.3, *logits)
+    ours, found = quick_jit(jax.value_and_grad(sharded, range(1, inputs + 2)))(mask, 1.3, *logits)
     assert_close(ours, desired, rtol=1e-5)
     for slope, expected in zip(found, slopes, strict=True):
         assert_close(slope, expected, rtol=1e-4, atol=1e-7)
@@ -310,7 +344,8 @@ def test_normalised_entropy_of_sharded_classes():
     [
         ({"direction": "both"}, ValueError, "'forward', 'reverse', 'symmetric', got 'both'"),
         ({"reduction": "avg"}, ValueError, "'sum', 'mean', 'none', got 'avg'"),
-        ({"block_size": 0}, ValueError, "block_size must be at least 1, got 0"),
+        ({"block_size": 0}, ValueError, "block_size must be an integer of at least 1, got 0"),
+        ({"block_size": 2.0}, ValueError, "block_size must be an integer of at least 1, got 2.0"),
         ({"temperature": 0.0}, ValueError, "temperature must be above 0, got 0.0"),
         ({"temperature": -1}, ValueError, "temperature must be above 0, got -1"),
         ({"temperature": np.ones(3)}, ValueError, r"temperature must broadcast to shape \(2,\)"),
@@ -327,6 +362,24 @@ def test_shapes_that_differ():
     for function in (F.kl_from_logits, F.js_from_logits):
         with pytest.raises(ValueError, match=r"\(2, 4\) and \(2, 5\)"):
             function(jnp.zeros((2, 4)), jnp.zeros((2, 5)))
+
+
+def test_inputs_without_classes():
+    with pytest.raises(TypeError, match="logits_q must be an array, got a NoneType"):
+        F.kl_from_logits(jnp.zeros((2, 4)), None)
+    with pytest.raises(ValueError, match=r"logits needs classes on its last axis, got shape \(\)"):
+        F.entropy_from_logits(jnp.zeros(()))
+    with pytest.raises(ValueError, match=r"got shape \(2, 0\)"):
+        F.js_from_logits(jnp.zeros((2, 0)), jnp.zeros((2, 0)))
+
+
+@pytest.mark.parametrize("mixture", [-1, 1.5, math.nan])
+def test_a_mixture_out_of_range(mixture):
+    x = jnp.zeros((2, 4))
+    for function in (F.js_from_logits, F.js_divergence):
+        with pytest.raises(ValueError, match=r"mixture must be in \[0, 1\]"):
+            function(x, x, mixture=mixture)
+    assert np.isnan(F.js_divergence(x, x, mixture=jnp.asarray(math.nan)))
 
 
 def test_forward_mode_is_refused():
