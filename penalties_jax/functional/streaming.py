@@ -126,8 +126,9 @@ def kl_from_logits(
     direction="reverse".
 
     Differentiable once, in reverse mode. Works on arrays sharded over positions, of which nothing
-    is gathered. On a CPU, logits that fit the last cache are no slower as `pj.kl_divergence` of
-    their `jax.nn.log_softmax`.
+    is gathered. On a CPU, gradients for both logits together may hold an array or two of their
+    size, and a few rows that fit the last cache take less time as `pj.kl_divergence` of their
+    `jax.nn.log_softmax`.
 
     Args:
         logits_p: Unnormalised log-probabilities, classes last. By convention the model.
