@@ -161,7 +161,7 @@ def test_mapped_over_models():
         assert_close(slopes[i], slope, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("argument", range(6))
+@pytest.mark.parametrize("argument", [0, 1, 5])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_mapped_over_one_argument(argument, reduction):
     """Values, and gradients whose weights come later; a kernel can't be cut into rows."""
