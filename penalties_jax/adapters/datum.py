@@ -120,7 +120,7 @@ def measure(
         target: What L1 and L2 are of: "logprobs", "probs", or ("field", name) for a field of the
             records, which has one entry for each position.
         sampled: Whether log-probabilities are those of sampled tokens: then a divergence is
-            estimated, as `objective_for` says. None for what the shape says.
+            estimated, as `penalty_for` says. None for what the shape says.
         reference_logprobs: As for `collate`.
         reference_field: As for `collate`.
         compute_reference: As for `collate`.
@@ -133,7 +133,7 @@ def measure(
     Raises:
         KeyError: If a field is not in all records.
         TypeError: If the penalty is none of those.
-        ValueError: As `collate`; if a KL has no reference; as `objective_for`.
+        ValueError: As `collate`; if a KL has no reference; as `penalty_for`.
 
     Examples:
         >>> from types import SimpleNamespace
@@ -166,7 +166,7 @@ def measure(
             )
     elif kind in ("l1", "l2"):
         names = [_name_of(target, batch)]
-    adapted = penalty_for(penalty, sampled=_is_sampled(batch, sampled))
+    adapted = penalty_for(penalty, sampled=is_sampled(batch, sampled))
     return _measure(adapted, [batch[name] for name in names], batch["mask"], kind, target)
 
 
@@ -205,7 +205,7 @@ def objective_for(objective: Objective, *, sampled: bool) -> Objective:
         penalty = penalty_for(term.penalty, sampled=sampled)
         nodes = jax.tree.leaves(penalty, is_leaf=lambda node: isinstance(node, Divergence))
         positions = sampled or any(isinstance(node, Divergence) for node in nodes)
-        where = ("mask" if positions else _entries) if term.where is None else term.where
+        where = ("mask" if positions else _mask_of_entries) if term.where is None else term.where
         return dataclasses.replace(term, penalty=penalty, where=where)
 
     terms = {name: adapt(term) for name, term in objective.terms.items()}
@@ -244,18 +244,20 @@ def _estimate(node):
     raise ValueError(f"{node!r} can't be estimated from the log-probabilities of sampled tokens")
 
 
-def _entries(outputs):
-    """The mask of positions, with the axes of the log-probabilities."""
-    mask, classes = outputs["mask"], jnp.ndim(outputs["logprobs"]) - jnp.ndim(outputs["mask"])
-    return mask.reshape(*mask.shape, *(1,) * classes)
+def _mask_of_entries(outputs):
+    return _with_axes_of(outputs["logprobs"], outputs["mask"])
+
+
+def _with_axes_of(x, mask):
+    """The mask of positions, with the axes of what is at them."""
+    return mask.reshape(*mask.shape, *(1,) * (x.ndim - mask.ndim))
 
 
 @partial(jax.jit, static_argnames=("kind", "target"))
 def _measure(penalty, inputs, mask, kind, target):
     if target == "probs" and kind in ("l1", "l2"):
         inputs = [jnp.exp(x) for x in inputs]
-    each = not isinstance(penalty, Divergence)
-    where = mask.reshape(*mask.shape, *(1,) * (inputs[0].ndim - mask.ndim)) if each else mask
+    where = mask if isinstance(penalty, Divergence) else _with_axes_of(inputs[0], mask)
     value = penalty(*inputs, where=where)
     values = dataclasses.replace(penalty, reduction="none")(*inputs, where=where)
     total, included = jnp.sum(values), jnp.broadcast_to(where, values.shape)
@@ -283,7 +285,8 @@ def _name_of(target, batch):
     return name
 
 
-def _is_sampled(batch, sampled):
+def is_sampled(batch: Mapping[str, Any], sampled: bool | None) -> bool:
+    """Whether a batch has log-probabilities of sampled tokens; None for what their shape says."""
     return batch["logprobs"].ndim == 2 if sampled is None else sampled
 
 
@@ -309,14 +312,14 @@ def _field(records, name):
 
 
 def _arrays(name, records, values):
-    arrays = [to_numpy(x) for x in values]
+    arrays = [_to_numpy(x) for x in values]
     if len(arrays) != len(records):
         raise ValueError(f"{len(records)} records, but {name} of {len(arrays)}")
     return arrays
 
 
-def to_numpy(x: Any) -> np.ndarray:
-    """An array on the host, with 32-bit numbers, of one of the kinds that a `Record` may hold."""
+def _to_numpy(x):
+    """On the host, with 32-bit numbers, of one of the kinds of array that a `Record` may hold."""
     if hasattr(x, "to_numpy"):
         x = x.to_numpy()
     elif hasattr(x, "detach"):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from penalties_jax.adapters.datum import Record, collate, objective_for
+from penalties_jax.adapters.datum import Record, collate, is_sampled, objective_for
 from penalties_jax.objective import Objective
 
 SHORTEST = 16
@@ -69,9 +69,7 @@ def as_loss(
             rows=_bucket(len(data), 1),
             length=_bucket(max(map(len, logprobs_list), default=1), SHORTEST),
         )
-        adapted = objective_for(
-            objective, sampled=batch["logprobs"].ndim == 2 if sampled is None else sampled
-        )
+        adapted = objective_for(objective, sampled=is_sampled(batch, sampled))
         (total, metrics), gradient = _value_and_gradient(adapted, batch, step)
         gradients = [gradient[i, : len(x)] for i, x in enumerate(logprobs_list)]
         return (
