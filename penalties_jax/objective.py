@@ -20,7 +20,7 @@ Metrics = dict[str, Float[Array, ""]]
 
 @pytree
 class Term(Pytree):
-    """A penalty, what it is applied to, and its weight.
+    """A penalty $f$, what it is applied to, and its weight $w$: $w f(x)$ is its share of a total.
 
     Attributes:
         penalty: The penalty: a config.
@@ -31,6 +31,10 @@ class Term(Pytree):
             the term adds exactly 0, whatever its value.
         enabled: False or 0 for a term that counts as one of weight 0; it keeps its weight, and
             its value is still reported.
+
+    Raises:
+        TypeError: If `penalty` is not a config.
+        ValueError: In an objective's call, if the value or the weight is not of shape [].
 
     Examples:
         >>> import penalties_jax as pj
@@ -73,14 +77,19 @@ class Term(Pytree):
 
 @pytree
 class Objective(Pytree):
-    """A loss and named penalty terms on the outputs of a model.
+    r"""A loss and named penalty terms on the outputs of a model: $L + \sum_k w_k f_k$.
 
+    The loss, each term and the total are scalars; what they pick from the outputs has any shape.
     A pytree: as an argument of a jitted step its numbers may change without a new compilation, and
     a stack of objectives (`pj.stack`) can be mapped over.
 
     Attributes:
         loss: A function from the outputs to a scalar, or None for none.
         terms: The penalty terms by name. "loss", "total" and names with a "/" are taken.
+
+    Raises:
+        TypeError: If a term is not a `pj.Term`.
+        ValueError: If a name is one that is taken.
 
     Examples:
         >>> import jax, jax.numpy as jnp

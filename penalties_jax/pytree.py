@@ -219,7 +219,7 @@ def stack(configs: Sequence[Tree]) -> Tree:
         configs: At least one config, schedule, term or objective, all with the same options.
 
     Returns:
-        One of the same type, whose leaves have a new leading axis.
+        One of the same type, whose leaves have a new leading axis: n numbers become an array [n].
 
     Raises:
         ValueError: If there is none, or if two differ in type or in an option, which is named.

@@ -142,14 +142,14 @@ def anneal_fraction(
     end_frac: float = 1.0,
     shape: Shape = "linear",
 ) -> Anneal:
-    """`anneal` between two fractions of training.
+    r"""`anneal` between two fractions of training, from step $a N$ to step $b N$ of $N$.
 
     Args:
         init: The value before.
         final: The value after; None means that it stays `init`.
-        total_steps: The number of steps in training.
-        start_frac: The fraction at which it starts to move, in [0, 1].
-        end_frac: The fraction from which it is `final`, in [0, 1].
+        total_steps: The $N$, the number of steps in training.
+        start_frac: The $a$, at which it starts to move, in [0, 1].
+        end_frac: The $b$, from which it is `final`, in [0, 1].
         shape: As in `anneal`.
 
     Returns:
@@ -157,6 +157,9 @@ def anneal_fraction(
 
     Raises:
         ValueError: If `total_steps` is below 1, a fraction is outside [0, 1], or as in `anneal`.
+
+    References:
+        Zhu & Gupta (2017), To prune, or not to prune, for the cubic shape.
 
     Examples:
         >>> import penalties_jax as pj
@@ -176,7 +179,13 @@ def anneal_fraction(
 
 
 class SparsityControl(NamedTuple):
-    """What a controller asks for: a target rate of skipped work, and the weight of its loss.
+    """What a controller asks for: a target $t$ for the rate of skipped work, its weight $w$.
+
+    Attributes:
+        target: The $t$, of shape [], or [n] of a controller with arrays for n layers.
+        weight: The $w$, of the same shape.
+
+    It raises nothing itself.
 
     Examples:
         >>> import penalties_jax as pj
@@ -285,6 +294,9 @@ class AdaptiveSparsityScheduler(Controller):
 
     Raises:
         ValueError: If a number is out of range, `schedule_type` is unknown, or as `pj.anneal`.
+
+    References:
+        Zhu & Gupta (2017), To prune, or not to prune, for a target that rises by a cubic schedule.
 
     Examples:
         >>> import penalties_jax as pj

@@ -67,7 +67,10 @@ def from_dict(data: dict[str, Any]) -> Any:
 
 
 def to_json(config: Pytree) -> str:
-    """A config as JSON; raises what `to_dict` raises.
+    """A config as JSON, by `to_dict`.
+
+    Raises:
+        TypeError: As `to_dict`.
 
     Examples:
         >>> import penalties_jax as pj
@@ -78,7 +81,10 @@ def to_json(config: Pytree) -> str:
 
 
 def from_json(text: str) -> Any:
-    """The config that `to_json` was given; raises what `from_dict` raises.
+    """The config that `to_json` was given.
+
+    Raises:
+        TypeError, ValueError: As `from_dict`, or if the text is not JSON.
 
     Examples:
         >>> import penalties_jax as pj
@@ -89,7 +95,11 @@ def from_json(text: str) -> Any:
 
 
 def to_yaml(config: Pytree) -> str:
-    """A config as YAML (needs PyYAML, of the extra `recipes`); raises what `to_dict` raises.
+    """A config as YAML, by `to_dict`; needs PyYAML, of the extra `recipes`.
+
+    Raises:
+        TypeError: As `to_dict`.
+        ModuleNotFoundError: Without PyYAML.
 
     Examples:
         >>> import penalties_jax as pj
@@ -102,7 +112,12 @@ def to_yaml(config: Pytree) -> str:
 
 
 def from_yaml(text: str) -> Any:
-    """The config that `to_yaml` was given; raises what `from_dict` raises.
+    """The config that `to_yaml` was given.
+
+    Raises:
+        TypeError, ValueError: As `from_dict`.
+        yaml.YAMLError: If the text is not YAML.
+        ModuleNotFoundError: Without PyYAML.
 
     Examples:
         >>> import penalties_jax as pj

@@ -266,7 +266,19 @@ class Separable(Weighted):
 
 @pytree
 class L1(Separable):
-    """The L1 norm, `pj.l1`.
+    r"""The L1 norm, $\sum_i w_i |x_i|$: `pj.l1` as a config.
+
+    Of an array of any shape, or of every array of a pytree. `prox` soft-thresholds.
+
+    Attributes:
+        weights, reduction, axis_name: As of `pj.l1`; `weights` may be a pytree like the input.
+
+    Raises:
+        ValueError: If a plain number is out of its range, or an option is unknown.
+
+    References:
+        Tibshirani (1996), Regression shrinkage and selection via the lasso. Zou (2006), The
+        adaptive lasso and its oracle properties.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -287,7 +299,22 @@ class L1(Separable):
 
 @pytree
 class L2(Separable):
-    """The squared L2 norm, `pj.l2`, about `center`, clipped at `clip`.
+    r"""The squared L2 norm, $\sum_i w_i (x_i - c_i)^2$: `pj.l2` as a config.
+
+    Of an array of any shape, or of every array of a pytree. `prox` shrinks towards the center,
+    unless that is "mean" or the distance is clipped.
+
+    Attributes:
+        center: The $c$: None for 0, a number, an array, a pytree like the input, or "mean" for that
+            of each array.
+        clip: Bound on $|x_i - c_i|$, above 0, or None.
+        weights, reduction, axis_name: As of `pj.l2`; `weights` may be a pytree like the input.
+
+    Raises:
+        ValueError: If a plain number is out of its range, or an option is unknown.
+
+    References:
+        Hoerl & Kennard (1970), Ridge regression: biased estimation for nonorthogonal problems.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -316,7 +343,20 @@ class L2(Separable):
 
 @pytree
 class ElasticNet(Separable):
-    """The elastic net, `pj.elastic_net`.
+    r"""The elastic net, $\sum_i w_i (a |x_i| + (1 - a) x_i^2)$: `pj.elastic_net` as a config.
+
+    Of an array of any shape, or of every array of a pytree. It has a `prox`.
+
+    Attributes:
+        l1_ratio: The $a$, in [0, 1].
+        weights, reduction, axis_name: As of `pj.elastic_net`; `weights` may be a pytree like the
+            input.
+
+    Raises:
+        ValueError: If a plain number is out of its range, or an option is unknown.
+
+    References:
+        Zou & Hastie (2005), Regularization and variable selection via the elastic net.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -336,7 +376,21 @@ class ElasticNet(Separable):
 
 @pytree
 class Lp(Separable):
-    """The L_p penalty, `pj.lp`.
+    r"""The L_p penalty, $\sum_i w_i (|x_i| + \epsilon)^p$: `pj.lp` as a config.
+
+    Of an array of any shape, or of every array of a pytree. It has no proximal operator in closed
+    form.
+
+    Attributes:
+        p: The power, above 0; below 1 the penalty is not convex.
+        eps: The $\epsilon$, at least 0.
+        weights, reduction, axis_name: As of `pj.lp`; `weights` may be a pytree like the input.
+
+    Raises:
+        ValueError: If a plain number is out of its range, or an option is unknown.
+
+    References:
+        Frank & Friedman (1993), A statistical view of some chemometrics regression tools.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -355,7 +409,23 @@ class Lp(Separable):
 
 @pytree
 class SmoothL0(Separable):
-    """Smooth L0 (Geman-McClure), `pj.smooth_l0`.
+    r"""Smooth L0 (Geman-McClure), $\sum_i w_i\, x_i^2 / (x_i^2 + \gamma^2)$.
+
+    The config of `pj.smooth_l0`. Of an array of any shape, or of every array of a pytree. It has no
+    proximal operator in closed form.
+
+    Attributes:
+        gamma: The $\gamma$, above 0, in the units of `x`: where a value counts half.
+        normalize_at_one: Whether to multiply by $1 + \gamma^2$, so that a value of 1 counts 1.
+        weights, reduction, axis_name: As of `pj.smooth_l0`; `weights` may be a pytree like the
+            input.
+
+    Raises:
+        ValueError: If a plain number is out of its range, or an option is unknown.
+
+    References:
+        Geman & McClure (1985), Bayesian image analysis: an application to single photon emission
+        tomography.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -379,7 +449,19 @@ class SmoothL0(Separable):
 
 @pytree
 class LogSum(Separable):
-    """The log-sum penalty, `pj.log_sum`.
+    r"""The log-sum penalty, $\sum_i w_i \ln(1 + |x_i| / \epsilon)$: `pj.log_sum` as a config.
+
+    Of an array of any shape, or of every array of a pytree. It has no proximal operator here.
+
+    Attributes:
+        eps: The $\epsilon$, above 0, in the units of `x`.
+        weights, reduction, axis_name: As of `pj.log_sum`; `weights` may be a pytree like the input.
+
+    Raises:
+        ValueError: If a plain number is out of its range, or an option is unknown.
+
+    References:
+        Candès, Wakin & Boyd (2008), Enhancing sparsity by reweighted l1 minimization.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -396,7 +478,20 @@ class LogSum(Separable):
 
 @pytree
 class Huber(Separable):
-    """The Huber penalty, `pj.huber`.
+    r"""The Huber penalty: `pj.huber` as a config.
+
+    $x_i^2 / 2$ where $|x_i| \le \delta$, else $\delta (|x_i| - \delta / 2)$, summed. Of an array of
+    any shape, or of every array of a pytree. It has a `prox`.
+
+    Attributes:
+        delta: The $\delta$, above 0, in the units of `x`.
+        weights, reduction, axis_name: As of `pj.huber`; `weights` may be a pytree like the input.
+
+    Raises:
+        ValueError: If a plain number is out of its range, or an option is unknown.
+
+    References:
+        Huber (1964), Robust estimation of a location parameter.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -416,7 +511,21 @@ class Huber(Separable):
 
 @pytree
 class GroupLasso(Weighted):
-    """The group lasso, `pj.group_lasso`, on each array by itself.
+    r"""The group lasso, $\sum_g w_g \lVert x_g \rVert_2$: `pj.group_lasso` as a config.
+
+    A group is what an array [...] holds along `axis`. Of one array or of every array of a pytree,
+    each by itself. `prox` shrinks a group's norm.
+
+    Attributes:
+        axis: The axis or axes of a group: 0 for the columns of a kernel [in, out].
+        weights, reduction, axis_name: As of `pj.group_lasso`; `weights` may be a pytree like the
+            input.
+
+    Raises:
+        ValueError: If a plain number is out of its range, or an option is unknown.
+
+    References:
+        Yuan & Lin (2006), Model selection and estimation in regression with grouped variables.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -472,10 +581,23 @@ class Divergence(Reduced):
 
 @pytree
 class KLDivergence(Divergence):
-    """The Kullback-Leibler divergence of two log-probabilities, `pj.kl_divergence`.
+    r"""KL(P||Q), $\sum_c p_c (\log p_c - \log q_c)$: `pj.kl_divergence` as a config.
 
-    With inputs="logits" it is `pj.kl_from_logits`, for which the temperature, the block size and
-    the name of the class axis are.
+    Of two arrays of log-probabilities [..., C], or two pytrees of them; a mask has the shape of the
+    positions [...]. P, the first, is the model.
+
+    Attributes:
+        direction: "forward" is KL(P||Q), "reverse" KL(Q||P), "symmetric" their mean.
+        inputs: "logprobs", or "logits" for `pj.kl_from_logits`: streamed, block by block.
+        temperature, block_size, class_axis_name: As of `pj.kl_from_logits`, and for logits only.
+        axis, reduction, axis_name: As of `pj.kl_divergence`.
+
+    Raises:
+        ValueError: If an option is unknown, a plain number is out of its range, or an option of
+            logits is given for log-probabilities.
+
+    References:
+        Kullback & Leibler (1951), On information and sufficiency.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -501,9 +623,23 @@ class KLDivergence(Divergence):
 
 @pytree
 class JSDivergence(Divergence):
-    """The Jensen-Shannon divergence of two log-probabilities, `pj.js_divergence`.
+    r"""Jensen-Shannon, $b\,\mathrm{KL}(P \| M) + (1 - b)\,\mathrm{KL}(Q \| M)$.
 
-    With inputs="logits" it is `pj.js_from_logits`.
+    The config of `pj.js_divergence`. With $M = b P + (1 - b) Q$. Of two arrays of log-probabilities
+    [..., C], or two pytrees of them; a mask has the shape of the positions [...].
+
+    Attributes:
+        mixture: The $b$, in [0, 1]; 0.5 is the usual divergence.
+        inputs: "logprobs", or "logits" for `pj.js_from_logits`: streamed, block by block.
+        temperature, block_size, class_axis_name: As of `pj.js_from_logits`, and for logits only.
+        axis, reduction, axis_name: As of `pj.js_divergence`.
+
+    Raises:
+        ValueError: If an option is unknown, a plain number is out of its range, or an option of
+            logits is given for log-probabilities.
+
+    References:
+        Lin (1991), Divergence measures based on the Shannon entropy.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -527,9 +663,26 @@ class JSDivergence(Divergence):
 
 @pytree
 class Entropy(Divergence):
-    """The entropy of log-probabilities, `pj.entropy`: +H to sharpen, -H with `maximize`.
+    r"""Shannon's entropy in nats, $H = -\sum_c \pi_c \log \pi_c$: `pj.entropy` as a config.
 
-    With inputs="logits" it is `pj.entropy_from_logits`.
+    With $\pi = \operatorname{softmax}(\log p / T)$. Of log-probabilities [..., C], or a pytree of
+    them; a mask has the shape of the positions [...]. As a term of a loss it sharpens; with
+    `maximize` it is $-H$.
+
+    Attributes:
+        temperature: The $T$, above 0.
+        maximize: Whether it is $-H$, whose minimum is the uniform distribution.
+        normalize: Whether to divide by $\ln C$.
+        inputs: "logprobs", or "logits" for `pj.entropy_from_logits`: streamed, block by block.
+        block_size, class_axis_name: As of `pj.entropy_from_logits`, and for logits only.
+        axis, reduction, axis_name: As of `pj.entropy`.
+
+    Raises:
+        ValueError: If an option is unknown, a plain number is out of its range, or an option of
+            logits is given for log-probabilities.
+
+    References:
+        Shannon (1948), A mathematical theory of communication.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -564,7 +717,20 @@ class Entropy(Divergence):
 
 @pytree
 class KLEstimate(Reduced):
-    """An estimate of a KL divergence from sampled tokens, `pj.kl_estimate`.
+    r"""KL(P||Q) estimated from sampled tokens: `pj.kl_estimate` as a config.
+
+    With $r = \log q - \log p$ of each token, drawn from P: k1 is $-r$, k2 is $r^2 / 2$ and k3 is
+    $e^r - 1 - r$. Of two arrays of the tokens' log-probabilities, of any shape, or two pytrees.
+
+    Attributes:
+        estimator: "k1", "k2" or "k3".
+        reduction, axis_name: As of `pj.kl_estimate`, which also says what the gradients are of.
+
+    Raises:
+        ValueError: If an option is unknown.
+
+    References:
+        Schulman (2020), Approximating KL divergence.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -585,7 +751,20 @@ class KLEstimate(Reduced):
 
 @pytree
 class Consistency(Reduced):
-    """How far two outputs for the same input differ, `pj.consistency`.
+    """How far two outputs for one input differ, such as the mean of $(a - b)^2$.
+
+    The config of `pj.consistency`. Of two arrays of one shape [...], or two pytrees of them;
+    "cosine" and "kl" compare along the last axis.
+
+    Attributes:
+        metric: "mse", "l1", "cosine" or "kl".
+        reduction, axis_name: As of `pj.consistency`.
+
+    Raises:
+        ValueError: If an option is unknown.
+
+    References:
+        Laine & Aila (2017), Temporal ensembling for semi-supervised learning.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -605,10 +784,25 @@ class Consistency(Reduced):
 
 @pytree
 class SparsityTarget(Reduced):
-    """How far rates of skipped work are from a target, `pj.sparsity_target_loss`.
+    """How far rates $s$ of skipped work are from a target $t$, such as $(s - t)^2$.
 
-    Takes rates or, with `from_mask`, the masks of which it takes one rate an array: of the whole
-    array, or along `axis`. `where` then says which entries of a mask exist.
+    The config of `pj.sparsity_target_loss`. Takes rates of any shape or, with `from_mask`, masks
+    [...] of which it takes one rate an array: of the whole array, or along `axis`. `where` then
+    says which entries of a mask exist.
+
+    Attributes:
+        target: The $t$, in [0, 1].
+        kind: "l2", "l1", "kl", "huber" or its alias "adaptive".
+        delta: That of "huber", above 0.
+        from_mask: Whether inputs are masks: 1 is computed, 0 is skipped.
+        axis: With `from_mask`, the axes that a rate runs over; all if None.
+        reduction, axis_name: As of `pj.sparsity_target_loss`.
+
+    Raises:
+        ValueError: If a plain number is out of its range, or an option is unknown.
+
+    References:
+        Huber (1964), Robust estimation of a location parameter.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -653,10 +847,23 @@ def _any_included(x, where, axis, axis_name):
 
 @pytree
 class ImportanceMinimality(Penalty):
-    """How many components are used, and how often each, `pj.importance_minimality`.
+    r"""How many components are used and how often, $\sum_j f_j + \beta f_j \log_2(1 + S_j)$.
 
-    Takes a pytree of importances [..., C], one array a site. Its value is the total; `parts` has
-    the rest.
+    The config of `pj.importance_minimality`. Takes a pytree of importances [..., C], one array a
+    site. Its value is the total; `parts` has the rest.
+
+    Attributes:
+        penalty: That of each value: a config that has `elementwise`, or a function.
+        beta: The $\beta$, at least 0.
+        reference_count: What $S_j$ is rescaled to, at least 1, or None.
+        axis_name: As of `pj.importance_minimality`.
+
+    Raises:
+        TypeError: If `penalty` is neither a config nor a function.
+        ValueError: If a plain number is out of its range, or an option is unknown.
+
+    References:
+        Bushnaq, Braun & Sharkey (2025), Stochastic parameter decomposition.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -721,7 +928,22 @@ class ImportanceMinimality(Penalty):
 
 @pytree
 class Orthogonality(Penalty):
-    """How far the rows of each array are from orthogonal, `pj.orthogonality`, summed.
+    r"""How far rows are from orthogonal, such as $\sum_{i \ne j} G_{ij}^2$ of their Gram matrix.
+
+    The config of `pj.orthogonality`. Of one array [n, d] or [batch, seq, vocab], or of every array
+    of a pytree, summed.
+
+    Attributes:
+        mode: "soft", "hard" or "spectral".
+        normalize: Whether rows are scaled to norm 1 first.
+        axis: What a row is, of an array with three axes.
+
+    Raises:
+        ValueError: If an option is unknown; in a call, if there is a `where`.
+
+    References:
+        Brock et al. (2017), Neural photo editing with introspective adversarial networks. Bansal,
+        Chen & Wang (2018), Can we gain more from orthogonality regularizations?
 
     Examples:
         >>> import jax.numpy as jnp

@@ -33,7 +33,7 @@ def add_penalty(
 
     Args:
         penalty: A config. Its schedules, and that of `weight`, see the number of optimiser steps.
-        weight: The $w$: a number, an array or a schedule.
+        weight: The $w$: a number, a scalar array of shape [] or a schedule.
         mask: A pytree of booleans like the parameters, or a function that returns one from them;
             as in optax, parameters under False are left alone.
 
@@ -44,6 +44,9 @@ def add_penalty(
     Raises:
         TypeError: If `penalty` is not a config.
         ValueError: In `update`, if it is called without parameters.
+
+    References:
+        Loshchilov & Hutter (2019), Decoupled weight decay regularization.
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -82,7 +85,7 @@ def proximal(
     Args:
         penalty: A config that has a proximal operator.
         learning_rate: The $\eta$ of the step before: a number or a schedule.
-        weight: The $w$: a number, an array or a schedule.
+        weight: The $w$: a number, a scalar array of shape [] or a schedule.
         mask: As in `add_penalty`.
 
     Returns:

@@ -23,7 +23,15 @@ Target = Literal["logprobs", "probs"] | tuple[Literal["field"], str]
 
 
 class Record(Protocol):
-    """What a batch is made of."""
+    """What a batch is made of: anything with arrays by name, each [T] or [T, C].
+
+    It raises nothing itself.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> import numpy as np
+        >>> record = SimpleNamespace(loss_fn_inputs={"logprobs": np.array([-1.0, -0.5])})
+    """
 
     @property
     def loss_fn_inputs(self) -> Mapping[str, Any]:
@@ -110,7 +118,7 @@ def measure(
     reference_field: str | None = None,
     compute_reference: Callable[[Sequence[Record]], Sequence[Any]] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """A penalty on a batch of records, and what is usually logged of it.
+    r"""A penalty on a batch of records, and what is usually logged of it.
 
     Args:
         penalty: `pj.L1()`, `pj.L2()`, `pj.KLDivergence()`, `pj.KLEstimate()` or `pj.Entropy()`. The
@@ -126,9 +134,10 @@ def measure(
         compute_reference: As for `collate`.
 
     Returns:
-        The value by the penalty's own reduction, and a flat dict: of L1 "l1_raw" (the sum) and
-        "l1_mean"; of L2 "l2_raw", "l2_mean" and "l2_max"; of a KL "kl_divergence" (the mean over
-        positions), "kl_max" and "kl_min"; of an entropy "entropy", its mean.
+        The value by the penalty's own reduction, of shape [], and a flat dict of scalars: of L1
+        "l1_raw" (the sum, $\sum_i |x_i|$) and "l1_mean"; of L2 "l2_raw" ($\sum_i x_i^2$),
+        "l2_mean" and "l2_max"; of a KL "kl_divergence" (the mean over positions), "kl_max" and
+        "kl_min"; of an entropy "entropy", its mean.
 
     Raises:
         KeyError: If a field is not in all records.
@@ -171,18 +180,23 @@ def measure(
 
 
 def penalty_for(penalty: Any, *, sampled: bool) -> Any:
-    """The penalty that estimates a divergence from sampled tokens; others as they are.
+    r"""The penalty that estimates a divergence from sampled tokens; others as they are.
 
     Args:
         penalty: A penalty, or a sum of some.
         sampled: Whether log-probabilities are those of sampled tokens, [..., T]: then
-            `pj.KLDivergence()` becomes `pj.KLEstimate()`, and `pj.Entropy()` the mean of -log p,
+            `pj.KLDivergence()` becomes `pj.KLEstimate()`, and `pj.Entropy()` the mean of $-\log p$,
             which estimates it. As estimates they are to be read: their gradients at fixed tokens
             are not those of the divergence (`pj.kl_estimate`).
 
     Raises:
         ValueError: For a divergence that such tokens don't tell: a reverse, symmetric or
             Jensen-Shannon one, one with a temperature, or one from logits.
+
+    Examples:
+        >>> import penalties_jax as pj
+        >>> type(pj.adapters.datum.penalty_for(pj.KLDivergence(), sampled=True)).__name__
+        'KLEstimate'
     """
     if not sampled:
         return penalty
@@ -195,10 +209,16 @@ def objective_for(objective: Objective, *, sampled: bool) -> Objective:
     Args:
         objective: Its terms pick their inputs by the names that `collate` gives, and "probs". A
             term without a mask of its own gets that of the batch.
-        sampled: As for `penalty_for`.
+        sampled: As for `penalty_for`: whether log-probabilities are [..., T], not [..., T, C].
 
     Raises:
         ValueError: As `penalty_for`.
+
+    Examples:
+        >>> import penalties_jax as pj
+        >>> objective = pj.Objective(terms={"l1": pj.Term(pj.L1(), on="logprobs")})
+        >>> pj.adapters.datum.objective_for(objective, sampled=True).terms["l1"].where
+        'mask'
     """
 
     def adapt(term):
@@ -214,7 +234,20 @@ def objective_for(objective: Objective, *, sampled: bool) -> Objective:
 
 @pytree
 class SampledEntropy(Reduced):
-    """The mean of -log p of sampled tokens, which estimates an entropy; negated with `maximize`."""
+    r"""The mean of $-\log p$ of sampled tokens [..., T], which estimates an entropy.
+
+    Attributes:
+        maximize: Whether it is negated.
+
+    Raises:
+        ValueError: If `reduction` is unknown.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import penalties_jax as pj
+        >>> float(pj.adapters.datum.SampledEntropy()(jnp.array([-1.0, -2.0])))
+        1.5
+    """
 
     maximize: bool = option(default=False)
     reduction: Reduction = option(default="mean", choices=REDUCTIONS, kw_only=True)
@@ -286,7 +319,21 @@ def _name_of(target, batch):
 
 
 def is_sampled(batch: Mapping[str, Any], sampled: bool | None) -> bool:
-    """Whether a batch has log-probabilities of sampled tokens; None for what their shape says."""
+    """Whether a batch has log-probabilities of sampled tokens; None for what their shape says.
+
+    Args:
+        batch: What `collate` returned.
+        sampled: True, False, or None: then [rows, T] is sampled, [rows, T, C] has classes.
+
+    Raises:
+        KeyError: If it has no "logprobs".
+
+    Examples:
+        >>> import numpy as np
+        >>> import penalties_jax as pj
+        >>> pj.adapters.datum.is_sampled({"logprobs": np.zeros((2, 3, 50))}, None)
+        False
+    """
     return batch["logprobs"].ndim == 2 if sampled is None else sampled
 
 

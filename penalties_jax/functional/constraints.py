@@ -283,6 +283,10 @@ def output_magnitude(
         ValueError: If `where` does not broadcast to `x`, or `target` to the positions, or
             `reduction` is unknown.
 
+    References:
+        Merity, McCann & Socher (2017), Revisiting activation regularization for language RNNs, for
+        a penalty on the size of outputs; the target is ours.
+
     Examples:
         >>> import jax.numpy as jnp
         >>> import penalties_jax as pj

@@ -29,12 +29,18 @@ BASE = 2**16
 
 
 class ImportanceLoss(NamedTuple):
-    """The importance minimality loss and what it is made of, all scalars.
+    r"""The importance minimality loss and what it is made of, all of shape [].
 
     Attributes:
-        total: `sparsity + beta * frequency`.
-        sparsity: The sum over components of their mean penalty, comparable between values of beta.
-        frequency: The sum over components of mean penalty times log2(1 + summed penalty).
+        total: The sparsity plus $\beta$ times the frequency.
+        sparsity: $\sum_j f_j$, the sum over components of their mean penalty; comparable between
+            values of $\beta$.
+        frequency: $\sum_j f_j \log_2(1 + S_j)$, with the penalty of a component summed in $S_j$.
+
+    It raises nothing itself.
+
+    References:
+        Bushnaq, Braun & Sharkey (2025), Stochastic parameter decomposition.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -81,6 +87,9 @@ class ImportanceStats(NamedTuple):
         sums: The $S_j$ of each site, of shape [C], in a pytree like the importances.
         residuals: What rounding has taken from them.
         counts: The number of positions of each site.
+
+    Raises:
+        ValueError: In its methods, if two that are merged are of different sites.
 
     References:
         Neumaier (1974), Rundungsfehleranalyse einiger Verfahren zur Summation endlicher Summen.
@@ -296,8 +305,9 @@ def importance_metrics(
     where: PyTree[Bool[Array, "..."]] | None = None,
     axis_name: AxisName | None = None,
 ) -> dict[str, Float[Array, ""]]:
-    """What to log of importances: every penalty's loss, CI-L0 and the share of dead components.
+    r"""What to log of importances: every penalty's loss, CI-L0 and the share of dead components.
 
+    CI-L0 at a threshold $t$ is $\sum_j [c_{ij} > t]$, averaged over the positions $i$.
     A run that is driven by one penalty so also logs the others', on the same importances.
 
     Args:

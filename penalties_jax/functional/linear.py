@@ -61,12 +61,19 @@ class Head(NamedTuple):
 
 
 class DistillationLoss(NamedTuple):
-    """What `linear_distillation` returns: only the total has a gradient.
+    r"""What `linear_distillation` returns: only the total has a gradient.
+
+    Each is of shape [], or has that of the positions with reduction="none".
 
     Attributes:
-        total: The sum of both parts by their weights.
-        cross_entropy: The first part, unweighted, for the log.
-        kl: The second.
+        total: $w_{\mathrm{ce}}\,\mathrm{CE} + w_{\mathrm{kl}}\,\mathrm{KL}$.
+        cross_entropy: The CE, unweighted, for the log.
+        kl: The KL, likewise.
+
+    It raises nothing itself.
+
+    References:
+        Hinton, Vinyals & Dean (2015), Distilling the knowledge in a neural network.
 
     Examples:
         >>> import jax.numpy as jnp

@@ -174,8 +174,8 @@ def balanced_loss(
     r"""The weighted sum of an accuracy and a sparsity loss, $w_a L_a + w_s L_s$, and its parts.
 
     Args:
-        accuracy_loss: The $L_a$, a scalar in any unit.
-        sparsity_loss: The $L_s$, such as that of `sparsity_target_loss`.
+        accuracy_loss: The $L_a$, of shape [], in any unit.
+        sparsity_loss: The $L_s$, of shape [], such as that of `sparsity_target_loss`.
         accuracy_weight: The $w_a$, at least 0. At weight 0 a loss adds exactly 0, whatever it is.
         sparsity_weight: The $w_s$, at least 0; usually 0.001 to 0.01.
 

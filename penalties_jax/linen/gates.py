@@ -12,13 +12,14 @@ from penalties_jax.terms import SparsityTarget
 
 
 class SparsityGate(nn.Module):
-    """A gate for each position, learned, whose rate of closed gates is pulled to a target.
+    r"""A gate for each position, learned, whose rate of closed gates is pulled to a target.
 
     An importance predictor (linear d to d/2, ReLU, linear to 1) gives logits, and
     `pj.logistic_gate` hard gates: with noise from the stream "gate", or without. Each call in
     training records `weight * pj.SparsityTarget(target, kind)` of its gates for
-    `collect_penalties`. Multiply what is to be skipped by the gate, so that the predictor also
-    learns which positions matter.
+    `collect_penalties`. With gates $m$ of shape [...] that is
+    $w \, \ell(1 - \operatorname{mean}(m), t)$. Multiply what is to be skipped by the gate, so that
+    the predictor also learns which positions matter.
 
     With noise the rate of training is the mean probability of a closed gate; without noise a gate
     is closed where that is above 1/2. The two agree once probabilities are near 0 or 1.
@@ -33,6 +34,10 @@ class SparsityGate(nn.Module):
     Raises:
         ValueError: If a number is out of range or `kind` is unknown.
         TypeError: If one is not a Python number.
+
+    References:
+        Bengio, Léonard & Courville (2013), Estimating or propagating gradients through stochastic
+        neurons for conditional computation.
 
     Examples:
         >>> import jax, jax.numpy as jnp

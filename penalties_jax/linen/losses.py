@@ -33,10 +33,16 @@ def record(module: nn.Module, penalty: Callable[[], Float[Array, ""]]) -> None:
 
 
 class Loss(nn.Module):
-    """An objective that keeps the step for its schedules, in the collection "schedule".
+    r"""An objective, $L + \sum_k w_k f_k$, that keeps the step for its schedules.
+
+    The step is in the collection "schedule".
 
     Attributes:
-        objective: A `pj.Objective` whose numbers are Python numbers.
+        objective: A `pj.Objective` whose numbers are Python numbers. Its value is of shape [].
+
+    Raises:
+        TypeError: If a number is an array.
+        KeyError, ValueError: In a call, as the objective.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -83,15 +89,20 @@ class Loss(nn.Module):
 
 
 class ActivityPenalty(nn.Module):
-    """The identity, which records a penalty on what passes through.
+    """The identity, which records a penalty $w f(x)$ on what passes through, of any shape.
 
     It is recorded, in the collection "penalties", when that is mutable, as in training:
     `model.apply(variables, x, mutable=["penalties"])`. `collect_penalties` sums it. Under
     `nn.scan` the collection needs an axis: `variable_axes={"params": 0, "penalties": 0}`.
 
     Attributes:
-        penalty: A config whose numbers are Python numbers.
-        weight: What the penalty is multiplied with: a number or a schedule.
+        penalty: The $f$: a config whose numbers are Python numbers.
+        weight: The $w$: a number or a schedule.
+
+    Raises:
+        TypeError: If a number is an array; in a call, if a hyperparameter is a schedule and there
+            is no `step`.
+        ValueError: In a call, as the penalty.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -134,7 +145,7 @@ class ActivityPenalty(nn.Module):
 
 
 def collect_penalties(variables: Mapping[str, Any]) -> tuple[Float[Array, ""], dict[str, Any]]:
-    """Sums what modules have recorded, and clears it.
+    r"""Sums what modules have recorded, $\sum w f(x)$, and clears it.
 
     Called inside the function that is differentiated, on the mutated variables that `apply`
     returns. Layers that a scan or a vmap has stacked count one by one, and a layer that is called
@@ -144,7 +155,8 @@ def collect_penalties(variables: Mapping[str, Any]) -> tuple[Float[Array, ""], d
         variables: Collections by name, with or without "penalties".
 
     Returns:
-        A scalar, 0 if nothing was recorded, and the other collections, for the next step.
+        A scalar, of shape [], 0 if nothing was recorded; and the other collections, for the next
+        step. It raises nothing itself.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -164,7 +176,7 @@ def param_penalty(
     penalty: Penalty,
     filter: Callable[[Any, Array], bool] = lambda path, value: True,
 ) -> Float[Array, ""]:
-    """A penalty on the parameters that a filter selects.
+    r"""A penalty on the parameters $\theta_S$ that a filter selects: $f(\theta_S)$.
 
     Args:
         params: A tree of parameters, `variables["params"]`.
@@ -172,7 +184,7 @@ def param_penalty(
         filter: From the path of a parameter, a tuple of names, and its value to whether it counts.
 
     Returns:
-        A scalar.
+        A scalar, of shape [].
 
     Raises:
         ValueError: If the filter selects nothing, or as the penalty.

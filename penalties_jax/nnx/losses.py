@@ -17,7 +17,22 @@ Tree = TypeVar("Tree")
 
 
 class Penalty(nnx.Variable[Float[Array, "..."]]):
-    """What a module has recorded since it was last collected."""
+    r"""What a module has recorded since it was last collected: $\sum w f(x)$ over its calls.
+
+    Of shape [], or [layers] for modules that a scan or a vmap has stacked. An optimizer that is
+    made with `wrt=nnx.Param` leaves it alone.
+
+    It raises nothing itself.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import penalties_jax as pj
+        >>> penalised = pj.nnx.ActivityPenalty(pj.L1())
+        >>> _ = penalised(jnp.array([1.0, -3.0]))
+        >>> float(nnx.state(penalised, pj.nnx.Penalty)["recorded"][...])
+        4.0
+    """
 
 
 class Step(nnx.Variable[Array]):
@@ -30,10 +45,13 @@ def as_data(config: Tree) -> Tree:
 
 
 class Loss(nnx.Module):
-    """An objective that keeps the step for its schedules.
+    r"""An objective, $L + \sum_k w_k f_k$, that keeps the step for its schedules.
 
     Args:
-        objective: A `pj.Objective`.
+        objective: A `pj.Objective`, whose value is of shape [].
+
+    Raises:
+        KeyError, TypeError, ValueError: In a call, as the objective.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -74,14 +92,18 @@ class Loss(nnx.Module):
 
 
 class ActivityPenalty(nnx.Module):
-    """The identity, which records a penalty on what passes through.
+    """The identity, which records a penalty $w f(x)$ on what passes through, of any shape.
 
     What is recorded adds up, call by call, until `collect_penalties` takes it. After `model.eval()`
     nothing is recorded.
 
     Args:
-        penalty: A config, without schedules unless each call is given the `step`.
-        weight: What the penalty is multiplied with: a number, an array or a schedule.
+        penalty: The $f$: a config, without schedules unless each call is given the `step`.
+        weight: The $w$: a number, an array or a schedule.
+
+    Raises:
+        TypeError: In a call, if a hyperparameter is a schedule and there is no `step`.
+        ValueError: In a call, as the penalty.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -119,7 +141,7 @@ class ActivityPenalty(nnx.Module):
 
 
 def collect_penalties(model: nnx.Module) -> Float[Array, ""]:
-    """Sums what modules have recorded since the last time, and clears it.
+    r"""Sums what modules have recorded since the last time, $\sum w f(x)$, and clears it.
 
     Called inside the function that is differentiated, after the model. Layers that a scan or a
     vmap has stacked count one by one, a layer that is called twice counts twice, and a layer that
@@ -129,7 +151,7 @@ def collect_penalties(model: nnx.Module) -> Float[Array, ""]:
         model: The module that the penalties are in, at any depth.
 
     Returns:
-        A scalar, 0 if nothing was recorded.
+        A scalar, of shape []; 0 if nothing was recorded. It raises nothing itself.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -151,7 +173,7 @@ def collect_penalties(model: nnx.Module) -> Float[Array, ""]:
 def param_penalty(
     model: nnx.Module, penalty: PenaltyConfig, filter: Any = nnx.Param
 ) -> Float[Array, ""]:
-    """A penalty on the parameters of a model that a filter selects.
+    r"""A penalty on the parameters $\theta_S$ of a model that a filter selects: $f(\theta_S)$.
 
     Args:
         model: The module; inside `nnx.grad` the gradient goes to its parameters.
@@ -160,7 +182,7 @@ def param_penalty(
             and variable, or a combination by `nnx.All`, `nnx.Any` and `nnx.Not`.
 
     Returns:
-        A scalar.
+        A scalar, of shape [].
 
     Raises:
         ValueError: If the filter selects nothing, or as the penalty.

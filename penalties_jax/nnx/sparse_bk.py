@@ -46,6 +46,13 @@ class SparseBKCore(nnx.Module):
             look back.
         rngs: The random keys of the initial parameters.
 
+    Raises:
+        ValueError: If `n_seq` is below 1.
+
+    References:
+        Li, Ahmed, Klimeck & Darve (2008), Computing entries of the inverse of a sparse matrix using
+        the FIND algorithm, for the diagonal of an inverse.
+
     Examples:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
@@ -135,15 +142,15 @@ class MixtureOfExperts(nnx.Module):
 
 
 class SparseMoEResNetBKLayer(nnx.Module):
-    """A mixture-of-experts feed-forward with sparse resolvent features, at a target sparsity.
+    r"""A mixture-of-experts feed-forward with sparse resolvent features, at a target sparsity.
 
-    The output is `ffn + scale * linear(features)`, where `ffn` is the mixture of experts of the
-    input and `features` those of a `SparseBKCore` with the potential `linear(ffn)`. Which positions
-    it computes is decided by an importance predictor and `pj.logistic_gate`: with noise in
-    training, without after `model.eval()`. The rate of skipped positions carries its gradient, so
-    the predictor learns from the sparsity loss of the last call and from the accuracy loss. Every
-    position is computed and then masked: the layer teaches what can be skipped, and takes as long
-    at every rate.
+    The output is $h + a W \varphi(h)$, with $h$ the mixture of experts of the input, $\varphi$ the
+    features of a `SparseBKCore` whose potential is linear in $h$, and a learned scale $a$. Which
+    positions it computes is decided by an importance predictor and `pj.logistic_gate`: with noise
+    in training, without after `model.eval()`. The rate of skipped positions carries its gradient,
+    so the predictor learns from the sparsity loss of the last call and from the accuracy loss.
+    Every position is computed and then masked: the layer teaches what can be skipped, and takes as
+    long at every rate.
 
     Args:
         d_model: The size of the last axis, at least 2.
@@ -160,6 +167,10 @@ class SparseMoEResNetBKLayer(nnx.Module):
 
     Raises:
         ValueError: If a number is out of range or `sparsity_loss_type` is unknown.
+
+    References:
+        Shazeer et al. (2017), Outrageously large neural networks: the sparsely-gated
+        mixture-of-experts layer.
 
     Examples:
         >>> import jax.numpy as jnp
