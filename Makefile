@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 RUNS ?= runs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench bench-quick clean
+.PHONY: help demo test test-slow lint notebooks docs bench bench-quick clean
 
 help:  ## show what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -13,7 +13,7 @@ demo: $(VENV)/.recipes  ## set up, and fine-tune on real text with a KL penalty:
 	$(BIN)/penalties-jax finetune --out $(RUNS)/finetune $(ARGS)
 
 test: $(VENV)/.test  ## set up, and run the tests
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(VENV)/.test  ## the tests that take minutes each: whole runs on several devices
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -23,6 +23,13 @@ lint: $(VENV)/.test  ## ruff and basedpyright
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
+notebooks: $(VENV)/.notebooks  ## run the notebooks from top to bottom, and keep their outputs
+	$(BIN)/python -m nbconvert --to notebook --inplace --execute \
+		--ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.preserve_nb_metadata_mask="kernelspec language_info" notebooks/*.ipynb
+
+docs: $(VENV)/.docs  ## build the documentation in site/, with every warning an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 bench: $(VENV)/.bench  ## every benchmark: JSON and plots in benchmarks/results
 	$(BIN)/python -m benchmarks
 
@@ -30,7 +37,7 @@ bench-quick: $(VENV)/.bench  ## the same on smaller arrays
 	$(BIN)/python -m benchmarks --quick
 
 clean:  ## remove the environment and all outputs
-	rm -rf $(VENV) $(RUNS) benchmarks/results
+	rm -rf $(VENV) $(RUNS) benchmarks/results site dist
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -40,5 +47,6 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.%: $(BIN)/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
+		-c constraints.txt -e '.[$*]'
 	@touch $@

@@ -1,10 +1,12 @@
-"""Eight host devices for the sharding tests, and one copy of the package for the doctests."""
+"""Eight host devices, short notebooks, and one copy of the package for the doctests."""
 
 import os
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+
+os.environ["PENALTIES_JAX_QUICK"] = "1"
 
 # Pytest would load a second copy of a module whose doctests it collects before the package.
 import penalties_jax  # noqa: F401

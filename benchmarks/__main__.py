@@ -6,11 +6,21 @@ from typing import Annotated, Literal
 import jax
 import tyro
 
-from benchmarks import importance, penalties, resolvent, sparsity, streaming, sweep, transforms
+from benchmarks import (
+    importance,
+    imports,
+    penalties,
+    resolvent,
+    sparsity,
+    streaming,
+    sweep,
+    transforms,
+)
 from benchmarks.harness import machine
 
 BENCHMARKS = {
     "importance": importance.run,
+    "imports": imports.run,
     "penalties": penalties.run,
     "resolvent": resolvent.run,
     "sparsity": sparsity.run,
@@ -19,7 +29,14 @@ BENCHMARKS = {
     "transforms": transforms.run,
 }
 Name = Literal[
-    "importance", "penalties", "resolvent", "sparsity", "streaming", "sweep", "transforms"
+    "importance",
+    "imports",
+    "penalties",
+    "resolvent",
+    "sparsity",
+    "streaming",
+    "sweep",
+    "transforms",
 ]
 
 

@@ -145,6 +145,10 @@ class Objective(Pytree):
     ) -> Metrics:
         """The 2-norms of the gradients of the loss, of each term, and of the total.
 
+        To compare terms, take logits or hidden states. With respect to log-probabilities a
+        divergence has a part that the softmax before them takes out again: KL(P||Q) has
+        p (log p - log q + 1), which is not 0 where P = Q.
+
         Args:
             outputs: As in a call.
             wrt: The keys of the outputs to differentiate with respect to, together; at least one.

@@ -322,12 +322,11 @@ def importance_metrics(
     Returns:
         A flat dict of scalars:
 
-        - "importance/<name>", the total of that penalty, and "importance/<name>_no_beta", its
-          sparsity;
-        - "importance/ci_l0_<threshold>", the mean number of components in use at a position, over
-          all sites together, and "importance/ci_l0_<threshold>/<site>" for each;
-        - "importance/dead", the share of components that are at no position above the lowest
-          threshold.
+        - "importance/<name>", the total of that penalty;
+        - "importance/<name>_no_beta", its sparsity;
+        - "importance/ci_l0_<threshold>", the mean number of components in use at a position;
+        - "importance/ci_l0_<threshold>/<site>", the same of one site;
+        - "importance/dead", the share of components never above the lowest threshold.
 
     Raises:
         ValueError: As `importance_minimality`, or if there is no threshold.

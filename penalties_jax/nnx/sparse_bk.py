@@ -58,7 +58,7 @@ class SparseBKCore(nnx.Module):
         >>> from flax import nnx
         >>> import penalties_jax as pj
         >>> core = pj.nnx.SparseBKCore(6, rngs=nnx.Rngs(0))
-        >>> core(jnp.zeros((2, 6)), jnp.ones((2, 6))).shape
+        >>> nnx.jit(core)(jnp.zeros((2, 6)), jnp.ones((2, 6))).shape
         (2, 6, 2)
     """
 
@@ -177,7 +177,7 @@ class SparseMoEResNetBKLayer(nnx.Module):
         >>> from flax import nnx
         >>> import penalties_jax as pj
         >>> layer = pj.nnx.SparseMoEResNetBKLayer(8, 16, target_sparsity=0.5, rngs=nnx.Rngs(0))
-        >>> layer(jnp.ones((2, 16, 8))).shape
+        >>> nnx.jit(lambda layer, x: layer(x))(layer, jnp.ones((2, 16, 8))).shape
         (2, 16, 8)
         >>> sorted(layer.get_sparsity_stats())
         ['num_computed', 'sparsity_ratio', 'target_sparsity']

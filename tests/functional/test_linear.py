@@ -102,8 +102,15 @@ def directional(function, arrays, directions, step=1e-5):
 
 
 @every_case
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("block_size", [None, 2])
+@pytest.mark.parametrize(
+    ("block_size", "reduction"),
+    [
+        (None, "sum"),
+        (2, "mean"),
+        (2, "none"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((None, "mean"), (2, "sum"))),
+    ],
+)
 def test_value_and_gradients(call, oracle, reduction, block_size, x64):
     """Of hidden states, kernels and biases, with a mask, in blocks that don't divide the rows."""
     arrays, labels, mask = data(np.float64)
@@ -162,7 +169,7 @@ def test_mapped_over_models():
 
 
 @pytest.mark.parametrize("argument", [0, 1, 5])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.slow)])
 def test_mapped_over_one_argument(argument, reduction):
     """Values, and gradients whose weights come later; a kernel can't be cut into rows."""
     arrays, labels, _ = data()

@@ -246,6 +246,7 @@ def test_stats_are_those_of_the_mask():
             assert float(stats["target_sparsity"]) == 0.5
 
 
+@pytest.mark.slow
 def test_training_brings_the_rate_nearer():
     layer = make(target_sparsity=0.5, sparsity_loss_type="l2")
     layer.predictor.out.bias[...] += 4.0

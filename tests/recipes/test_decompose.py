@@ -102,6 +102,7 @@ def test_log(folders):
         assert record["adversarial"] >= 0
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues_to_the_same_end(folders):
     folder, killed = folders
     main([*TINY, "--out", str(killed), "--resume"])
@@ -253,6 +254,7 @@ def test_recovery_is_one_for_the_true_components(toy):
     assert float(recovery(toy, mixed)) < 0.7
 
 
+@pytest.mark.slow
 def test_the_toy_model_learns():
     target = train_toy_model(features=3, hidden=2, probability=0.1, steps=2_000)
     x = target.sample(jax.random.key(0), 4096)

@@ -27,6 +27,7 @@ def test_pretraining_learns_and_its_checkpoint_is_reused(tmp_path, monkeypatch):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "text"),
     [

@@ -94,6 +94,7 @@ def test_log(folders):
         assert record["excess"] == pytest.approx(record["loss"] - evaluation[0]["loss"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues_to_the_same_end(folders):
     folder, killed = folders
     main([*TINY, "--out", str(killed), "--resume"])
@@ -136,6 +137,7 @@ def model():
     return sparsify.make_model(Pretraining(0, 16, 2, 2, 12, 1, 1, 1e-3))
 
 
+@pytest.mark.slow
 def test_no_byte_is_predicted_from_later_ones(model):
     text = jax.random.randint(jax.random.key(0), (1, 12), 0, 256)
     changed = text.at[0, 7:].set((text[0, 7:] + 1) % 256)
@@ -145,6 +147,7 @@ def test_no_byte_is_predicted_from_later_ones(model):
         assert np.abs(a[:, 7:] - b[:, 7:]).min(axis=-1).max() > 0
 
 
+@pytest.mark.slow
 def test_the_gates_are_what_the_layers_use(model):
     text = jax.random.randint(jax.random.key(1), (3, 12), 0, 256)
     closed = nnx.clone(model)

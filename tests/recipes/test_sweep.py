@@ -41,6 +41,7 @@ def sweep():
     return run(WEIGHTS)
 
 
+@pytest.mark.slow
 def test_every_member_is_what_it_is_alone(sweep):
     members, _, metrics = sweep
     for index, weight in enumerate(WEIGHTS):

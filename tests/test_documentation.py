@@ -1,0 +1,62 @@
+"""The Python examples of the README and of the documentation run as they stand."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"^```python\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+# Of extras, or of others: nothing that the examples of this library itself need.
+OPTIONAL = {"equinox", "tensorboardX", "torch", "wandb"}
+
+
+def examples(path):
+    return BLOCK.findall(path.read_text(encoding="utf-8"))
+
+
+README = examples(ROOT / "README.md")
+PAGES = {str(path.relative_to(ROOT)): examples(path) for path in sorted(ROOT.glob("docs/**/*.md"))}
+
+
+def imported(example):
+    for node in ast.walk(ast.parse(example)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def run(example, name, namespace):
+    for module in imported(example):
+        if module in OPTIONAL:
+            pytest.importorskip(module, reason=f"the example needs {module}")
+    exec(compile(example, name, "exec"), namespace)
+
+
+def test_readme_has_its_examples():
+    assert len(README) == 8
+
+
+@pytest.mark.parametrize("example", README)
+def test_readme_example_runs(example, capsys):
+    run(example, "README.md", {"__name__": "__main__"})
+    assert capsys.readouterr().out.strip()
+
+
+def test_a_first_penalty_takes_less_than_ten_lines():
+    assert len([line for line in README[0].splitlines() if line]) < 10
+
+
+@pytest.mark.parametrize("page", [page for page, found in PAGES.items() if found])
+def test_page_runs_from_top_to_bottom(page, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    for example in PAGES[page]:
+        run(example, page, namespace)
+    assert capsys.readouterr().out.strip()
+
+
+def test_documentation_has_its_pages():
+    assert len([page for page, found in PAGES.items() if found]) >= 8
