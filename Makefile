@@ -3,6 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 
+# Packages are installed without bytecode, most of which is never imported: who imports, writes it.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint notebooks docs bench bench-quick clean
 

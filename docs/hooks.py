@@ -7,6 +7,7 @@ from pathlib import Path
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 from nbconvert import MarkdownExporter
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
 ROOT = Path(__file__).parent.parent
 FORMULA = re.compile(
@@ -15,19 +16,33 @@ FORMULA = re.compile(
 )
 
 
+# Where links that hold in the repository lead to on the site.
+LINKS = {
+    "../docs/assets/": "assets/",
+    "docs/assets/": "assets/",
+    "benchmarks/README.md": "benchmarks.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "README.md": "readme.md",
+    ".ipynb)": ".md)",
+}
+
+
 def on_files(files, config):
-    """Adds the notebooks with their outputs, the benchmarks, and the changelog."""
+    """Adds the notebooks with their outputs, and the pages that lie at the root."""
 
     def add(uri, content):
+        if isinstance(content, str):
+            for link, target in LINKS.items():
+                content = content.replace(link, target)
         files.append(File.generated(config, uri, content=content))
 
-    benchmarks = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
-    add("benchmarks.md", benchmarks.replace("../docs/", ""))
-    add("changelog.md", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"):
+        add(LINKS[name], (ROOT / name).read_text(encoding="utf-8"))
+    exporter = MarkdownExporter(preprocessors=[CoalesceStreamsPreprocessor])
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         names = {"unique_key": path.stem, "output_files_dir": path.stem}
-        page, extracted = MarkdownExporter().from_filename(str(path), resources=names)
-        page = page.replace(".ipynb)", ".md)").replace("benchmarks/README.md", "benchmarks.md")
+        page, extracted = exporter.from_filename(str(path), resources=names)
         add(f"notebooks/{path.stem}.md", page)
         for name, content in extracted["outputs"].items():
             add(f"notebooks/{name}", content)
@@ -41,4 +56,5 @@ def on_page_content(content, **_):
 
 def _mathml(match):
     display = "block" if match["kind"] == "[" else "inline"
-    return convert(html.unescape(match["latex"]), display=display)
+    latex = html.unescape(match["latex"]).replace(r"\arg\min", r"\operatorname{arg\,min}")
+    return convert(latex, display=display)
