@@ -2,9 +2,12 @@
 
 import ast
 import re
+from functools import reduce
 from pathlib import Path
 
 import pytest
+
+import penalties_jax as pj
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
@@ -60,3 +63,20 @@ def test_page_runs_from_top_to_bottom(page, capsys, tmp_path, monkeypatch):
 
 def test_documentation_has_its_pages():
     assert len([page for page, found in PAGES.items() if found]) >= 8
+
+
+@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", *PAGES])
+def test_names_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for path in set(re.findall(r"\b(?:pj|penalties_jax)((?:\.[a-zA-Z]\w*)+)", text)):
+        reduce(getattr, path[1:].split("."), pj)
+
+
+def test_every_public_name_is_in_the_reference():
+    pages = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("docs/reference/*.md"))
+    listed = set(re.findall(r"^::: penalties_jax\.(\S+)$", pages, re.MULTILINE))
+    assert listed >= set(pj.__all__) - {"functional"}
+    rooms = {"nnx": pj.nnx, "linen": pj.linen, "functional": pj.functional}
+    for room, module in rooms.items():
+        here = {name for name in module.__all__ if not hasattr(pj, name)}
+        assert listed >= {f"{room}.{name}" for name in here}
