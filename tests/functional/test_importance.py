@@ -338,8 +338,15 @@ def lopsided(dtype):
     return data.astype(dtype), mask
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 8])
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize(
+    ("count", "dtype"),
+    [
+        (8, np.float32),
+        (8, np.float64),
+        (1, np.float32),
+        *(pytest.param(count, np.float32, marks=pytest.mark.slow) for count in (2, 4)),
+    ],
+)
 def test_sharded(count, dtype, x64):
     """Under jit on sharded arrays, and in shard_map with the axis named; both kinds of mesh."""
     tolerance = 1e-6 if dtype == np.float64 else 1e-5

@@ -248,7 +248,14 @@ def test_rows_sharded_under_jit(kind):
         assert_close(slope, desired, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("kernel", [P(None, "model"), P("model"), P("data", "model")], ids=str)
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        P("data", "model"),
+        *(pytest.param(spec, marks=pytest.mark.slow) for spec in (P(None, "model"), P("model"))),
+    ],
+    ids=str,
+)
 def test_kernels_sharded_on_explicit_axes(kernel):
     arrays, labels, _ = data()
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
@@ -264,7 +271,7 @@ def test_kernels_sharded_on_explicit_axes(kernel):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.slow)])
 def test_rows_and_classes_sharded(reduction, check_vma):
     """Rows over one mesh axis, the classes of kernels and biases over another."""
     arrays, labels, mask = data()

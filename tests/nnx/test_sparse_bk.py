@@ -274,6 +274,7 @@ def test_training_brings_the_rate_nearer():
     assert_close(layer.get_sparsity_stats()["sparsity_ratio"], rates[-1])
 
 
+@pytest.mark.slow
 def test_remat():
     def plain(layer, x):
         return layer(x)

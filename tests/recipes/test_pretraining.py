@@ -16,6 +16,7 @@ def leaves(model):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))]
 
 
+@pytest.mark.slow
 def test_pretraining_learns_and_its_checkpoint_is_reused(tmp_path, monkeypatch):
     model = pretraining.pretrained_model(SETTINGS, TEXT, tmp_path)
     windows = np.frombuffer(b"abcabcabc", np.uint8)[None].astype(int)

@@ -9,6 +9,8 @@ from penalties_jax.recipes.language_model import LanguageModel
 from penalties_jax.recipes.sweep import evaluate, start_sweep, sweep_step
 from penalties_jax.recipes.training import adam, compile_chunk
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = (0.0, 0.5, 5.0)
 OBJECTIVE = make_objective(FinetuneConfig(l1_weight=1e-3, entropy_weight=1e-2))
 OPTIMIZER = adam(0.03, 12)
@@ -41,7 +43,6 @@ def sweep():
     return run(WEIGHTS)
 
 
-@pytest.mark.slow
 def test_every_member_is_what_it_is_alone(sweep):
     members, _, metrics = sweep
     for index, weight in enumerate(WEIGHTS):
