@@ -18,8 +18,8 @@ FORMULA = re.compile(
 
 # Where links that hold in the repository lead to on the site.
 LINKS = {
-    "../docs/assets/": "assets/",
-    "docs/assets/": "assets/",
+    "../docs/": "",
+    "(docs/": "(",
     "benchmarks/README.md": "benchmarks.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
