@@ -128,8 +128,8 @@ def linear_kl(
         direction: "forward" is KL(P||Q), "reverse" KL(Q||P), "symmetric" the mean of the two.
         temperature: The $T$ by which logits are divided, above 0: for all, or one for each
             position.
-        block_size: Rows that are processed at once; if None, 64 MiB of each head's logits on a CPU
-            and 256 MiB on a GPU, but at least 240 rows.
+        block_size: Rows that are processed at once, for each device that JAX sees; if None, 64 MiB
+            of each head's logits on a CPU and 256 MiB on a GPU, but at least 240 rows.
         reduction: "mean" or "sum" over the positions, or "none", which computes the products again
             in the backward pass.
         where: Mask of positions, which broadcasts to their shape.
@@ -191,8 +191,8 @@ def linear_js(
         bias_q: Added to those of the other.
         mixture: The $b$ of $M = b P + (1 - b) Q$, in [0, 1].
         temperature: The $T$ by which logits are divided, above 0.
-        block_size: Rows that are processed at once; if None, 64 MiB of each head's logits on a CPU
-            and 256 MiB on a GPU, but at least 240 rows.
+        block_size: Rows that are processed at once, for each device that JAX sees; if None, 64 MiB
+            of each head's logits on a CPU and 256 MiB on a GPU, but at least 240 rows.
         reduction: "mean" or "sum" over the positions, or "none".
         where: Mask of positions, which broadcasts to their shape.
         axis_name: Mapped axes over whose members to sum or average.
@@ -244,8 +244,8 @@ def linear_cross_entropy(
         labels: The classes y. One outside of [0, C) has loss 0, but counts in a mean: exclude
             padding by `where=labels >= 0`.
         bias: Added to the logits.
-        block_size: Rows that are processed at once; if None, 64 MiB of each head's logits on a CPU
-            and 256 MiB on a GPU, but at least 240 rows.
+        block_size: Rows that are processed at once, for each device that JAX sees; if None, 64 MiB
+            of each head's logits on a CPU and 256 MiB on a GPU, but at least 240 rows.
         reduction: "mean" or "sum" over the positions, or "none".
         where: Mask of positions, which broadcasts to their shape.
         axis_name: Mapped axes over whose members to sum or average.
@@ -315,8 +315,8 @@ def linear_distillation(
         bias_q: Added to the reference's.
         direction: "forward" is KL(P||Q), "reverse" KL(Q||P), "symmetric" the mean of the two.
         temperature: The $T$ of the divergence, above 0.
-        block_size: Rows that are processed at once; if None, 64 MiB of each head's logits on a CPU
-            and 256 MiB on a GPU, but at least 240 rows.
+        block_size: Rows that are processed at once, for each device that JAX sees; if None, 64 MiB
+            of each head's logits on a CPU and 256 MiB on a GPU, but at least 240 rows.
         reduction: "mean" or "sum" over the positions, or "none".
         where: Mask of positions, which broadcasts to their shape.
         axis_name: Mapped axes over whose members to sum or average.

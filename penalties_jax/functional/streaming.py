@@ -136,8 +136,8 @@ def kl_from_logits(
         direction: "forward" is KL(P||Q), "reverse" KL(Q||P), "symmetric" the mean of the two.
         temperature: The $T$ by which both are divided, above 0: for all, or one for each position.
             Nothing makes up for it: for gradients that don't depend on it, multiply by $T^2$.
-        block_size: Rows that are processed at once; if None, 2 MiB of each array on a CPU, and 64
-            MiB on a GPU.
+        block_size: Rows that are processed at once, for each device that JAX sees; if None, 2 MiB
+            of each array on a CPU, and 64 MiB on a GPU.
         reduction: "mean" or "sum" over the positions, or "none".
         where: Mask of positions, which broadcasts to their shape.
         axis_name: Mapped axes over whose members to sum or average.
@@ -190,8 +190,8 @@ def js_from_logits(
         logits_q: The same of the other distribution.
         mixture: The $b$, in [0, 1].
         temperature: The $T$ by which both are divided, above 0.
-        block_size: Rows that are processed at once; if None, 2 MiB of each array on a CPU, and 64
-            MiB on a GPU.
+        block_size: Rows that are processed at once, for each device that JAX sees; if None, 2 MiB
+            of each array on a CPU, and 64 MiB on a GPU.
         reduction: "mean" or "sum" over the positions, or "none".
         where: Mask of positions, which broadcasts to their shape.
         axis_name: Mapped axes over whose members to sum or average.
@@ -241,8 +241,8 @@ def entropy_from_logits(
         temperature: The $T$, above 0.
         normalize: Divide by ln C, so that the uniform distribution has entropy 1; a single class
             has entropy 0.
-        block_size: Rows that are processed at once; if None, 2 MiB of each array on a CPU, and 64
-            MiB on a GPU.
+        block_size: Rows that are processed at once, for each device that JAX sees; if None, 2 MiB
+            of each array on a CPU, and 64 MiB on a GPU.
         reduction: "mean" or "sum" over the positions, or "none".
         where: Mask of positions, which broadcasts to their shape.
         axis_name: Mapped axes over whose members to sum or average.
