@@ -56,5 +56,5 @@ def on_page_content(content, **_):
 
 def _mathml(match):
     display = "block" if match["kind"] == "[" else "inline"
-    latex = html.unescape(match["latex"]).replace(r"\arg\min", r"\operatorname{arg\,min}")
+    latex = html.unescape(match["latex"]).replace(r"\arg\min", r"\text{arg min}")
     return convert(latex, display=display)

@@ -130,7 +130,7 @@ class Objective(Pytree):
 
         Returns:
             The total, and a flat dict of scalars: "loss" (0 without one), the value of each term
-            under its name, its share of the total under "<name>/weighted", and "total".
+            under its name, its share of the total under `"<name>/weighted"`, and "total".
 
         Raises:
             KeyError: If an input is missing: names the term, the key and the keys there are.

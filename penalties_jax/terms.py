@@ -97,7 +97,7 @@ class Penalty(Pytree):
             step_size: The $t$; weights, scale and reduction of the penalty come on top.
 
         Raises:
-            NotImplementedError: If the penalty has none in closed form.
+            NotImplementedError: If the penalty has none here.
             TypeError: If a hyperparameter still is a schedule.
             ValueError: If the penalty is not a scalar (reduction="none").
         """
@@ -115,7 +115,10 @@ class Penalty(Pytree):
         raise NotImplementedError(f"{self!r} is not a sum over single values")
 
     def _proximal(self, v, step_size):
-        raise NotImplementedError(f"{self!r} has no proximal operator in closed form")
+        raise NotImplementedError(
+            f"{self!r} has no proximal operator here; L1, L2 (of a fixed center, not clipped), "
+            "ElasticNet, Huber and GroupLasso have one"
+        )
 
     def __mul__(self, scale: Numeric) -> "Scaled":
         return NotImplemented if isinstance(scale, Penalty) else Scaled(self, scale)
@@ -412,7 +415,7 @@ class SmoothL0(Separable):
     r"""Smooth L0 (Geman-McClure), $\sum_i w_i\, x_i^2 / (x_i^2 + \gamma^2)$.
 
     The config of `pj.smooth_l0`. Of an array of any shape, or of every array of a pytree. It has no
-    proximal operator in closed form.
+    proximal operator here.
 
     Attributes:
         gamma: The $\gamma$, above 0, in the units of `x`: where a value counts half.

@@ -108,6 +108,8 @@ PUBLIC = public()
 def test_docstrings_are_complete(name):
     doc, short = inspect.getdoc(PUBLIC[name]) or "", name.rpartition(".")[-1]
     assert re.search(r"Examples:\n.*>>> ", doc, re.DOTALL), "has no example"
+    prose = re.sub(r"`[^`]*`", "", doc)
+    assert not re.search(r"<[a-z_]+>", prose), "a browser takes <name> for a tag: write `<name>`"
     assert "Raises:" in doc or "It raises nothing itself." in doc, "does not say what it raises"
     if short not in PLUMBING:
         assert re.search(r"\$[^$]+\$", doc), "has no formula"

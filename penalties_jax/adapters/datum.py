@@ -63,7 +63,7 @@ def collate(
 
     Returns:
         "logprobs" [rows, length] or [rows, length, C]; "mask" [rows, length], False where nothing
-        is; "reference" like "logprobs" if one is given; "field/<name>" for every field that all
+        is; "reference" like "logprobs" if one is given; `"field/<name>"` for every field that all
         records have, one entry for each position. Padding is 0.
 
     Raises:

@@ -29,7 +29,7 @@ def as_loss(
     of two, of which the mask leaves out what is not there.
 
     Args:
-        objective: Terms on "logprobs", "probs", "reference" and "field/<name>", as
+        objective: Terms on "logprobs", "probs", "reference" and `"field/<name>"`, as
             `penalties_jax.adapters.datum.collate` names them.
         sampled: Whether the log-probabilities are those of sampled tokens: then divergences are
             estimated, as `penalties_jax.adapters.datum.penalty_for` says. None for what their

@@ -322,10 +322,10 @@ def importance_metrics(
     Returns:
         A flat dict of scalars:
 
-        - "importance/<name>", the total of that penalty;
-        - "importance/<name>_no_beta", its sparsity;
-        - "importance/ci_l0_<threshold>", the mean number of components in use at a position;
-        - "importance/ci_l0_<threshold>/<site>", the same of one site;
+        - `"importance/<name>"`, the total of that penalty;
+        - `"importance/<name>_no_beta"`, its sparsity;
+        - `"importance/ci_l0_<threshold>"`, the mean number of components in use at a position;
+        - `"importance/ci_l0_<threshold>/<site>"`, the same of one site;
         - "importance/dead", the share of components never above the lowest threshold.
 
     Raises:
