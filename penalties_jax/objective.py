@@ -64,11 +64,11 @@ class Term(Pytree):
             inputs = picked if isinstance(picked, tuple) else (picked,)
         else:
             keys = (self.on,) if isinstance(self.on, str) else self.on
-            inputs = tuple(_pick(f"term {name!r}", outputs, key) for key in keys)
+            inputs = tuple(pick(f"term {name!r}", outputs, key) for key in keys)
         if self.where is None or callable(self.where):
             mask = self.where and self.where(outputs)
         else:
-            mask = _pick(f"term {name!r}", outputs, self.where)
+            mask = pick(f"term {name!r}", outputs, self.where)
         penalty = jax.tree.map(partial(_gate, weight), self.penalty)
         value = check_scalar(f"term {name!r}", penalty(*inputs, where=mask))
         counted = jnp.where((weight != 0) | jnp.isfinite(value), value, 0)
@@ -172,7 +172,7 @@ class Objective(Pytree):
         keys = (wrt,) if isinstance(wrt, str) else wrt
         if not keys:
             raise ValueError("wrt needs at least one key of the outputs")
-        inputs = {key: _pick("wrt", outputs, key) for key in keys}
+        inputs = {key: pick("wrt", outputs, key) for key in keys}
         # A term of weight 0 passes no gradient on, so that its own comes from one of weight 1.
         unweighted = dataclasses.replace(
             self,
@@ -268,9 +268,10 @@ def _gate(weight, x):
     return _gated(weight, x) if floating else x
 
 
-def _pick(name, outputs, key):
+def pick(label: str, outputs: Outputs, key: str) -> Any:
+    """One of the outputs; a KeyError that names who needs it, the key and the keys there are."""
     if key not in outputs:
-        raise KeyError(f"{name} needs {key!r}; the outputs have {sorted(outputs)}")
+        raise KeyError(f"{label} needs {key!r}; the outputs have {sorted(outputs)}")
     return outputs[key]
 
 

@@ -1,10 +1,12 @@
 """The Python examples of the README and of the documentation run as they stand."""
 
 import ast
+import importlib.util
 import re
 from functools import reduce
 from pathlib import Path
 
+import optax
 import pytest
 
 import penalties_jax as pj
@@ -31,10 +33,12 @@ def imported(example):
             yield node.module
 
 
+def missing(example):
+    """What an example needs that is of an extra, and not there."""
+    return [x for x in OPTIONAL & set(imported(example)) if importlib.util.find_spec(x) is None]
+
+
 def run(example, name, namespace):
-    for module in imported(example):
-        if module in OPTIONAL:
-            pytest.importorskip(module, reason=f"the example needs {module}")
     exec(compile(example, name, "exec"), namespace)
 
 
@@ -44,6 +48,8 @@ def test_readme_has_its_examples():
 
 @pytest.mark.parametrize("example", README)
 def test_readme_example_runs(example, capsys):
+    if lacking := missing(example):
+        pytest.skip(f"the example needs {lacking}")
     run(example, "README.md", {"__name__": "__main__"})
     assert capsys.readouterr().out.strip()
 
@@ -57,7 +63,8 @@ def test_page_runs_from_top_to_bottom(page, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     for example in PAGES[page]:
-        run(example, page, namespace)
+        if not missing(example):
+            run(example, page, namespace)
     assert capsys.readouterr().out.strip()
 
 
@@ -65,11 +72,23 @@ def test_documentation_has_its_pages():
     assert len([page for page, found in PAGES.items() if found]) >= 8
 
 
-@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", *PAGES])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", *PAGES]
+)
 def test_names_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    for path in set(re.findall(r"\b(?:pj|penalties_jax)((?:\.[a-zA-Z]\w*)+)", text)):
-        reduce(getattr, path[1:].split("."), pj)
+    modules = {"pj": pj, "penalties_jax": pj, "optax": optax}
+    for name, path in set(
+        re.findall(r"\b(pj|penalties_jax|optax)((?:\.(?!md\b)[a-zA-Z]\w*)+)", text)
+    ):
+        reduce(getattr, path[1:].split("."), modules[name])
+
+
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
+def test_no_example_is_passed_over(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert set(re.findall(r"^\s*```(\S+)", text, re.MULTILINE)) <= {"python", "sh"}
+    assert not re.search(r"^[ \t]+```", text, re.MULTILINE), "an indented fence"
 
 
 def test_every_public_name_is_in_the_reference():

@@ -54,7 +54,8 @@ def test_sdist_holds_what_the_tests_need(built):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"README.md", "LICENSE", "Makefile", "constraints.txt", "conftest.py"} <= names
-    assert {"tests/test_packaging.py", "docs/index.md", "mkdocs.yml"} <= names
+    assert {"tests/test_packaging.py", "docs/index.md", "mkdocs.yml", ".ci/run"} <= names
+    assert {"notebooks/01_penalties_by_eye.ipynb", "benchmarks/README.md"} <= names
     assert not [name for name in names if "__pycache__" in name or name.startswith("runs")]
 
 

@@ -12,12 +12,25 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from penalties_jax.functional.reduction import REDUCTIONS, Reduction, evaluate
-from penalties_jax.objective import Metrics, Objective
+from penalties_jax.objective import Metrics, Objective, Outputs, pick
 from penalties_jax.pytree import option, pytree
-from penalties_jax.terms import L1, L2, Divergence, Entropy, KLDivergence, KLEstimate, Reduced
+from penalties_jax.terms import (
+    L1,
+    L2,
+    Consistency,
+    Divergence,
+    Entropy,
+    ImportanceMinimality,
+    KLDivergence,
+    KLEstimate,
+    Penalty,
+    Reduced,
+    Scaled,
+    Sum,
+)
 
 Target = Literal["logprobs", "probs"] | tuple[Literal["field"], str]
 
@@ -63,13 +76,14 @@ def collate(
 
     Returns:
         "logprobs" [rows, length] or [rows, length, C]; "mask" [rows, length], False where nothing
-        is; "reference" like "logprobs" if one is given; `"field/<name>"` for every field that all
-        records have, one entry for each position. Padding is 0.
+        is; "reference" like "logprobs" if one is given; `"field/<name>"` for every field of
+        numbers that all records have, one entry for each position. Padding is 0.
 
     Raises:
         KeyError: If a record lacks the field of its log-probabilities or of its reference.
         ValueError: If there are no records, more than one reference is given, lengths differ
-            within a record, or classes differ within the batch.
+            within a record, classes differ within the batch, `rows` or `length` is too small, or
+            an integer needs more than 32 bits.
 
     Examples:
         >>> from types import SimpleNamespace
@@ -86,11 +100,11 @@ def collate(
         raise ValueError("a batch needs at least one record")
     if logprobs is None:
         logprobs = _field(records, "logprobs")
-    arrays = {"logprobs": _arrays("logprobs", records, logprobs)}
+    arrays = {"logprobs": _floats("logprobs", records, logprobs)}
     lengths = [len(x) for x in arrays["logprobs"]]
     reference = _reference(records, reference_logprobs, reference_field, compute_reference)
     if reference is not None:
-        arrays["reference"] = _arrays("the reference", records, reference)
+        arrays["reference"] = _floats("the reference", records, reference)
         for i, (x, y) in enumerate(zip(*arrays.values(), strict=True)):
             if x.shape != y.shape:
                 raise ValueError(
@@ -98,10 +112,17 @@ def collate(
                 )
     shared = set.intersection(*(set(record.loss_fn_inputs) for record in records))
     for name in sorted(shared):
-        values = _arrays(name, records, _field(records, name))
-        if [x.shape[:1] for x in values] == [(n,) for n in lengths]:
+        values = [_to_numpy(x) for x in _field(records, name)]
+        numbers = all(x.dtype.kind in "biuf" for x in values)
+        alike = len({x.shape[1:] for x in values}) == 1
+        if numbers and alike and [x.shape[:1] for x in values] == [(n,) for n in lengths]:
             arrays[f"field/{name}"] = values
     rows, length = rows or len(records), length or max(lengths)
+    if rows < len(records) or length < max(lengths):
+        raise ValueError(
+            f"rows={rows} and length={length} are less than the batch's {len(records)} records of "
+            f"up to {max(lengths)} positions"
+        )
     batch = {name: _pad(name, values, rows, length) for name, values in arrays.items()}
     batch["mask"] = _pad("mask", [np.ones(n, bool) for n in lengths], rows, length)
     return batch
@@ -135,14 +156,16 @@ def measure(
 
     Returns:
         The value by the penalty's own reduction, of shape [], and a flat dict of scalars: of L1
-        "l1_raw" (the sum, $\sum_i |x_i|$) and "l1_mean"; of L2 "l2_raw" ($\sum_i x_i^2$),
-        "l2_mean" and "l2_max"; of a KL "kl_divergence" (the mean over positions), "kl_max" and
-        "kl_min"; of an entropy "entropy", its mean.
+        "l1_raw" (the sum, $\sum_i w_i |x_i|$) and "l1_mean"; of L2 "l2_raw"
+        ($\sum_i w_i x_i^2$), "l2_mean" and "l2_max"; of a KL "kl_divergence" (the mean over
+        positions), "kl_max" and "kl_min"; of an entropy "entropy", its mean. All are 0 without
+        any position.
 
     Raises:
         KeyError: If a field is not in all records.
         TypeError: If the penalty is none of those.
-        ValueError: As `collate`; if a KL has no reference; as `penalty_for`.
+        ValueError: As `collate`; if a KL has no reference, or another target than the
+            log-probabilities; as `penalty_for`.
 
     Examples:
         >>> from types import SimpleNamespace
@@ -167,6 +190,8 @@ def measure(
         compute_reference=compute_reference,
     )
     names = ["logprobs"]
+    if kind in ("kl", "entropy") and target != "logprobs":
+        raise ValueError(f"{penalty!r} is of the log-probabilities, got target={target!r}")
     if kind == "kl":
         names.append("reference")
         if "reference" not in batch:
@@ -191,45 +216,107 @@ def penalty_for(penalty: Any, *, sampled: bool) -> Any:
 
     Raises:
         ValueError: For a divergence that such tokens don't tell: a reverse, symmetric or
-            Jensen-Shannon one, one with a temperature, or one from logits.
+            Jensen-Shannon one, one with a temperature, or one from logits. For an estimate, where
+            log-probabilities are those of all classes.
 
     Examples:
         >>> import penalties_jax as pj
         >>> type(pj.adapters.datum.penalty_for(pj.KLDivergence(), sampled=True)).__name__
         'KLEstimate'
     """
-    if not sampled:
-        return penalty
-    return jax.tree.map(_estimate, penalty, is_leaf=lambda node: isinstance(node, Divergence))
+    if sampled:
+        return jax.tree.map(_estimate, penalty, is_leaf=lambda node: isinstance(node, Divergence))
+    for node in _members(penalty):
+        if isinstance(node, KLEstimate | SampledEntropy):
+            raise ValueError(
+                f"{node!r} is of sampled tokens [T], and log-probabilities are those of classes: "
+                "use KLDivergence or Entropy, or say sampled=True"
+            )
+    return penalty
 
 
 def objective_for(objective: Objective, *, sampled: bool) -> Objective:
     """The objective for a batch of `collate`: of what is there, and of no padding.
 
     Args:
-        objective: Its terms pick their inputs by the names that `collate` gives, and "probs". A
-            term without a mask of its own gets that of the batch.
+        objective: Its terms pick their inputs by the names that `collate` gives, and "probs".
+            Each leaves out the padding, beside what its own mask leaves out; a mask [..., T] is one
+            of positions, and a field that is a mask may hold 0 and 1. The objective's `loss` has to
+            leave the padding out itself, by "mask".
         sampled: As for `penalty_for`: whether log-probabilities are [..., T], not [..., T, C].
 
     Raises:
-        ValueError: As `penalty_for`.
+        ValueError: As `penalty_for`; if a term adds penalties of entries to some of positions.
 
     Examples:
+        >>> import numpy as np
         >>> import penalties_jax as pj
-        >>> objective = pj.Objective(terms={"l1": pj.Term(pj.L1(), on="logprobs")})
-        >>> pj.adapters.datum.objective_for(objective, sampled=True).terms["l1"].where
-        'mask'
+        >>> term = pj.Term(pj.L1(reduction="mean"), on="logprobs")
+        >>> objective = pj.Objective(terms={"l1": term})
+        >>> batch = {"logprobs": np.array([[-2.0, 0.0]]), "mask": np.array([[True, False]])}
+        >>> total, _ = pj.adapters.datum.objective_for(objective, sampled=True)(batch)
+        >>> float(total)
+        2.0
     """
 
-    def adapt(term):
+    def adapt(name, term):
         penalty = penalty_for(term.penalty, sampled=sampled)
-        nodes = jax.tree.leaves(penalty, is_leaf=lambda node: isinstance(node, Divergence))
-        positions = sampled or any(isinstance(node, Divergence) for node in nodes)
-        where = ("mask" if positions else _mask_of_entries) if term.where is None else term.where
+        positions = {_is_of_positions(node) for node in _members(penalty)}
+        if len(positions) > 1:
+            raise ValueError(
+                f"term {name!r} adds penalties of entries to penalties of positions: make them two"
+            )
+        where = _Included(name, term.on, term.where, positions.pop())
         return dataclasses.replace(term, penalty=penalty, where=where)
 
-    terms = {name: adapt(term) for name, term in objective.terms.items()}
+    terms = {name: adapt(name, term) for name, term in objective.terms.items()}
     return dataclasses.replace(objective, terms=terms)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Included:
+    """The mask of a term: what is there of its input, and in a mask of its own.
+
+    Compared by value, as a jitted function needs it.
+
+    Attributes:
+        name: The name of the term.
+        on: What its input is.
+        where: Its own mask.
+        of_positions: Whether its penalty takes a mask of positions; else one of entries.
+    """
+
+    name: str
+    on: Any
+    where: Any
+    of_positions: bool
+
+    def __call__(self, outputs: Outputs) -> Bool[Array, "..."]:
+        """The mask."""
+        mask = jnp.asarray(outputs["mask"])
+        if not self.of_positions:
+            key = self.on if isinstance(self.on, str) or callable(self.on) else self.on[0]
+            picked = key(outputs) if callable(key) else outputs[key]
+            mask = _with_axes_of(jax.tree.leaves(picked)[0], mask)
+        if self.where is None:
+            return mask
+        label = f"term {self.name!r}"
+        own = self.where(outputs) if callable(self.where) else pick(label, outputs, self.where)
+        return mask & _with_axes_of(mask, jnp.asarray(own) != 0)
+
+
+def _members(penalty):
+    """The penalties that a penalty is a sum or a multiple of."""
+    nodes = jax.tree.leaves(
+        penalty, is_leaf=lambda x: isinstance(x, Penalty) and not isinstance(x, Sum | Scaled)
+    )
+    return [node for node in nodes if isinstance(node, Penalty)]
+
+
+def _is_of_positions(penalty):
+    if isinstance(penalty, Consistency):
+        return penalty.metric in ("cosine", "kl")
+    return isinstance(penalty, Divergence | ImportanceMinimality)
 
 
 @pytree
@@ -277,12 +364,8 @@ def _estimate(node):
     raise ValueError(f"{node!r} can't be estimated from the log-probabilities of sampled tokens")
 
 
-def _mask_of_entries(outputs):
-    return _with_axes_of(outputs["logprobs"], outputs["mask"])
-
-
 def _with_axes_of(x, mask):
-    """The mask of positions, with the axes of what is at them."""
+    """A mask of positions, with the axes of what is at them."""
     return mask.reshape(*mask.shape, *(1,) * (x.ndim - mask.ndim))
 
 
@@ -297,6 +380,7 @@ def _measure(penalty, inputs, mask, kind, target):
     mean = total / jnp.maximum(jnp.sum(included), 1)
     largest = jnp.max(values, where=included, initial=-jnp.inf)
     smallest = jnp.min(values, where=included, initial=jnp.inf)
+    largest, smallest = (jnp.where(jnp.any(included), x, 0) for x in (largest, smallest))
     return value, {
         "l1": {"l1_raw": total, "l1_mean": mean},
         "l2": {"l2_raw": total, "l2_mean": mean, "l2_max": largest},
@@ -327,6 +411,7 @@ def is_sampled(batch: Mapping[str, Any], sampled: bool | None) -> bool:
 
     Raises:
         KeyError: If it has no "logprobs".
+        ValueError: If they should have classes, and are [rows, T].
 
     Examples:
         >>> import numpy as np
@@ -334,7 +419,10 @@ def is_sampled(batch: Mapping[str, Any], sampled: bool | None) -> bool:
         >>> pj.adapters.datum.is_sampled({"logprobs": np.zeros((2, 3, 50))}, None)
         False
     """
-    return batch["logprobs"].ndim == 2 if sampled is None else sampled
+    alone = batch["logprobs"].ndim == 2
+    if alone and sampled is False:
+        raise ValueError("sampled=False needs log-probabilities [T, C] of classes, got [T]")
+    return alone if sampled is None else sampled
 
 
 def _reference(records, reference_logprobs, reference_field, compute_reference):
@@ -358,31 +446,32 @@ def _field(records, name):
     return [record.loss_fn_inputs[name] for record in records]
 
 
-def _arrays(name, records, values):
-    arrays = [_to_numpy(x) for x in values]
+def _floats(name, records, values):
+    arrays = [_to_numpy(x).astype(np.float32) for x in values]
     if len(arrays) != len(records):
         raise ValueError(f"{len(records)} records, but {name} of {len(arrays)}")
     return arrays
 
 
 def _to_numpy(x):
-    """On the host, with 32-bit numbers, of one of the kinds of array that a `Record` may hold."""
+    """On the host, of one of the kinds of array that a `Record` may hold."""
     if hasattr(x, "to_numpy"):
         x = x.to_numpy()
     elif hasattr(x, "detach"):
         x = x.detach().cpu()
         x = (x.float() if x.is_floating_point() else x).numpy()
-    x = np.asarray(x)
-    if x.dtype == bool:
-        return x
-    return x.astype(np.int32 if np.issubdtype(x.dtype, np.integer) else np.float32)
+    return np.asarray(x)
 
 
 def _pad(name, arrays, rows, length):
     trailing = {x.shape[1:] for x in arrays}
     if len(trailing) > 1:
         raise ValueError(f"{name}: records differ in their last axes, {sorted(trailing)}")
-    result = np.zeros((rows, length, *trailing.pop()), arrays[0].dtype)
+    kinds = {x.dtype.kind for x in arrays}
+    dtype = bool if kinds == {"b"} else np.int32 if kinds <= set("biu") else np.float32
+    result = np.zeros((rows, length, *trailing.pop()), dtype)
     for row, x in zip(result, arrays, strict=False):
         row[: len(x)] = x
+        if dtype is np.int32 and np.any(row[: len(x)] != x):
+            raise ValueError(f"{name}: an integer needs more than 32 bits")
     return result

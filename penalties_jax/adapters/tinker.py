@@ -40,9 +40,11 @@ def as_loss(
 
     Returns:
         A function of `(data, logprobs_list)`, torch tensors, and optionally `step=` for schedules.
-        It returns the total as a torch scalar, and the objective's metrics as floats.
+        It returns the total as a torch scalar, and the objective's metrics as floats. Its
+        gradient can't be differentiated again.
 
     Raises:
+        TypeError: If `objective` is not a `pj.Objective`.
         KeyError, TypeError, ValueError: The function does, as `collate` and the objective.
 
     References:
@@ -56,6 +58,9 @@ def as_loss(
         >>> loss = pj.adapters.tinker.as_loss(objective, reference_field="reference_logprobs")
         >>> # client.forward_backward_custom(data, loss)
     """
+    if not isinstance(objective, Objective):
+        raise TypeError(f"as_loss takes a pj.Objective, got {objective!r}")
+    read = _read(objective)
 
     def loss(
         data: Sequence[Record], logprobs_list: Sequence[Any], *, step: ArrayLike | None = None
@@ -69,6 +74,8 @@ def as_loss(
             rows=_bucket(len(data), 1),
             length=_bucket(max(map(len, logprobs_list), default=1), SHORTEST),
         )
+        # A field that no term reads is no part of the program.
+        batch = {k: x for k, x in batch.items() if not k.startswith("field/") or read(k)}
         adapted = objective_for(objective, sampled=is_sampled(batch, sampled))
         (total, metrics), gradient = _value_and_gradient(adapted, batch, step)
         gradients = [gradient[i, : len(x)] for i, x in enumerate(logprobs_list)]
@@ -89,6 +96,16 @@ def _value_and_gradient(objective, batch, step):
     return jax.value_and_grad(total, has_aux=True)(batch["logprobs"])
 
 
+def _read(objective):
+    """Whether an objective may read a key."""
+    terms = objective.terms.values()
+    keys = [key for term in terms for key in (term.on, term.where)]
+    if objective.loss is not None or any(callable(key) for key in keys):
+        return lambda key: True
+    names = {name for key in keys if key for name in ((key,) if isinstance(key, str) else key)}
+    return names.__contains__
+
+
 def _bucket(n, smallest):
     return max(smallest, 1 << (n - 1).bit_length())
 
@@ -96,13 +113,16 @@ def _bucket(n, smallest):
 def _as_torch(total, gradients, logprobs):
     """A scalar in torch's graph, with a gradient that is known."""
     torch = importlib.import_module("torch")
+    once_differentiable = importlib.import_module("torch.autograd.function").once_differentiable
 
     class Known(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *tensors):
-            return tensors[0].new_tensor(total)
+            dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+            return torch.tensor(total, dtype=dtype, device=tensors[0].device)
 
         @staticmethod
+        @once_differentiable
         def backward(ctx, cotangent):
             return tuple(
                 cotangent * torch.tensor(np.asarray(g), dtype=x.dtype, device=x.device)

@@ -218,3 +218,96 @@ RECORDS = batch(old=LOGPROBS)
 def test_bad_input(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_the_first_record_does_not_decide_on_the_type():
+    records = batch(integer=[[1, 2], [0.5, 1.5]], truth=[[True, False], [0.5, 2.0]])
+    result = datum.collate(
+        records, [[0, -1], [-0.5, -1.5]], reference_logprobs=[[0, -1], [-0.5, -1.5]]
+    )
+    for name in ("logprobs", "reference"):
+        np.testing.assert_array_equal(result[name], [[0, -1], [-0.5, -1.5]])
+    np.testing.assert_array_equal(result["field/integer"], [[1, 2], [0.5, 1.5]])
+    np.testing.assert_array_equal(result["field/truth"], [[1, 0], [0.5, 2]])
+
+
+def test_fields_that_do_not_stack_are_left_out():
+    records = batch(top=[np.zeros((2, 3)), np.zeros((2, 4))], text=[["a", "b"], ["c", "d"]])
+    assert set(datum.collate(records, [np.zeros(2)] * 2)) == {"logprobs", "mask"}
+
+
+@pytest.mark.parametrize("make", [sampled, of_classes])
+@pytest.mark.parametrize("where", [lambda outputs: outputs["field/on"] == 1, "field/on"])
+def test_a_mask_of_a_term_leaves_out_padding_too(make, where):
+    """A field of integers, as the Tinker SDK has masks, over positions."""
+    logprobs = make(0)
+    on = [np.arange(n) % 2 for n in LENGTHS]
+    result = datum.collate(batch(on=on), logprobs, rows=4, length=16)
+    term = pj.Term(pj.L1(reduction="mean"), on="logprobs", where=where)
+    objective = pj.Objective(terms={"l1": term})
+    total, _ = datum.objective_for(objective, sampled=make is sampled)(result)
+    kept = [x[i == 1] for x, i in zip(logprobs, on, strict=True)]
+    assert float(total) == pytest.approx(np.abs(flat(kept)).mean(), rel=1e-6)
+
+
+def test_penalties_of_positions_and_of_entries_of_classes():
+    p, q = of_classes(0), of_classes(1)
+    heights = [np.arange(float(n)) for n in LENGTHS]
+    result = datum.collate(batch(h=heights), p, reference_logprobs=q, rows=4, length=16)
+    terms = {
+        "consistency": pj.Term(pj.Consistency("kl"), on=("logprobs", "reference")),
+        "entropy": pj.Term(2 * pj.Entropy() + pj.Entropy(), on="logprobs"),
+        "field": pj.Term(pj.L2(), on="field/h"),
+        "l1": pj.Term(pj.L1(), on="logprobs"),
+    }
+    adapted = datum.objective_for(pj.Objective(terms=terms), sampled=False)
+    assert adapted == datum.objective_for(pj.Objective(terms=terms), sampled=False)
+    assert hash(adapted.terms["l1"].where) == hash(adapted.terms["l1"].where)
+    _, metrics = adapted(result)
+    a, b = (np.concatenate(x).astype(np.float64) for x in (p, q))
+    symmetric = ((np.exp(a) - np.exp(b)) * (a - b)).sum(-1).mean() / 2
+    assert float(metrics["consistency"]) == pytest.approx(symmetric, rel=1e-5)
+    assert float(metrics["entropy"]) == pytest.approx(-3 * (np.exp(a) * a).sum(-1).mean())
+    assert float(metrics["field"]) == pytest.approx((flat(heights) ** 2).sum())
+    assert float(metrics["l1"]) == pytest.approx(np.abs(flat(p)).sum())
+
+
+def test_classes_that_are_alternatives_of_samples():
+    """[T, K] with sampled=True: each entry is a token's."""
+    p, q = of_classes(0), of_classes(1)
+    result = datum.collate(batch(h=p), p, reference_logprobs=q, rows=4, length=16)
+    term = pj.Term(pj.KLEstimate("k2"), on=("logprobs", "reference"))
+    total, _ = datum.objective_for(pj.Objective(terms={"kl": term}), sampled=True)(result)
+    assert float(total) == pytest.approx(((flat(p) - flat(q)) ** 2 / 2).mean(), rel=1e-5)
+
+
+def test_no_positions_at_all():
+    for penalty in (pj.L2(), pj.KLDivergence()):
+        _, metrics = datum.measure(penalty, batch(r=[[]]), [[]], reference_field="r")
+        assert {float(value) for value in metrics.values()} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: datum.collate(batch(a=[[1], [2], [3]]), [[0.0]] * 3, rows=2), "rows=2"),
+        (lambda: datum.collate(batch(a=[[1]]), [[0.0, 0.0]], length=1), "up to 2 positions"),
+        (lambda: datum.collate(batch(a=[[2**40]]), [[0.0]]), "more than 32 bits"),
+        (lambda: datum.is_sampled({"logprobs": np.zeros((1, 2))}, False), "got \\[T\\]"),
+        (lambda: datum.penalty_for(2 * pj.KLEstimate(), sampled=False), "sampled tokens"),
+        (
+            lambda: datum.measure(pj.Entropy(), batch(a=[[1.0]]), [[0.0]], target="probs"),
+            "target='probs'",
+        ),
+        (
+            lambda: datum.objective_for(
+                pj.Objective(terms={"both": pj.Term(pj.L1() + pj.Entropy(), on="logprobs")}),
+                sampled=False,
+            ),
+            "term 'both' adds",
+        ),
+    ],
+)
+def test_more_bad_input(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()

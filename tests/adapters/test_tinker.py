@@ -214,3 +214,31 @@ def test_bad_input():
     loss = pj.adapters.tinker.as_loss(objective, reference_field="other")
     with pytest.raises(KeyError, match="record 0 has no field 'other'"):
         sent(loss, records(logprobs), logprobs)
+
+
+def test_fields_that_are_not_read_are_no_part_of_the_program():
+    logprobs = rows(0)
+    loss = pj.adapters.tinker.as_loss(pj.Objective(terms={"l1": term(pj.L1())}))
+    before = pj.adapters.tinker._value_and_gradient._cache_size()
+    for name in ("a", "b", "c"):
+        data = records(logprobs)
+        for datum in data:
+            datum.loss_fn_inputs[name] = datum.loss_fn_inputs["reference"]
+        sent(loss, data, logprobs)
+    assert pj.adapters.tinker._value_and_gradient._cache_size() <= before + 1
+
+
+def test_half_precision_and_second_derivatives():
+    loss = pj.adapters.tinker.as_loss(pj.Objective(terms={"l1": term(pj.L1())}))
+    x = torch.full((4,), -30000.0, dtype=torch.float16, requires_grad=True)
+    total, _ = loss(records([np.ones(4, np.float32)]), [x])
+    assert total.item() == 120000.0
+    (slope,) = torch.autograd.grad(total, x, create_graph=True)
+    assert slope.dtype == torch.float16
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        slope.sum().backward()
+
+
+def test_as_loss_takes_an_objective():
+    with pytest.raises(TypeError, match=r"takes a pj\.Objective, got L1"):
+        pj.adapters.tinker.as_loss(pj.L1())
