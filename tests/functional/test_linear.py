@@ -132,6 +132,7 @@ def test_value_and_gradients(call, oracle, reduction, block_size, x64):
     assert_close(along, directional(exact, arrays, directions), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 @every_case
 def test_a_gradient_for_one_argument_is_that_of_all(call, oracle):
     """Whatever is differentiated, alone or together, in any order, inside of scan and remat."""

@@ -249,6 +249,7 @@ def test_a_zero_coupling_separates_blocks():
         assert_near(g, np.concatenate(alone), 1e-6)
 
 
+@pytest.mark.slow
 @every_method
 def test_jvp_and_vmap(method, x64):
     a, products, direction = lattice(10, 3, 8), np.abs(lattice(11, 3, 7)), lattice(12, 3, 8)
@@ -269,6 +270,7 @@ def test_jvp_and_vmap(method, x64):
     assert_near(shared, exact(a, np.broadcast_to(products[0], (3, 7))), 1e-12)
 
 
+@pytest.mark.slow
 @every_method
 def test_second_derivatives(method, x64):
     """Two changes of the diagonal, j and l: G_kj G_jl G_lk + G_kl G_lj G_jk."""

@@ -127,6 +127,7 @@ def test_a_skipped_position_cuts_the_chain():
 # Causality.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 def test_causal_layers_look_back_only(causal):
     layer = make(causal=causal, top_k=2)

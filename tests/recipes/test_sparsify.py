@@ -59,6 +59,7 @@ def folders(tmp_path_factory):
     return folder, killed
 
 
+@pytest.mark.slow
 def test_everything_is_written(folders):
     folder, _ = folders
     assert {path.name for path in folder.iterdir()} == {
@@ -72,6 +73,7 @@ def test_everything_is_written(folders):
     assert "://" not in report
 
 
+@pytest.mark.slow
 def test_log(folders):
     records = log(folders[0])
     train = [record for record in records if record["kind"] == "train"]
