@@ -28,7 +28,8 @@ lint: $(VENV)/.test  ## ruff and basedpyright
 
 notebooks: $(VENV)/.notebooks  ## run the notebooks from top to bottom, and keep their outputs
 	$(BIN)/python -m nbconvert --to notebook --inplace --execute \
-		--ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.preserve_nb_metadata_mask="kernelspec language_info" notebooks/*.ipynb
+		--ClearMetadataPreprocessor.enabled=True \
+		--ClearMetadataPreprocessor.clear_notebook_metadata=False notebooks/*.ipynb
 
 docs: $(VENV)/.docs  ## build the documentation in site/, with every warning an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
