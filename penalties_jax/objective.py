@@ -59,12 +59,7 @@ class Term(Pytree):
             f"the weight of term {name!r}", jnp.where(self.enabled, self.weight, 0)
         )
         outputs = {key: jax.tree.map(partial(_gate, weight), x) for key, x in outputs.items()}
-        if callable(self.on):
-            picked = self.on(outputs)
-            inputs = picked if isinstance(picked, tuple) else (picked,)
-        else:
-            keys = (self.on,) if isinstance(self.on, str) else self.on
-            inputs = tuple(pick(f"term {name!r}", outputs, key) for key in keys)
+        inputs = pick_inputs(f"term {name!r}", outputs, self.on)
         if self.where is None or callable(self.where):
             mask = self.where and self.where(outputs)
         else:
@@ -273,6 +268,14 @@ def pick(label: str, outputs: Outputs, key: str) -> Any:
     if key not in outputs:
         raise KeyError(f"{label} needs {key!r}; the outputs have {sorted(outputs)}")
     return outputs[key]
+
+
+def pick_inputs(label: str, outputs: Outputs, on: Any) -> tuple[Any, ...]:
+    """The inputs of a term: by a key, by several keys, or by a function of the outputs."""
+    if callable(on):
+        picked = on(outputs)
+        return picked if isinstance(picked, tuple) else (picked,)
+    return tuple(pick(label, outputs, key) for key in ((on,) if isinstance(on, str) else on))
 
 
 def check_scalar(label: str, value: Any) -> Array:

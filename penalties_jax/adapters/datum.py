@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from penalties_jax.functional.reduction import REDUCTIONS, Reduction, evaluate
-from penalties_jax.objective import Metrics, Objective, Outputs, pick
+from penalties_jax.objective import Metrics, Objective, Outputs, pick, pick_inputs
 from penalties_jax.pytree import option, pytree
 from penalties_jax.terms import (
     L1,
@@ -293,14 +293,12 @@ class _Included:
 
     def __call__(self, outputs: Outputs) -> Bool[Array, "..."]:
         """The mask."""
-        mask = jnp.asarray(outputs["mask"])
+        label, mask = f"term {self.name!r}", jnp.asarray(outputs["mask"])
         if not self.of_positions:
-            key = self.on if isinstance(self.on, str) or callable(self.on) else self.on[0]
-            picked = key(outputs) if callable(key) else outputs[key]
-            mask = _with_axes_of(jax.tree.leaves(picked)[0], mask)
+            first, *_ = pick_inputs(label, outputs, self.on)
+            mask = _with_axes_of(jax.tree.leaves(first)[0], mask)
         if self.where is None:
             return mask
-        label = f"term {self.name!r}"
         own = self.where(outputs) if callable(self.where) else pick(label, outputs, self.where)
         return mask & _with_axes_of(mask, jnp.asarray(own) != 0)
 
