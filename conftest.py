@@ -1,6 +1,8 @@
-"""Eight host devices, short notebooks, and one copy of the package for the doctests."""
+"""Eight host devices, short notebooks, and the names that examples in docstrings assume."""
 
 import os
+
+import pytest
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -10,5 +12,14 @@ os.environ["XLA_FLAGS"] = (
 os.environ["PENALTIES_JAX_QUICK"] = "1"
 os.environ["MPLBACKEND"] = "agg"
 
-# Pytest would load a second copy of a module whose doctests it collects before the package.
-import penalties_jax  # noqa: F401
+# Before any doctest: pytest would load a second copy of a module that it collects from.
+import jax
+import jax.numpy as jnp
+
+import penalties_jax as pj
+
+
+@pytest.fixture(autouse=True)
+def names_in_examples(doctest_namespace):
+    """What every example in a docstring begins with."""
+    doctest_namespace |= {"jax": jax, "jnp": jnp, "pj": pj}

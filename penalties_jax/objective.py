@@ -10,15 +10,18 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from penalties_jax.functional.reduction import norm, promote
-from penalties_jax.pytree import Pytree, has_schedule, number, option, pytree, resolve
-from penalties_jax.terms import Numeric, Penalty
+from penalties_jax._pytree import Pytree, config, has_schedule, number, option, resolve
+from penalties_jax.functional.derivatives import norm
+from penalties_jax.functional.reduction import promote
+from penalties_jax.terms.base import Numeric, Penalty
+
+__all__ = ["Objective", "Term"]
 
 Outputs = Mapping[str, Any]
 Metrics = dict[str, Float[Array, ""]]
 
 
-@pytree
+@config
 class Term(Pytree):
     """A penalty $f$, what it is applied to, and its weight $w$: $w f(x)$ is its share of a total.
 
@@ -37,7 +40,6 @@ class Term(Pytree):
         ValueError: In an objective's call, if the value or the weight is not of shape [].
 
     Examples:
-        >>> import penalties_jax as pj
         >>> term = pj.Term(pj.KLDivergence(), on=("logprobs", "reference"), weight=0.1)
         >>> term.weight
         0.1
@@ -70,7 +72,7 @@ class Term(Pytree):
         return {name: value, f"{name}/weighted": weight * counted}
 
 
-@pytree
+@config
 class Objective(Pytree):
     r"""A loss and named penalty terms on the outputs of a model: $L + \sum_k w_k f_k$.
 
@@ -87,8 +89,6 @@ class Objective(Pytree):
         ValueError: If a name is one that is taken.
 
     Examples:
-        >>> import jax, jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> objective = pj.Objective(
         ...     loss=lambda outputs: jnp.mean((outputs["prediction"] - outputs["target"]) ** 2),
         ...     terms={"l1": pj.Term(pj.L1(), on="hidden", weight=pj.anneal(0, 1, start=0, end=4))},
@@ -157,8 +157,6 @@ class Objective(Pytree):
             ValueError: If `wrt` is empty.
 
         Examples:
-            >>> import jax.numpy as jnp
-            >>> import penalties_jax as pj
             >>> objective = pj.Objective(terms={"l2": pj.Term(pj.L2(), on="x", weight=0.5)})
             >>> norms = objective.grad_norms({"x": jnp.array([3.0, 4.0])}, wrt=("x",))
             >>> {name: round(float(norm), 4) for name, norm in sorted(norms.items())}

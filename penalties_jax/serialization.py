@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from penalties_jax.pytree import TYPES, BareSchedule, Pytree, fields
+from penalties_jax._pytree import TYPES, BareSchedule, Pytree, fields
+
+__all__ = ["from_dict", "from_json", "from_yaml", "to_dict", "to_json", "to_yaml"]
 
 _RESERVED = {"type", "array", "tuple"}
 
@@ -25,7 +27,6 @@ def to_dict(config: Pytree) -> dict[str, Any]:
         TypeError: If it holds a function, such as a bare schedule, whose field is named.
 
     Examples:
-        >>> import penalties_jax as pj
         >>> data = pj.to_dict(pj.L1(weights=0.5))
         >>> data
         {'type': 'L1', 'reduction': 'sum', 'axis_name': None, 'weights': 0.5}
@@ -55,7 +56,6 @@ def from_dict(data: dict[str, Any]) -> Any:
         TypeError: If a field is missing or unknown.
 
     Examples:
-        >>> import penalties_jax as pj
         >>> pj.from_dict({"type": "SmoothL0", "gamma": 0.1}).gamma
         0.1
     """
@@ -73,7 +73,6 @@ def to_json(config: Pytree) -> str:
         TypeError: As `to_dict`.
 
     Examples:
-        >>> import penalties_jax as pj
         >>> pj.from_json(pj.to_json(pj.Huber(delta=2.0))).delta
         2.0
     """
@@ -87,7 +86,6 @@ def from_json(text: str) -> Any:
         TypeError, ValueError: As `from_dict`, or if the text is not JSON.
 
     Examples:
-        >>> import penalties_jax as pj
         >>> pj.from_json('{"type": "L2", "clip": 3.0}').clip
         3.0
     """
@@ -102,7 +100,6 @@ def to_yaml(config: Pytree) -> str:
         ModuleNotFoundError: Without PyYAML.
 
     Examples:
-        >>> import penalties_jax as pj
         >>> pj.from_yaml(pj.to_yaml(pj.Lp(p=0.5))) == pj.Lp(p=0.5)
         True
     """
@@ -120,7 +117,6 @@ def from_yaml(text: str) -> Any:
         ModuleNotFoundError: Without PyYAML.
 
     Examples:
-        >>> import penalties_jax as pj
         >>> pj.from_yaml("{type: L1, reduction: mean}").reduction
         'mean'
     """

@@ -1,6 +1,5 @@
 """Penalties on parameters as optax gradient transformations."""
 
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,8 +9,11 @@ import optax
 from jaxtyping import Array
 from optax._src.base import NO_PARAMS_MSG
 
+from penalties_jax.functional.checks import NONNEGATIVE
 from penalties_jax.functional.reduction import promote
-from penalties_jax.terms import Numeric, Penalty, is_absent
+from penalties_jax.terms.base import Numeric, Penalty, is_absent
+
+__all__ = ["add_penalty", "proximal"]
 
 Mask = Any | Callable[[optax.Params], Any]
 
@@ -49,8 +51,7 @@ def add_penalty(
         Loshchilov & Hutter (2019), Decoupled weight decay regularization.
 
     Examples:
-        >>> import jax.numpy as jnp, optax
-        >>> import penalties_jax as pj
+        >>> import optax
         >>> optimizer = optax.chain(pj.add_penalty(pj.L1(), weight=0.5), optax.sgd(1.0))
         >>> params = jnp.array([2.0, -2.0, 0.0])
         >>> updates, _ = optimizer.update(jnp.zeros(3), optimizer.init(params), params)
@@ -101,8 +102,7 @@ def proximal(
         Parikh & Boyd (2014), Proximal algorithms, section 4.2.
 
     Examples:
-        >>> import jax.numpy as jnp, optax
-        >>> import penalties_jax as pj
+        >>> import optax
         >>> optimizer = optax.chain(optax.sgd(1.0), pj.proximal(pj.L1(), 1.0, weight=0.5))
         >>> params = jnp.array([2.0, 0.1])
         >>> updates, _ = optimizer.update(jnp.zeros(2), optimizer.init(params), params)
@@ -110,9 +110,7 @@ def proximal(
         [1.5, 0.0]
     """
     _check_config(penalty, "proximal")
-    for name, value in (("learning_rate", learning_rate), ("weight", weight)):
-        if isinstance(value, numbers.Real) and value < 0:
-            raise ValueError(f"{name} must be at least 0, got {value!r}")
+    NONNEGATIVE.check(learning_rate=learning_rate, weight=weight)
 
     def change(updates, params, count):
         step_size = _at(learning_rate, count) * _at(weight, count)

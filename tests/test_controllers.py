@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import penalties_jax as pj
-from penalties_jax.schedules import Controller, Setpoint, View
+from penalties_jax.controllers import Controller, Setpoint, View
 from tests.configs import jit_once
 from tests.functional.cases import quick_jit
 from tests.oracles import assert_close

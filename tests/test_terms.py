@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import optimize
 
 import penalties_jax as pj
-from penalties_jax.terms import Penalty
+from penalties_jax.terms.base import Penalty
 from tests.configs import EXAMPLES, jit_once
 from tests.oracles import assert_close, lattice
 
@@ -701,7 +701,7 @@ def test_divergences_from_logits(make, function, inputs, settings):
         (lambda: pj.Entropy(class_axis_name="c"), "Entropy.class_axis_name needs inputs='logits'"),
         (
             lambda: pj.KLDivergence(inputs="logits", axis=0),
-            "KLDivergence.axis must be -1",
+            "KLDivergence.axis needs inputs=.logprobs.",
         ),
         (lambda: pj.KLDivergence(inputs="probs"), "KLDivergence.inputs .*'logprobs', 'logits'"),
         (lambda: pj.KLDivergence(inputs="logits", temperature=0), "KLDivergence.temperature"),

@@ -14,31 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from penalties_jax.functional.reduction import REDUCTIONS, Reduction, evaluate
 from penalties_jax.objective import Metrics, Objective, Outputs, pick, pick_inputs
-from penalties_jax.pytree import option, pytree
-from penalties_jax.terms import (
-    L1,
-    L2,
-    Consistency,
-    Divergence,
-    Entropy,
-    ImportanceMinimality,
-    KLDivergence,
-    KLEstimate,
-    Penalty,
-    Reduced,
-    Scaled,
-    Sum,
-)
+from penalties_jax.terms.base import Penalty
+from penalties_jax.terms.reduced import Reduced
+
+__all__ = ["Record", "collate", "is_sampled", "measure", "objective_for", "penalty_for"]
 
 Target = Literal["logprobs", "probs"] | tuple[Literal["field"], str]
 
 
 class Record(Protocol):
     """What a batch is made of: anything with arrays by name, each [T] or [T, C].
-
-    It raises nothing itself.
 
     Examples:
         >>> from types import SimpleNamespace
@@ -88,7 +74,6 @@ def collate(
     Examples:
         >>> from types import SimpleNamespace
         >>> import numpy as np
-        >>> import penalties_jax as pj
         >>> records = [SimpleNamespace(loss_fn_inputs={"weights": np.ones(n)}) for n in (3, 2)]
         >>> batch = pj.adapters.datum.collate(records, [np.zeros(3), np.zeros(2)])
         >>> batch["mask"].astype(int).tolist()
@@ -170,7 +155,6 @@ def measure(
     Examples:
         >>> from types import SimpleNamespace
         >>> import numpy as np
-        >>> import penalties_jax as pj
         >>> records = [SimpleNamespace(loss_fn_inputs={"old": np.full(n, -1.0)}) for n in (3, 1)]
         >>> logprobs = [np.full(3, -1.0), np.full(1, -2.0)]
         >>> value, metrics = pj.adapters.datum.measure(
@@ -179,7 +163,7 @@ def measure(
         >>> {name: float(value) for name, value in metrics.items()}
         {'kl_divergence': 0.125, 'kl_max': 0.5, 'kl_min': 0.0}
     """
-    kind = next((name for kinds, name in _KINDS.items() if isinstance(penalty, kinds)), None)
+    kind = penalty.measured_as
     if kind is None:
         raise TypeError(f"expected L1, L2, KLDivergence, KLEstimate or Entropy, got {penalty!r}")
     batch = collate(
@@ -204,7 +188,7 @@ def measure(
     return _measure(adapted, [batch[name] for name in names], batch["mask"], kind, target)
 
 
-def penalty_for(penalty: Any, *, sampled: bool) -> Any:
+def penalty_for(penalty: Penalty, *, sampled: bool) -> Penalty:
     r"""The penalty that estimates a divergence from sampled tokens; others as they are.
 
     Args:
@@ -220,14 +204,13 @@ def penalty_for(penalty: Any, *, sampled: bool) -> Any:
             log-probabilities are those of all classes.
 
     Examples:
-        >>> import penalties_jax as pj
         >>> type(pj.adapters.datum.penalty_for(pj.KLDivergence(), sampled=True)).__name__
         'KLEstimate'
     """
     if sampled:
-        return jax.tree.map(_estimate, penalty, is_leaf=lambda node: isinstance(node, Divergence))
-    for node in _members(penalty):
-        if isinstance(node, KLEstimate | SampledEntropy):
+        return penalty.estimate()
+    for node in penalty.summands:
+        if node.of_samples:
             raise ValueError(
                 f"{node!r} is of sampled tokens [T], and log-probabilities are those of classes: "
                 "use KLDivergence or Entropy, or say sampled=True"
@@ -250,7 +233,6 @@ def objective_for(objective: Objective, *, sampled: bool) -> Objective:
 
     Examples:
         >>> import numpy as np
-        >>> import penalties_jax as pj
         >>> term = pj.Term(pj.L1(reduction="mean"), on="logprobs")
         >>> objective = pj.Objective(terms={"l1": term})
         >>> batch = {"logprobs": np.array([[-2.0, 0.0]]), "mask": np.array([[True, False]])}
@@ -261,7 +243,7 @@ def objective_for(objective: Objective, *, sampled: bool) -> Objective:
 
     def adapt(name, term):
         penalty = penalty_for(term.penalty, sampled=sampled)
-        positions = {_is_of_positions(node) for node in _members(penalty)}
+        positions = {node.class_axis is not None for node in penalty.summands}
         if len(positions) > 1:
             raise ValueError(
                 f"term {name!r} adds penalties of entries to penalties of positions: make them two"
@@ -303,65 +285,6 @@ class _Included:
         return mask & _with_axes_of(mask, jnp.asarray(own) != 0)
 
 
-def _members(penalty):
-    """The penalties that a penalty is a sum or a multiple of."""
-    nodes = jax.tree.leaves(
-        penalty, is_leaf=lambda x: isinstance(x, Penalty) and not isinstance(x, Sum | Scaled)
-    )
-    return [node for node in nodes if isinstance(node, Penalty)]
-
-
-def _is_of_positions(penalty):
-    if isinstance(penalty, Consistency):
-        return penalty.metric in ("cosine", "kl")
-    return isinstance(penalty, Divergence | ImportanceMinimality)
-
-
-@pytree
-class SampledEntropy(Reduced):
-    r"""The mean of $-\log p$ of sampled tokens [..., T], which estimates an entropy.
-
-    Attributes:
-        maximize: Whether it is negated.
-
-    Raises:
-        ValueError: If `reduction` is unknown.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> import penalties_jax as pj
-        >>> float(pj.adapters.datum.SampledEntropy()(jnp.array([-1.0, -2.0])))
-        1.5
-    """
-
-    maximize: bool = option(default=False)
-    reduction: Reduction = option(default="mean", choices=REDUCTIONS, kw_only=True)
-
-    def _function(self, log_p, **options):
-        weight = -1.0 if self.maximize else 1.0
-        return evaluate(jnp.negative, (log_p,), {}, weights=weight, **options)
-
-
-_KINDS = {
-    L1: "l1",
-    L2: "l2",
-    (KLDivergence, KLEstimate): "kl",
-    (Entropy, SampledEntropy): "entropy",
-}
-
-
-def _estimate(node):
-    if not isinstance(node, Divergence):
-        return node
-    shared = {"reduction": node.reduction, "axis_name": node.axis_name}
-    plain = node.inputs == "logprobs" and node.axis == -1
-    if isinstance(node, KLDivergence) and plain and node.direction == "forward":
-        return KLEstimate(**shared)
-    if isinstance(node, Entropy) and plain and node.temperature == 1 and not node.normalize:
-        return SampledEntropy(node.maximize, **shared)
-    raise ValueError(f"{node!r} can't be estimated from the log-probabilities of sampled tokens")
-
-
 def _with_axes_of(x, mask):
     """A mask of positions, with the axes of what is at them."""
     return mask.reshape(*mask.shape, *(1,) * (x.ndim - mask.ndim))
@@ -371,7 +294,7 @@ def _with_axes_of(x, mask):
 def _measure(penalty, inputs, mask, kind, target):
     if target == "probs" and kind in ("l1", "l2"):
         inputs = [jnp.exp(x) for x in inputs]
-    where = mask if isinstance(penalty, Divergence) else _with_axes_of(inputs[0], mask)
+    where = _with_axes_of(inputs[0], mask) if penalty.class_axis is None else mask
     value = penalty(*inputs, where=where)
     values = dataclasses.replace(penalty, reduction="none")(*inputs, where=where)
     total, included = jnp.sum(values), jnp.broadcast_to(where, values.shape)
@@ -413,7 +336,6 @@ def is_sampled(batch: Mapping[str, Any], sampled: bool | None) -> bool:
 
     Examples:
         >>> import numpy as np
-        >>> import penalties_jax as pj
         >>> pj.adapters.datum.is_sampled({"logprobs": np.zeros((2, 3, 50))}, None)
         False
     """

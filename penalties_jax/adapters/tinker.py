@@ -51,7 +51,6 @@ def as_loss(
         Thinking Machines Lab, Tinker, `TrainingClient.forward_backward_custom`.
 
     Examples:
-        >>> import penalties_jax as pj
         >>> objective = pj.Objective(
         ...     terms={"kl": pj.Term(pj.KLEstimate(), on=("logprobs", "reference"), weight=0.1)}
         ... )

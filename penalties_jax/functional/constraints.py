@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import jax
@@ -11,34 +12,30 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from penalties_jax.functional.decorators import compiled
-from penalties_jax.functional.divergences import kl_divergence
-from penalties_jax.functional.reduction import (
-    Axis,
-    AxisName,
-    Reduction,
-    check_broadcast,
+from penalties_jax.functional.checks import (
+    ANY,
     check_choice,
-    check_reduction,
+    check_fits,
     check_same_shape,
     check_where,
-    direction,
-    evaluate,
-    norm,
-    norm_across,
-    promote,
-    reduce,
 )
+from penalties_jax.functional.derivatives import Axis, absolute, norm, norm_across, normalized
+from penalties_jax.functional.divergences import kl_divergence
+from penalties_jax.functional.reduction import AxisName, Reduction, evaluate, promote, reduce
+
+__all__ = [
+    "consistency",
+    "gradient_penalty",
+    "interpolated_gradient_penalty",
+    "orthogonality",
+    "output_magnitude",
+]
 
 Mode = Literal["soft", "hard", "spectral"]
 Rows = Literal["rows", "sequence", "vocabulary"]
 Metric = Literal["mse", "l1", "cosine", "kl"]
-MODES = ("soft", "hard", "spectral")
-ROWS = ("rows", "sequence", "vocabulary")
-METRICS = ("mse", "l1", "cosine", "kl")
 
 
-@compiled("mode", "normalize", "axis")
 def orthogonality(
     x: Float[Array, "..."],
     *,
@@ -74,23 +71,26 @@ def orthogonality(
         CNNs?
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> float(pj.orthogonality(jnp.eye(3)))
         0.0
         >>> float(pj.orthogonality(jnp.ones((2, 4))))
         2.0
     """
-    check_choice("mode", mode, MODES)
-    check_choice("axis", axis, ROWS)
+    check_choice("mode", mode, Mode)
+    check_choice("axis", axis, Rows)
     if jnp.ndim(x) < 2:
         raise ValueError(f"x must have at least two axes, got shape {jnp.shape(x)}")
+    return _orthogonality(x, mode=mode, normalize=normalize, axis=axis)
+
+
+@partial(jax.jit, static_argnames=("mode", "normalize", "axis"))
+def _orthogonality(x, *, mode, normalize, axis):
     (x,) = promote(x)
     slices = {"rows": slice(None, -1), "sequence": slice(1, 2), "vocabulary": slice(-1, None)}
     rows = tuple(range(x.ndim))[slices[axis]]
     features = tuple(a for a in range(x.ndim) if a not in rows)
     if normalize:
-        x = direction(x, features)
+        x = normalized(x, features)
     # Every row meets every other, so on a mesh with explicit axes the result is replicated.
     sharded = any(axis is not None for axis in jax.typeof(x).sharding.spec)
     gram = jnp.tensordot(
@@ -134,26 +134,24 @@ def consistency(
         reduction: "mean" or "sum" over entries ("mse", "l1") or positions ("cosine", "kl"), or
             "none".
         where: Mask of entries or positions, which broadcasts to their shape.
-        axis_name: Mapped axes over whose members to sum or average.
+        axis_name: As in `pj.l1`.
 
     Returns:
         A scalar, or an array of the shape of the entries or positions for "none".
 
     Raises:
-        ValueError: If the shapes differ, `where` does not fit, or an option is unknown.
+        ValueError: As `pj.l1`, or if the shapes differ.
+        TypeError: As `pj.l1`.
 
     References:
         Laine & Aila (2017), Temporal ensembling for semi-supervised learning.
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> a, b = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0]])
         >>> float(pj.consistency(a, b)), float(pj.consistency(a, b, metric="cosine"))
         (1.0, 1.0)
     """
-    check_choice("metric", metric, METRICS)
-    check_reduction(reduction)
+    check_choice("metric", metric, Metric)
     check_same_shape(a=a, b=b)
     if metric == "kl":
         return kl_divergence(
@@ -164,7 +162,6 @@ def consistency(
         formula,
         (a, b),
         {},
-        weights=1.0,
         where=where,
         axis=axis,
         reduction=reduction,
@@ -196,8 +193,6 @@ def gradient_penalty(
         Gulrajani et al. (2017), Improved training of Wasserstein GANs.
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> float(pj.gradient_penalty(lambda x: 3 * x.sum(), jnp.ones((2, 1))))
         4.0
     """
@@ -243,8 +238,6 @@ def interpolated_gradient_penalty(
         Gulrajani et al. (2017), Improved training of Wasserstein GANs.
 
     Examples:
-        >>> import jax, jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> real, fake, key = jnp.ones((2, 3)), jnp.zeros((2, 3)), jax.random.key(0)
         >>> float(pj.interpolated_gradient_penalty(lambda x: x[0], real, fake, key))
         0.0
@@ -255,7 +248,6 @@ def interpolated_gradient_penalty(
     return gradient_penalty(f, e * a + (1 - e) * b, target_norm=target_norm)
 
 
-@compiled("axis", "reduction", "axis_name")
 def output_magnitude(
     x: Float[Array, "..."],
     *,
@@ -274,26 +266,32 @@ def output_magnitude(
             `axis_name`; -1 for one at each position.
         reduction: "mean" or "sum" over the positions that `axis` leaves, or "none".
         where: Mask of entries that broadcasts to `x`; a position without any contributes nothing.
-        axis_name: Mapped axes over whose members to average.
+        axis_name: As in `pj.l1`.
 
     Returns:
         A scalar, or an array of the shape of the positions for "none".
 
     Raises:
-        ValueError: If `where` does not broadcast to `x`, or `target` to the positions, or
-            `reduction` is unknown.
+        ValueError: As `pj.l1`, or if `target` does not broadcast to the positions.
+        TypeError: As `pj.l1`.
 
     References:
         Merity, McCann & Socher (2017), Revisiting activation regularization for language RNNs, for
         a penalty on the size of outputs; the target is ours.
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> round(float(pj.output_magnitude(jnp.array([3.0, -3.0]))), 4)
         4.0
     """
-    check_reduction(reduction)
+    check_choice("reduction", reduction, Reduction)
+    ANY.check(target=target)
+    return _output_magnitude(
+        x, target, axis=axis, reduction=reduction, where=where, axis_name=axis_name
+    )
+
+
+@partial(jax.jit, static_argnames=("axis", "reduction", "axis_name"))
+def _output_magnitude(x, target, *, axis, reduction, where, axis_name):
     check_where(where, x.shape)
     (x,) = promote(x)
     count = jnp.asarray(x.size if axis is None else jnp.size(x, axis), x.dtype)
@@ -302,7 +300,7 @@ def output_magnitude(
         x = jnp.where(where, x, 0)
         count = jnp.sum(where, axis, dtype=jnp.int32).astype(x.dtype)
     norms = norm(x, axis)
-    check_broadcast("target", target, norms.shape)
+    check_fits(norms.shape, target=target)
     if axis is None and axis_name is not None:
         count, norms = lax.psum(count, axis_name), norm_across(norms, axis_name)
     rms = norms / jnp.sqrt(jnp.maximum(count, 1))
@@ -318,11 +316,11 @@ def _squared_error(a, b):
 
 
 def _absolute_error(a, b):
-    return (a - b) * jnp.sign(a - b)
+    return absolute(a - b)
 
 
 def _cosine_distance(a, b, axis):
-    return 1 - jnp.sum(direction(a, axis) * direction(b, axis), axis)
+    return 1 - jnp.sum(normalized(a, axis) * normalized(b, axis), axis)
 
 
 _DISTANCES = {

@@ -5,18 +5,13 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from penalties_jax.functional.divergences import expm1_minus
-from penalties_jax.functional.reduction import (
-    AxisName,
-    Reduction,
-    check_choice,
-    check_reduction,
-    check_same_shape,
-    evaluate,
-)
+from penalties_jax.functional.checks import check_choice, check_same_shape
+from penalties_jax.functional.divergences.formulas import expm1_minus
+from penalties_jax.functional.reduction import AxisName, Reduction, evaluate
+
+__all__ = ["kl_estimate"]
 
 Estimator = Literal["k1", "k2", "k3"]
-ESTIMATORS = ("k1", "k2", "k3")
 
 
 def kl_estimate(
@@ -46,36 +41,31 @@ def kl_estimate(
         log_q: Log-probabilities of the same tokens under Q.
         estimator: "k1", "k2" or "k3".
         reduction: "mean" or "sum" over the tokens, or "none".
-        where: Mask of tokens that broadcasts to their shape.
-        axis_name: Mapped axes over whose members to sum or average.
+        where, axis_name: As in `pj.l1`.
 
     Returns:
         A scalar, or an array of the shape of `log_p` for "none".
 
     Raises:
-        ValueError: If the shapes differ, `where` does not broadcast to them, or an option is
-            unknown.
+        ValueError: As `pj.l1`, or if the shapes differ.
+        TypeError: As `pj.l1`.
 
     References:
         Schulman (2020), Approximating KL divergence.
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> log_p, log_q = jnp.log(jnp.array([0.5, 0.2])), jnp.log(jnp.array([0.25, 0.4]))
         >>> round(float(pj.kl_estimate(log_p, log_q, estimator="k2")), 4)
         0.2402
         >>> round(float(pj.kl_estimate(log_p, log_q, estimator="k3")), 4)
         0.25
     """
-    check_choice("estimator", estimator, ESTIMATORS)
-    check_reduction(reduction)
+    check_choice("estimator", estimator, Estimator)
     check_same_shape(log_p=log_p, log_q=log_q)
     return evaluate(
         _FORMULAS[estimator],
         (log_p, log_q),
         {},
-        weights=1.0,
         where=where,
         reduction=reduction,
         axis_name=axis_name,

@@ -1,8 +1,7 @@
 """Gates in [0, 1] that are learned: stochastic relaxations and straight-through estimators."""
 
-import numbers
 import operator
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +10,25 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 from numpy.lib.array_utils import normalize_axis_index
 
-from penalties_jax.functional.decorators import compiled, elementwise_derivatives
-from penalties_jax.functional.reduction import check_broadcast, check_same_shape, promote
+from penalties_jax.functional.checks import (
+    ABOVE_ONE,
+    BELOW_ZERO,
+    POSITIVE,
+    check_fits,
+    check_same_shape,
+)
+from penalties_jax.functional.derivatives import elementwise_derivatives
+from penalties_jax.functional.reduction import promote
+
+__all__ = [
+    "hard_concrete_gate",
+    "hard_concrete_l0",
+    "jump_relu",
+    "logistic_gate",
+    "step_gate",
+    "straight_through",
+    "top_k_gate",
+]
 
 
 def straight_through(hard: Float[Array, "..."], soft: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -35,9 +51,7 @@ def straight_through(hard: Float[Array, "..."], soft: Float[Array, "..."]) -> Fl
         neurons for conditional computation.
 
     Examples:
-        >>> import jax
-        >>> from penalties_jax.functional import straight_through
-        >>> f = lambda x: straight_through(jax.numpy.round(x), x**2)
+        >>> f = lambda x: pj.straight_through(jax.numpy.round(x), x**2)
         >>> float(f(0.75)), float(jax.grad(f)(0.75))
         (1.0, 1.5)
     """
@@ -77,15 +91,13 @@ def logistic_gate(
         Categorical reparameterization with Gumbel-softmax.
 
     Examples:
-        >>> import jax, jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> logits = jnp.array([-2.0, 0.5, 3.0])
         >>> pj.logistic_gate(logits, None).tolist()
         [0.0, 1.0, 1.0]
         >>> pj.logistic_gate(logits, jax.random.key(1)).shape
         (3,)
     """
-    _check_scale("temperature", temperature, logits)
+    _check_scale(logits, temperature=temperature)
     return _logistic_gate(logits, key, temperature, hard=hard)
 
 
@@ -121,12 +133,10 @@ def hard_concrete_gate(
         regularization.
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> pj.hard_concrete_gate(jnp.array([-4.0, 0.0, 4.0]), None).tolist()
         [0.0, 0.5, 1.0]
     """
-    _check_scale("temperature", temperature, logits)
+    _check_scale(logits, temperature=temperature)
     _check_stretch(stretch)
     return _hard_concrete_gate(logits, key, temperature, stretch)
 
@@ -142,28 +152,23 @@ def hard_concrete_l0(
     Summed, it is the expected L0 norm of the gates, which can be differentiated.
 
     Args:
-        logits: As in `hard_concrete_gate`.
-        temperature: As in `hard_concrete_gate`.
-        stretch: As in `hard_concrete_gate`.
+        logits, temperature, stretch: As in `pj.hard_concrete_gate`.
 
     Returns:
         Probabilities in [0, 1], of the shape of `logits`, float32 or wider.
 
     Raises:
-        ValueError: As `hard_concrete_gate`.
-        TypeError: As `hard_concrete_gate`.
+        ValueError, TypeError: As `pj.hard_concrete_gate`.
 
     References:
         Louizos, Welling & Kingma (2018), Learning sparse neural networks through L0
         regularization, equation 12.
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> round(float(pj.hard_concrete_l0(jnp.array(0.0))), 4)
         0.8318
     """
-    _check_scale("temperature", temperature, logits)
+    _check_scale(logits, temperature=temperature)
     _check_stretch(stretch)
     return _hard_concrete_l0(logits, temperature, stretch)
 
@@ -196,8 +201,6 @@ def step_gate(
         sparse autoencoders.
 
     Examples:
-        >>> import jax, jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> x = jnp.array([0.2, 0.9, 1.1])
         >>> pj.step_gate(x, 1.0).tolist()
         [0.0, 0.0, 1.0]
@@ -217,24 +220,19 @@ def jump_relu(
     kernel estimate $-\frac{\theta}{\epsilon} K((x - \theta) / \epsilon)$, as in `step_gate`.
 
     Args:
-        x: As in `step_gate`.
-        threshold: As in `step_gate`.
-        bandwidth: As in `step_gate`.
+        x, threshold, bandwidth: As in `pj.step_gate`.
 
     Returns:
         An array of the shape of `x`, float32 or wider.
 
     Raises:
-        ValueError: As `step_gate`.
-        TypeError: As `step_gate`.
+        ValueError, TypeError: As `pj.step_gate`.
 
     References:
         Rajamanoharan et al. (2024), Jumping ahead: improving reconstruction fidelity with JumpReLU
         sparse autoencoders.
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> pj.jump_relu(jnp.array([0.5, 2.0]), 1.0).tolist()
         [0.0, 2.0]
     """
@@ -275,12 +273,10 @@ def top_k_gate(
         Gumbel-top-k trick. Jang, Gu & Poole (2017), for k = 1.
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> pj.top_k_gate(jnp.array([0.1, 2.0, -1.0, 0.5]), 2, None).tolist()
         [0.0, 1.0, 0.0, 1.0]
     """
-    _check_scale("temperature", temperature, logits)
+    _check_scale(logits, temperature=temperature)
     axis = normalize_axis_index(axis, jnp.ndim(logits))
     size = jnp.shape(logits)[axis]
     k = operator.index(k)
@@ -289,28 +285,15 @@ def top_k_gate(
     return _top_k_gate(logits, key, temperature, k=k, axis=axis)
 
 
-def check_positive(name: str, value: Any) -> None:
-    """Raises ValueError for a number that is not above 0."""
-    if isinstance(value, numbers.Real) and not float(value) > 0:
-        raise ValueError(f"{name} must be above 0, got {value!r}")
-
-
-def check_unit(name: str, value: Any) -> None:
-    """Raises ValueError for a number that is not in [0, 1]."""
-    if isinstance(value, numbers.Real) and not 0 <= float(value) <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
-
-
-def _check_scale(name, value, like):
-    check_broadcast(name, value, jnp.shape(like))
-    check_positive(name, value)
+def _check_scale(like, **scale):
+    check_fits(jnp.shape(like), **scale)
+    POSITIVE.check(**scale)
 
 
 def _check_stretch(stretch):
     low, high = stretch
-    plain = isinstance(low, int | float) and isinstance(high, int | float)
-    if plain and not (low < 0 and high > 1):
-        raise ValueError(f"stretch must reach below 0 and above 1, got {stretch!r}")
+    BELOW_ZERO.check(**{"stretch[0]": low})
+    ABOVE_ONE.check(**{"stretch[1]": high})
 
 
 @jax.custom_jvp
@@ -330,7 +313,7 @@ def _noisy(logits, key):
     return logits + jax.random.logistic(key, logits.shape, logits.dtype)
 
 
-@compiled("hard")
+@partial(jax.jit, static_argnames="hard")
 def _logistic_gate(logits, key, temperature, *, hard):
     noisy = _noisy(logits, key)
     soft = lax.logistic(noisy / temperature)
@@ -352,8 +335,8 @@ def _hard_concrete_l0(logits, temperature, stretch):
 
 
 def _at_threshold(function, x, threshold, bandwidth):
-    check_broadcast("threshold", threshold, jnp.shape(x))
-    _check_scale("bandwidth", bandwidth, x)
+    check_fits(jnp.shape(x), threshold=threshold)
+    _check_scale(x, bandwidth=bandwidth)
     return function(*promote(x, threshold, bandwidth))
 
 
@@ -385,7 +368,7 @@ def _jump_relu(x, threshold, bandwidth):
     return jnp.where(x > threshold, x, 0)
 
 
-@compiled("k", "axis")
+@partial(jax.jit, static_argnames=("k", "axis"))
 def _top_k_gate(logits, key, temperature, *, k, axis):
     (noisy,) = promote(logits)
     if key is not None:

@@ -11,15 +11,16 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from penalties_jax.functional.blocks import vary_alike
-from penalties_jax.functional.reduction import (
-    AxisName,
-    check_broadcast,
+from penalties_jax.functional.checks import (
+    AT_LEAST_ONE,
+    NONNEGATIVE,
+    check_fits,
     check_same_shape,
     check_where,
-    promote,
-    spread,
 )
+from penalties_jax.functional.reduction import AxisName, promote, spread, vary_alike
+
+__all__ = ["ImportanceLoss", "ImportanceStats", "importance_metrics", "importance_minimality"]
 
 # A config, which has `elementwise`, or a function from an array to the penalty of each value.
 PerValue = Any
@@ -37,14 +38,10 @@ class ImportanceLoss(NamedTuple):
             values of $\beta$.
         frequency: $\sum_j f_j \log_2(1 + S_j)$, with the penalty of a component summed in $S_j$.
 
-    It raises nothing itself.
-
     References:
         Bushnaq, Braun & Sharkey (2025), Stochastic parameter decomposition.
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> loss = pj.importance_minimality(jnp.ones((3, 1)), pj.L1(), beta=0.5)
         >>> loss.total == loss.sparsity + 0.5 * loss.frequency
         Array(True, dtype=bool)
@@ -95,8 +92,6 @@ class ImportanceStats(NamedTuple):
         Neumaier (1974), Rundungsfehleranalyse einiger Verfahren zur Summation endlicher Summen.
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> a, b = jnp.array([[1.0, 0.0]]), jnp.array([[1.0, 1.0], [1.0, 0.0]])
         >>> stats = [pj.ImportanceStats.from_batch(c, pj.L1()) for c in (a, b)]
         >>> loss = stats[0].merge(stats[1]).loss(beta=1.0)
@@ -119,13 +114,10 @@ class ImportanceStats(NamedTuple):
         """The statistics of one batch, which can be differentiated.
 
         Args:
-            importances: As in `importance_minimality`.
-            penalty: As in `importance_minimality`.
-            where: As in `importance_minimality`.
+            importances, penalty, where: As in `pj.importance_minimality`.
 
         Raises:
-            ValueError: As `importance_minimality`.
-            TypeError: As `importance_minimality`.
+            ValueError, TypeError: As `pj.importance_minimality`.
         """
         sites, structure = jax.tree.flatten(importances)
         _check_sites(sites)
@@ -159,7 +151,7 @@ class ImportanceStats(NamedTuple):
                 `jax.shard_map` arrays: the carry of a scan has to vary as they do.
 
         Raises:
-            ValueError: As `importance_minimality`.
+            ValueError: As `pj.importance_minimality`.
         """
         sites, structure = jax.tree.flatten(importances)
         _check_sites(sites)
@@ -205,11 +197,10 @@ class ImportanceStats(NamedTuple):
         """The loss on all positions that were merged.
 
         Args:
-            beta: As in `importance_minimality`.
-            reference_count: As in `importance_minimality`.
+            beta, reference_count: As in `pj.importance_minimality`.
 
         Raises:
-            ValueError: As `importance_minimality`.
+            ValueError: As `pj.importance_minimality`.
         """
         _check_numbers(beta, reference_count)
         return _loss(self, beta, reference_count)
@@ -220,8 +211,7 @@ class ImportanceStats(NamedTuple):
         r"""The loss, linearised at these statistics: what the second of two passes differentiates.
 
         Args:
-            beta: As in `importance_minimality`.
-            reference_count: As in `importance_minimality`.
+            beta, reference_count: As in `pj.importance_minimality`.
 
         Returns:
             A function, and pytree, from the statistics of a microbatch to
@@ -229,7 +219,7 @@ class ImportanceStats(NamedTuple):
             to that of the loss on all of them. Its value is not the loss.
 
         Raises:
-            ValueError: As `importance_minimality`.
+            ValueError: As `pj.importance_minimality`.
         """
         slopes = jax.grad(
             lambda sums: self._replace(sums=sums).loss(beta, reference_count=reference_count).total
@@ -283,8 +273,6 @@ def importance_minimality(
         Bushnaq, Braun & Sharkey (2025), Stochastic parameter decomposition.
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> loss = pj.importance_minimality(jnp.ones((2, 2)), pj.SmoothL0(gamma=1.0), beta=1.0)
         >>> [float(part) for part in loss]
         [2.0, 1.0, 1.0]
@@ -311,13 +299,10 @@ def importance_metrics(
     A run that is driven by one penalty so also logs the others', on the same importances.
 
     Args:
-        importances: As in `importance_minimality`.
+        importances: As in `pj.importance_minimality`.
         penalties: Per-value penalties by name.
-        beta: As in `importance_minimality`.
-        reference_count: As in `importance_minimality`.
+        beta, reference_count, where, axis_name: As in `pj.importance_minimality`.
         thresholds: Above which importances a component counts as used, at least one.
-        where: As in `importance_minimality`.
-        axis_name: As in `importance_minimality`.
 
     Returns:
         A flat dict of scalars:
@@ -336,8 +321,6 @@ def importance_metrics(
         Bushnaq, Braun & Sharkey (2025), Stochastic parameter decomposition.
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> importances = {"mlp": jnp.array([[0.5, 0.0], [1.0, 0.0]])}
         >>> metrics = pj.importance_metrics(importances, {"l1": pj.L1()})
         >>> for name in ("ci_l0_0", "ci_l0_0/mlp", "dead", "l1", "l1_no_beta"):
@@ -386,13 +369,11 @@ def _check_sites(sites):
 
 
 def _check_numbers(beta, reference_count):
-    check_broadcast("beta", beta, ())
+    check_fits((), beta=beta)
     if reference_count is not None:
-        check_broadcast("reference_count", reference_count, ())
-    if isinstance(beta, int | float) and not beta >= 0:
-        raise ValueError(f"beta must be at least 0, got {beta!r}")
-    if isinstance(reference_count, int | float) and not reference_count >= 1:
-        raise ValueError(f"reference_count must be at least 1, got {reference_count!r}")
+        check_fits((), reference_count=reference_count)
+    NONNEGATIVE.check(beta=beta)
+    AT_LEAST_ONE.check(reference_count=reference_count)
 
 
 def _sums(sites, masks, penalty):

@@ -1,78 +1,21 @@
 """Masking, promotion and reduction: one meaning for `where`, `axis_name` and `reduction`."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 from numpy.lib.array_utils import normalize_axis_index
+
+from penalties_jax.functional.checks import check_choice, check_fits, check_where
+from penalties_jax.functional.derivatives import Axis
 
 Reduction = Literal["sum", "mean", "none"]
 AxisName = str | tuple[str, ...]
-Axis = int | tuple[int, ...]
-
-REDUCTIONS = ("sum", "mean", "none")
-
-
-class Sums(NamedTuple):
-    """A reduction before its division: what several arrays share in one mean."""
-
-    total: Float[Array, "..."]
-    count: Float[Array, "..."]  # pyright: ignore[reportIncompatibleMethodOverride]
-
-    def reduce(self, reduction: str) -> Any:
-        """The "sum" or "mean", or for "sums" itself; the mean over nothing is 0."""
-        if reduction == "sums":
-            return self
-        return self.total if reduction == "sum" else self.total / jnp.maximum(self.count, 1)
-
-
-def check_choice(name: str, value: Any, valid: Sequence[str]) -> None:
-    """Raises ValueError that lists the valid values of an option."""
-    if value not in valid:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, valid))}, got {value!r}")
-
-
-def check_reduction(reduction: str) -> None:
-    """Raises ValueError for an unknown reduction; "sums" is for callers within the package."""
-    if reduction != "sums":
-        check_choice("reduction", reduction, REDUCTIONS)
-
-
-def check_same_shape(**arrays: Any) -> None:
-    """Raises ValueError that shows the shapes of two arrays which differ in shape."""
-    (first, a), (second, b) = arrays.items()
-    if jnp.shape(a) != jnp.shape(b):
-        raise ValueError(
-            f"{first} and {second} must have the same shape, got {jnp.shape(a)} and {jnp.shape(b)}"
-        )
-
-
-def check_broadcast(name: str, array: Any, shape: tuple[int, ...]) -> None:
-    """Raises ValueError that shows both shapes if `array` does not broadcast to `shape`.
-
-    Raises TypeError for a schedule, which has a value only at a step.
-    """
-    if callable(array):
-        raise TypeError(f"{name} is a schedule, {array!r}: pass its value at the step")
-    own = jnp.shape(array)
-    fits = len(own) <= len(shape) and all(
-        n in (1, m) for n, m in zip(reversed(own), reversed(shape), strict=False)
-    )
-    if not fits:
-        raise ValueError(f"{name} must broadcast to shape {shape}, got shape {own}")
-
-
-def check_where(where: Any, shape: tuple[int, ...]) -> None:
-    """Raises TypeError for a mask that is not boolean, ValueError for one that does not fit."""
-    if where is None:
-        return
-    if jnp.result_type(where) != jnp.bool_:
-        raise TypeError(f"where must be boolean, got {jnp.result_type(where)}; write mask != 0")
-    check_broadcast("where", where, shape)
 
 
 def promote(*inputs: Any) -> tuple[Array, ...]:
@@ -83,6 +26,23 @@ def promote(*inputs: Any) -> tuple[Array, ...]:
     return tuple(jnp.asarray(x, dtype) for x in inputs)
 
 
+def count(
+    shape: tuple[int, ...],
+    where: Bool[Array, "..."] | None,
+    *,
+    dtype: Any = jnp.float32,
+    axis: Axis | None = None,
+) -> Float[Array, "..."] | int:
+    """How many values of a shape a mask includes, along `axis` or in all."""
+    if where is None:
+        axes = range(len(shape)) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+        return math.prod(shape[a] for a in axes)
+    if axis is None:
+        repeats = math.prod(shape) // max(jnp.size(where), 1)
+        return jnp.sum(where, dtype=jnp.int32).astype(dtype) * repeats
+    return jnp.sum(jnp.broadcast_to(where, shape), axis, dtype=jnp.int32).astype(dtype)
+
+
 def reduce(
     values: Float[Array, "..."],
     *,
@@ -90,44 +50,46 @@ def reduce(
     where: Bool[Array, "..."] | None,
     axis_name: AxisName | None,
     axis: Axis | None = None,
-) -> Any:
+) -> Float[Array, "..."]:
     """Reduces values that are already 0 where `where` is False.
 
     Args:
         values: What to reduce, of shape [...].
-        reduction: "sum", "mean" over the included entries, "none" for the values themselves, or
-            "sums" for the two `Sums` a mean is made of.
+        reduction: "sum", "mean" over the included entries, or "none" for the values themselves.
         where: Mask that broadcasts to the shape of `values`, or None for all.
         axis_name: Mapped axes whose members' values belong to the same reduction.
         axis: What to reduce over; None is everything.
 
     Returns:
-        A scalar, or an array of the axes that are left; `values` for "none"; a `Sums` for "sums".
+        A scalar, or an array of the axes that are left; `values` for "none". The mean over nothing
+        is 0.
     """
     if reduction == "none":
         return values
     total = jnp.sum(values, axis)
-    if where is None:
-        count = jnp.asarray(values.size // max(total.size, 1), values.dtype)
-    elif axis is None:
-        repeats = values.size // max(where.size, 1)
-        count = jnp.sum(where, dtype=jnp.int32).astype(values.dtype) * repeats
-    else:
-        included = jnp.broadcast_to(where, values.shape)
-        count = jnp.sum(included, axis, dtype=jnp.int32).astype(values.dtype)
+    if reduction == "sum":
+        return total if axis_name is None else lax.psum(total, axis_name)
+    included = jnp.asarray(count(values.shape, where, dtype=values.dtype, axis=axis), values.dtype)
     if axis_name is not None:
-        total, count = lax.psum((total, count), axis_name)
-    return Sums(total, count).reduce(reduction)
+        total, included = lax.psum((total, included), axis_name)
+    return total / jnp.maximum(included, 1)
 
 
-def add_up(values: Sequence[Sums], reduction: str) -> Any:
-    """The reduction over several arrays, each of which has been reduced to its `Sums`."""
+def add_up(
+    totals: Sequence[Array],
+    counts: Sequence[Array | int],
+    *,
+    reduction: str,
+    axis_name: AxisName | None,
+) -> Float[Array, ""]:
+    """The "sum" or "mean" over several arrays, from the total of each and its local count."""
     zero = jnp.zeros((), jnp.float32)
-    sums = Sums(
-        sum((value.total for value in values), start=zero),
-        sum((value.count for value in values), start=zero),
-    )
-    return sums.reduce(reduction)
+    total = sum(totals, start=zero)
+    if reduction == "sum":
+        return total
+    included = sum(counts, start=zero)
+    included = included if axis_name is None else lax.psum(included, axis_name)
+    return total / jnp.maximum(included, 1)
 
 
 def spread(value: Any, structure: Any) -> list[Any]:
@@ -137,13 +99,26 @@ def spread(value: Any, structure: Any) -> list[Any]:
     return structure.flatten_up_to(value)
 
 
-@partial(jax.jit, static_argnames=("formula", "axis", "reduction", "axis_name"))
+def vary_alike(tree: PyTree[Array]) -> PyTree[Array]:
+    """Lets all arrays vary over the mapped axes over which any of them does.
+
+    So that inside `shard_map` their cotangents may differ between members, and are summed where
+    the array itself did not.
+    """
+
+    def varies(x):
+        return jax.typeof(x).manual_axis_type.varying
+
+    axes = frozenset().union(*map(varies, jax.tree.leaves(tree)))
+    return jax.tree.map(lambda x: lax.pcast(x, tuple(sorted(axes - varies(x))), to="varying"), tree)
+
+
 def evaluate(
     formula: Callable[..., Array],
     inputs: tuple[Array, ...],
     parameters: Mapping[str, Any],
     *,
-    weights: Any,
+    weights: Any = 1.0,
     where: Any,
     axis: int | None = None,
     reduction: str,
@@ -156,8 +131,9 @@ def evaluate(
     is bound by memory, and a residual of the size of the input costs more than the formula.
 
     Args:
-        formula: A function at module level (programs are cached by its identity). Without `axis`
-            it is elementwise; with it, it takes `axis=` and sums over that axis.
+        formula: A function that is found again by its value, as one at module level is (programs
+            are cached by it). Without `axis` it is elementwise; with it, it takes `axis=` and sums
+            over that axis.
         inputs: Arrays of one shape.
         parameters: Numbers or arrays that broadcast to the inputs, by name; None is left out.
         weights: A factor that broadcasts to the values.
@@ -166,6 +142,14 @@ def evaluate(
         reduction: As in `reduce`.
         axis_name: As in `reduce`.
     """
+    check_choice("reduction", reduction, Reduction)
+    return _evaluate(
+        formula, inputs, parameters, weights, where, axis, reduction=reduction, axis_name=axis_name
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 5), static_argnames=("reduction", "axis_name"))
+def _evaluate(formula, inputs, parameters, weights, where, axis, *, reduction, axis_name):
     for x in inputs:
         if not isinstance(x, jax.Array):
             raise TypeError(
@@ -173,12 +157,11 @@ def evaluate(
             )
     shape = inputs[0].shape
     parameters = {name: value for name, value in parameters.items() if value is not None}
-    for name, value in parameters.items():
-        check_broadcast(name, value, shape)
+    check_fits(shape, **parameters)
     if axis is not None:
         axis = normalize_axis_index(axis, len(shape))
         shape = shape[:axis] + shape[axis + 1 :]
-    check_broadcast("weights", weights, shape)
+    check_fits(shape, weights=weights)
     check_where(where, shape)
 
     def values(inputs, parameters, weights, where):
@@ -213,50 +196,3 @@ def evaluate(
 
 def _apply(formula, inputs, parameters, axis):
     return formula(*inputs, **parameters, **({} if axis is None else {"axis": axis}))
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def norm(x: Float[Array, "..."], axis: Axis | None = None) -> Float[Array, "..."]:
-    """The 2-norm, without overflow or underflow, and with derivative 0 at 0.
-
-    Args:
-        x: Array of shape [...].
-        axis: What to sum over; None is everything.
-    """
-    scale = _scale(x, axis)
-    return _root(jnp.sum(jnp.square(x / scale), axis)) * jnp.squeeze(scale, axis)
-
-
-@norm.defjvp
-def _(axis, primals, tangents):
-    (x,), (tangent,) = primals, tangents
-    return norm(x, axis), jnp.sum(direction(x, axis) * tangent, axis)
-
-
-def direction(x: Float[Array, "..."], axis: Axis | None = None) -> Float[Array, "..."]:
-    """The unit vectors x / norm(x); 0, with derivative 0, where the norm is 0.
-
-    Args:
-        x: Array of shape [...].
-        axis: What the norm sums over; None is everything.
-    """
-    scaled = x / _scale(x, axis)
-    length = _root(jnp.sum(jnp.square(scaled), axis, keepdims=True))
-    return scaled / jnp.where(length > 0, length, 1)
-
-
-def norm_across(norms: Float[Array, ""], axis_name: AxisName) -> Float[Array, ""]:
-    """The norm over the members of mapped axes, from the norm on each."""
-    largest = lax.pmax(lax.stop_gradient(norms), axis_name)
-    scale = jnp.where((largest > 0) & (largest < jnp.inf), largest, 1)
-    return _root(lax.psum(jnp.square(norms / scale), axis_name)) * scale
-
-
-def _scale(x, axis):
-    largest = jnp.max(jnp.abs(lax.stop_gradient(x)), axis, keepdims=True, initial=0)
-    return jnp.where((largest > 0) & (largest < jnp.inf), largest, 1)
-
-
-def _root(squares):
-    positive = squares > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)

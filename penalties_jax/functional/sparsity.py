@@ -1,6 +1,6 @@
 """Rates of skipped work, and losses that pull them to a target."""
 
-import numbers
+from functools import partial
 from typing import Literal
 
 import jax
@@ -8,32 +8,37 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
-from penalties_jax.functional.decorators import compiled, elementwise_derivatives
-from penalties_jax.functional.divergences import expm1_minus
-from penalties_jax.functional.penalties import absolute, huber_loss
+from penalties_jax.functional.checks import (
+    NONNEGATIVE,
+    POSITIVE,
+    UNIT,
+    check_choice,
+    check_fits,
+    check_resolved,
+    check_where,
+)
+from penalties_jax.functional.derivatives import Axis, absolute, elementwise_derivatives
+from penalties_jax.functional.divergences.formulas import expm1_minus
+from penalties_jax.functional.penalties import huber_loss
 from penalties_jax.functional.reduction import (
-    Axis,
     AxisName,
     Reduction,
     add_up,
-    check_broadcast,
-    check_choice,
-    check_reduction,
-    check_where,
+    count,
     evaluate,
     promote,
     reduce,
     spread,
 )
 
+__all__ = ["balanced_loss", "sparsity_rate", "sparsity_target_loss"]
+
 Kind = Literal["l2", "l1", "kl", "huber", "adaptive"]
-KINDS = ("l2", "l1", "kl", "huber", "adaptive")
 
 # What the kl kind takes for a rate, or a share that is computed, of 0.
 FLOOR = 1e-8
 
 
-@compiled("axis", "axis_name")
 def sparsity_rate(
     mask: PyTree[Shaped[Array, "..."]],
     *,
@@ -65,12 +70,14 @@ def sparsity_rate(
         Bengio et al. (2015), Conditional computation in neural networks for faster models.
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> float(pj.sparsity_rate(jnp.array([1, 0, 0, 1])))
         0.5
     """
+    return _sparsity_rate(mask, axis=axis, where=where, axis_name=axis_name)
 
+
+@partial(jax.jit, static_argnames=("axis", "axis_name"))
+def _sparsity_rate(mask, *, axis, where, axis_name):
     def rate(mask, where):
         check_where(where, jnp.shape(mask))
         (skipped,) = promote(1 - promote(mask)[0])
@@ -130,38 +137,39 @@ def sparsity_target_loss(
         Huber (1964), Robust estimation of a location parameter.
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> float(pj.sparsity_target_loss(jnp.array(0.25), 0.75))
         0.25
         >>> round(float(pj.sparsity_target_loss(jnp.array(0.25), 0.75, kind="kl")), 4)
         0.5493
     """
-    check_choice("kind", kind, KINDS)
-    check_reduction(reduction)
+    check_choice("kind", kind, Kind)
+    check_choice("reduction", reduction, Reduction)
+    POSITIVE.check(delta=delta)
     rates, structure = jax.tree.flatten(rate)
 
     def loss(rate, target, where):
-        if isinstance(target, int | float) and not 0 <= target <= 1:
-            raise ValueError(f"target must be in [0, 1], got {target!r}")
-        if callable(target):
-            raise TypeError(f"target is a schedule, {target!r}: pass its value at the step")
+        UNIT.check(target=target)
+        check_resolved(target=target)
         if structure.num_nodes > 1:
             # In a tree, an array is no list of targets for the layers.
-            check_broadcast("target", target, jnp.shape(rate))
+            check_fits(jnp.shape(rate), target=target)
         rate, target = jnp.broadcast_arrays(*promote(rate, target))
-        return evaluate(
+        value = evaluate(
             _FORMULAS[kind],
             (rate, target),
             {"delta": delta} if kind in ("huber", "adaptive") else {},
-            weights=1.0,
             where=where,
-            reduction="none" if reduction == "none" else "sums",
+            reduction="none" if reduction == "none" else "sum",
             axis_name=axis_name,
         )
+        return value, count(rate.shape, where)
 
-    losses = list(map(loss, rates, spread(target, structure), spread(where, structure)))
-    return structure.unflatten(losses) if reduction == "none" else add_up(losses, reduction)
+    pairs = list(map(loss, rates, spread(target, structure), spread(where, structure)))
+    losses = [value for value, _ in pairs]
+    if reduction == "none":
+        return structure.unflatten(losses)
+    counts = [included for _, included in pairs]
+    return add_up(losses, counts, reduction=reduction, axis_name=axis_name)
 
 
 def balanced_loss(
@@ -190,25 +198,13 @@ def balanced_loss(
         Caruana (1997), Multitask learning, for losses that are added with weights.
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> total, parts = pj.balanced_loss(jnp.array(2.0), jnp.array(0.5), sparsity_weight=0.1)
         >>> round(float(total), 4)
         2.05
     """
-    for name, weight in (
-        ("accuracy_weight", accuracy_weight),
-        ("sparsity_weight", sparsity_weight),
-    ):
-        check_weight(name, weight)
+    NONNEGATIVE.check(accuracy_weight=accuracy_weight, sparsity_weight=sparsity_weight)
     losses = {"accuracy": accuracy_loss, "sparsity": sparsity_loss}
     return _balance(losses, {"accuracy": accuracy_weight, "sparsity": sparsity_weight})
-
-
-def check_weight(name: str, weight: ArrayLike) -> None:
-    """Raises ValueError for a weight that is a negative number."""
-    if isinstance(weight, numbers.Real) and float(weight) < 0:
-        raise ValueError(f"{name} must be at least 0, got {weight!r}")
 
 
 @jax.jit

@@ -9,10 +9,12 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Complex, Float
 
-from penalties_jax.functional.reduction import check_choice, promote
+from penalties_jax.functional.checks import check_choice
+from penalties_jax.functional.reduction import promote
+
+__all__ = ["resolvent_diagonal"]
 
 Method = Literal["auto", "scan", "associative_scan"]
-METHODS = ("auto", "scan", "associative_scan")
 
 
 def resolvent_diagonal(
@@ -54,13 +56,11 @@ def resolvent_diagonal(
         matrices.
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> diagonal = pj.resolvent_diagonal(jnp.array([1.0, 1.0]), jnp.array([0.0]))
         >>> diagonal[0] == 1 / (1 - 1j)
         Array(True, dtype=bool)
     """
-    check_choice("method", method, METHODS)
+    check_choice("method", method, Method)
     if not jnp.iscomplexobj(z) or (isinstance(z, complex) and z.imag == 0):
         raise ValueError(f"z must be a complex number off the real axis, got {z!r}")
     return _resolvent_diagonal(diagonal, couplings, z, causal=causal, method=method)

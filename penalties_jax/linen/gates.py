@@ -4,10 +4,11 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from penalties_jax.functional.gates import check_positive, logistic_gate
-from penalties_jax.functional.sparsity import Kind, check_weight
+from penalties_jax.controllers import SparsityControl
+from penalties_jax.functional.checks import NONNEGATIVE, POSITIVE
+from penalties_jax.functional.gates import logistic_gate
+from penalties_jax.functional.sparsity import Kind
 from penalties_jax.linen.losses import check_plain, record
-from penalties_jax.schedules import SparsityControl
 from penalties_jax.terms import SparsityTarget
 
 
@@ -40,8 +41,6 @@ class SparsityGate(nn.Module):
         neurons for conditional computation.
 
     Examples:
-        >>> import jax, jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> gate = pj.linen.SparsityGate(target=0.5)
         >>> x = jnp.ones((2, 5, 8))
         >>> variables = gate.init(jax.random.key(0), x, deterministic=True)
@@ -59,8 +58,8 @@ class SparsityGate(nn.Module):
     def __post_init__(self):
         for name in ("target", "weight", "temperature"):
             check_plain(name, getattr(self, name))
-        check_weight("weight", self.weight)
-        check_positive("temperature", self.temperature)
+        NONNEGATIVE.check(weight=self.weight)
+        POSITIVE.check(temperature=self.temperature)
         SparsityTarget(self.target, self.kind)
         super().__post_init__()
 

@@ -11,9 +11,9 @@ from flax.traverse_util import path_aware_map
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
+from penalties_jax._pytree import resolve
 from penalties_jax.objective import Metrics, Objective, Outputs, check_scalar
-from penalties_jax.pytree import resolve
-from penalties_jax.terms import Penalty
+from penalties_jax.terms.base import Penalty
 
 PENALTIES = "penalties"
 
@@ -45,8 +45,6 @@ class Loss(nn.Module):
         KeyError, ValueError: In a call, as the objective.
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> weight = pj.anneal(0.0, 1.0, start=0, end=2)
         >>> term = pj.Term(pj.L1(), on="hidden", weight=weight)
         >>> loss = pj.linen.Loss(pj.Objective(terms={"l1": term}))
@@ -105,8 +103,6 @@ class ActivityPenalty(nn.Module):
         ValueError: In a call, as the penalty.
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> penalised = pj.linen.ActivityPenalty(pj.L1(), weight=0.5)
         >>> y, state = penalised.apply({}, jnp.array([1.0, -3.0]), mutable=["penalties"])
         >>> total, state = pj.linen.collect_penalties(state)
@@ -156,11 +152,9 @@ def collect_penalties(variables: Mapping[str, Any]) -> tuple[Float[Array, ""], d
 
     Returns:
         A scalar, of shape [], 0 if nothing was recorded; and the other collections, for the next
-        step. It raises nothing itself.
+        step.
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> state = {"penalties": {"a": {"recorded": jnp.array([1.0, 2.0])}}, "batch_stats": {}}
         >>> total, state = pj.linen.collect_penalties(state)
         >>> float(total), state
@@ -191,8 +185,6 @@ def param_penalty(
         TypeError: If a hyperparameter still is a schedule.
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
         >>> kernels = lambda path, value: path[-1] == "kernel"
         >>> float(pj.linen.param_penalty(params, pj.L1(), kernels))

@@ -5,10 +5,11 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from penalties_jax.functional.gates import check_positive, logistic_gate
-from penalties_jax.functional.sparsity import Kind, check_weight
+from penalties_jax.controllers import SparsityControl
+from penalties_jax.functional.checks import NONNEGATIVE, POSITIVE
+from penalties_jax.functional.gates import logistic_gate
+from penalties_jax.functional.sparsity import Kind
 from penalties_jax.nnx.losses import Penalty, as_data
-from penalties_jax.schedules import SparsityControl
 from penalties_jax.terms import SparsityTarget
 
 
@@ -60,9 +61,7 @@ class SparsityGate(nnx.Module):
         neurons for conditional computation.
 
     Examples:
-        >>> import jax.numpy as jnp
         >>> from flax import nnx
-        >>> import penalties_jax as pj
         >>> gate = pj.nnx.SparsityGate(8, target=0.5, rngs=nnx.Rngs(0))
         >>> mask = gate(jnp.ones((2, 5, 8)))
         >>> mask.shape, bool(jnp.all((mask == 0) | (mask == 1)))
@@ -79,8 +78,8 @@ class SparsityGate(nnx.Module):
         temperature: float = 1.0,
         rngs: nnx.Rngs,
     ):
-        check_weight("weight", weight)
-        check_positive("temperature", temperature)
+        NONNEGATIVE.check(weight=weight)
+        POSITIVE.check(temperature=temperature)
         self.predictor = ImportancePredictor(features, rngs=rngs)
         self.penalty = as_data(weight * SparsityTarget(target, kind, from_mask=True))
         self.temperature = temperature

@@ -8,10 +8,10 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
+from penalties_jax._pytree import resolve
 from penalties_jax.objective import Metrics, Objective, Outputs, check_scalar
-from penalties_jax.pytree import resolve
-from penalties_jax.terms import Numeric
-from penalties_jax.terms import Penalty as PenaltyConfig
+from penalties_jax.terms.base import Numeric
+from penalties_jax.terms.base import Penalty as PenaltyConfig
 
 Tree = TypeVar("Tree")
 
@@ -22,12 +22,8 @@ class Penalty(nnx.Variable[Float[Array, "..."]]):
     Of shape [], or [layers] for modules that a scan or a vmap has stacked. An optimizer that is
     made with `wrt=nnx.Param` leaves it alone.
 
-    It raises nothing itself.
-
     Examples:
-        >>> import jax.numpy as jnp
         >>> from flax import nnx
-        >>> import penalties_jax as pj
         >>> penalised = pj.nnx.ActivityPenalty(pj.L1())
         >>> _ = penalised(jnp.array([1.0, -3.0]))
         >>> float(nnx.state(penalised, pj.nnx.Penalty)["recorded"][...])
@@ -54,8 +50,6 @@ class Loss(nnx.Module):
         KeyError, TypeError, ValueError: In a call, as the objective.
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> weight = pj.anneal(0.0, 1.0, start=0, end=2)
         >>> term = pj.Term(pj.L1(), on="hidden", weight=weight)
         >>> loss = pj.nnx.Loss(pj.Objective(terms={"l1": term}))
@@ -106,8 +100,6 @@ class ActivityPenalty(nnx.Module):
         ValueError: In a call, as the penalty.
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> penalised = pj.nnx.ActivityPenalty(pj.L1(), weight=0.5)
         >>> penalised(jnp.array([1.0, -3.0])).tolist()
         [1.0, -3.0]
@@ -154,9 +146,7 @@ def collect_penalties(model: nnx.Module) -> Float[Array, ""]:
         A scalar, of shape []; 0 if nothing was recorded. It raises nothing itself.
 
     Examples:
-        >>> import jax.numpy as jnp
         >>> from flax import nnx
-        >>> import penalties_jax as pj
         >>> model = nnx.Sequential(nnx.relu, pj.nnx.ActivityPenalty(pj.L2()))
         >>> y = model(jnp.array([-1.0, 2.0]))
         >>> float(pj.nnx.collect_penalties(model)), float(pj.nnx.collect_penalties(model))
@@ -190,7 +180,6 @@ def param_penalty(
 
     Examples:
         >>> from flax import nnx
-        >>> import penalties_jax as pj
         >>> model = nnx.Linear(2, 3, kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
         >>> float(pj.nnx.param_penalty(model, pj.L1(), nnx.PathContains("kernel")))
         6.0

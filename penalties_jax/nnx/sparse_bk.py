@@ -9,13 +9,9 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from penalties_jax.functional.gates import check_positive, logistic_gate, top_k_gate
-from penalties_jax.functional.sparsity import (
-    Kind,
-    balanced_loss,
-    check_weight,
-    sparsity_rate,
-)
+from penalties_jax.functional.checks import NONNEGATIVE, POSITIVE
+from penalties_jax.functional.gates import logistic_gate, top_k_gate
+from penalties_jax.functional.sparsity import Kind, balanced_loss, sparsity_rate
 from penalties_jax.functional.tridiagonal import resolvent_diagonal
 from penalties_jax.nnx.gates import ImportancePredictor
 from penalties_jax.nnx.losses import as_data
@@ -54,9 +50,7 @@ class SparseBKCore(nnx.Module):
         the FIND algorithm, for the diagonal of an inverse.
 
     Examples:
-        >>> import jax.numpy as jnp
         >>> from flax import nnx
-        >>> import penalties_jax as pj
         >>> core = pj.nnx.SparseBKCore(6, rngs=nnx.Rngs(0))
         >>> nnx.jit(core)(jnp.zeros((2, 6)), jnp.ones((2, 6))).shape
         (2, 6, 2)
@@ -173,9 +167,7 @@ class SparseMoEResNetBKLayer(nnx.Module):
         mixture-of-experts layer.
 
     Examples:
-        >>> import jax.numpy as jnp
         >>> from flax import nnx
-        >>> import penalties_jax as pj
         >>> layer = pj.nnx.SparseMoEResNetBKLayer(8, 16, target_sparsity=0.5, rngs=nnx.Rngs(0))
         >>> nnx.jit(lambda layer, x: layer(x))(layer, jnp.ones((2, 16, 8))).shape
         (2, 16, 8)
@@ -198,8 +190,8 @@ class SparseMoEResNetBKLayer(nnx.Module):
         temperature: float = 1.0,
         rngs: nnx.Rngs,
     ):
-        check_weight("sparsity_loss_weight", sparsity_loss_weight)
-        check_positive("temperature", temperature)
+        NONNEGATIVE.check(sparsity_loss_weight=sparsity_loss_weight)
+        POSITIVE.check(temperature=temperature)
         self.sparsity_loss_weight = sparsity_loss_weight
         self.temperature = temperature
         self.target = as_data(SparsityTarget(target_sparsity, sparsity_loss_type))

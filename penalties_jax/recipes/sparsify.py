@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 import penalties_jax as pj
-from penalties_jax.functional.sparsity import KINDS, Kind
+from penalties_jax.functional.sparsity import Kind
 from penalties_jax.recipes import plots
 from penalties_jax.recipes.language_model import mean_loss
 from penalties_jax.recipes.pretraining import Pretraining, pretrained
@@ -208,8 +208,8 @@ def check(config: SparsifyConfig) -> None:
         nonnegative=["seed", "targets"],
     )  # fmt: skip
     check_model(config)
-    if config.kind not in KINDS:
-        raise UsageError(f"--kind must be one of {', '.join(KINDS)}, not {config.kind}")
+    if config.kind not in get_args(Kind):
+        raise UsageError(f"--kind must be one of {', '.join(get_args(Kind))}, not {config.kind}")
     if not config.targets or len(set(config.targets)) < len(config.targets):
         raise UsageError(f"--targets needs at least one, all different, not {config.targets}")
     if config.width < 2:

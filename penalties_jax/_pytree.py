@@ -3,13 +3,13 @@
 import dataclasses
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self, TypeVar, dataclass_transform
+from typing import Any, Self, TypeVar, dataclass_transform, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from penalties_jax.functional.reduction import check_choice
+from penalties_jax.functional.checks import ANY, Range, check_choice
 
 Class = TypeVar("Class", bound=type)
 Tree = TypeVar("Tree")
@@ -18,25 +18,11 @@ Tree = TypeVar("Tree")
 TYPES: dict[str, type] = {}
 
 
-class Range(NamedTuple):
-    """The values that a number may take."""
-
-    description: str
-    contains: Callable[[float], bool]
-
-
-POSITIVE = Range("above 0", lambda value: value > 0)
-NONNEGATIVE = Range("at least 0", lambda value: value >= 0)
-AT_LEAST_ONE = Range("at least 1", lambda value: value >= 1)
-UNIT = Range("in [0, 1]", lambda value: 0 <= value <= 1)
-ANY = Range("not NaN", lambda value: value == value)
-
-
 def number(
     *,
     default: Any = dataclasses.MISSING,
     valid: Range = ANY,
-    choices: Sequence[str] = (),
+    choices: Any = None,
     kw_only: bool = False,
 ) -> Any:
     """A field that is a leaf: a number, an array, a schedule, or a pytree of them.
@@ -44,7 +30,7 @@ def number(
     Args:
         default: None makes the number optional.
         valid: What a plain number has to satisfy in the constructor.
-        choices: Names that stand for a computed number; they are structure.
+        choices: A `Literal` of names that stand for a computed number; they are structure.
         kw_only: As in `dataclasses.field`.
     """
     metadata = {"valid": valid, "choices": choices}
@@ -54,10 +40,10 @@ def number(
 def option(
     *,
     default: Any = dataclasses.MISSING,
-    choices: Sequence[str] | None = None,
+    choices: Any = None,
     kw_only: bool = False,
 ) -> Any:
-    """A field that is structure: changing it changes the program."""
+    """A field that is structure, one of a `Literal` if given: changing it changes the program."""
     metadata = {"option": True, "choices": choices}
     return dataclasses.field(default=default, kw_only=kw_only, metadata=metadata)
 
@@ -69,15 +55,15 @@ def abstract(cls: Class) -> Class:
 
 
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(number, option))
-def pytree(cls: Class) -> Class:
+def config(cls: Class) -> Class:
     """Makes a class a frozen dataclass and a pytree, whose unflattening never validates."""
     cls = abstract(cls)
     names = [field.name for field in fields(cls)]
 
-    def flatten_with_keys(config):
+    def flatten_with_keys(node):
         static, children = [], []
         for field in fields(cls):
-            value = getattr(config, field.name)
+            value = getattr(node, field.name)
             if _is_structure(field, value):
                 static.append((field.name, value))
             else:
@@ -94,23 +80,23 @@ def pytree(cls: Class) -> Class:
     return cls
 
 
-def fields(config: Any) -> tuple[dataclasses.Field, ...]:
+def fields(node: Any) -> tuple[dataclasses.Field, ...]:
     """The dataclass fields of a config or its class."""
-    return dataclasses.fields(config)
+    return dataclasses.fields(node)
 
 
 def _is_structure(field, value):
     """Options are, and names that stand for a computed number."""
     return field.metadata.get("option") or (
-        isinstance(value, str) and value in field.metadata.get("choices", ())
+        isinstance(value, str) and value in get_args(field.metadata.get("choices"))
     )
 
 
 def _build(cls, values):
-    config = object.__new__(cls)
+    node = object.__new__(cls)
     for name, value in values.items():
-        object.__setattr__(config, name, value)
-    return config
+        object.__setattr__(node, name, value)
+    return node
 
 
 class Pytree:
@@ -200,16 +186,16 @@ def is_schedule(node: Any) -> bool:
     return isinstance(node, Schedule)
 
 
-def resolve(config: Tree, step: Any) -> Tree:
+def resolve(tree: Tree, step: Any) -> Tree:
     """Replaces every schedule in a pytree by its value at `step`."""
     return jax.tree.map(
-        lambda node: node(step) if is_schedule(node) else node, config, is_leaf=is_schedule
+        lambda node: node(step) if is_schedule(node) else node, tree, is_leaf=is_schedule
     )
 
 
-def has_schedule(config: Any) -> bool:
+def has_schedule(tree: Any) -> bool:
     """Whether any value in a pytree still depends on the step."""
-    return any(map(is_schedule, jax.tree.leaves(config, is_leaf=is_schedule)))
+    return any(map(is_schedule, jax.tree.leaves(tree, is_leaf=is_schedule)))
 
 
 def stack(configs: Sequence[Tree]) -> Tree:
@@ -226,8 +212,6 @@ def stack(configs: Sequence[Tree]) -> Tree:
         TypeError: If one holds a bare schedule, whose field is named.
 
     Examples:
-        >>> import jax, jax.numpy as jnp
-        >>> import penalties_jax as pj
         >>> sweep = pj.stack([pj.SmoothL0(gamma=gamma) for gamma in (0.1, 1.0)])
         >>> values = jax.vmap(lambda config: config(jnp.ones(3)))(sweep)
         >>> [round(float(value), 3) for value in values]
@@ -281,9 +265,8 @@ def _checked_number(label, value, field):
     valid = field.metadata["valid"]
 
     def check(number):
-        for plain in number.endpoints() if is_schedule(number) else (number,):
-            if isinstance(plain, numbers.Real) and not valid.contains(plain):
-                raise ValueError(f"{label} must be {valid.description}, got {number!r}")
+        ends = number.endpoints() if is_schedule(number) else (number,)
+        valid.check_all(label, number, ends)
         if isinstance(number, numbers.Integral):
             return float(number)
         if callable(number) and not is_schedule(number):

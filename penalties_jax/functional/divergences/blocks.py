@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 def map_rows(
     function: Callable[..., PyTree[Array]],
-    arrays: Sequence[Float[Array, "..."]],
+    rows: PyTree[Float[Array, "..."]],
     block_size: int,
     shared: PyTree[Array] = (),
 ) -> PyTree[Array]:
@@ -24,9 +24,9 @@ def map_rows(
     Nothing is gathered where rows are sharded: each device walks its own.
 
     Args:
-        function: Takes blocks [*rows, n] of the arrays and what is shared, and returns a pytree of
-            arrays [*rows]. It closes over no array.
-        arrays: Arrays [*positions, n], each with its own n, whose axes may also have size 1.
+        function: Takes a block of `rows`, [*rows, n], and `shared`, and returns a pytree of arrays
+            [*rows]. It closes over no array.
+        rows: Arrays [*positions, n], each with its own n, whose axes may also have size 1.
         block_size: The number of rows in a block.
         shared: What every block is computed with.
 
@@ -34,77 +34,60 @@ def map_rows(
         What `function` would return for the whole arrays.
     """
 
-    def walk(arrays, shared):
-        def block(*blocks, fresh):
-            return function(*blocks, *shared), ()
-
-        return sum_rows(block, arrays, block_size)[0]
+    def walk(rows, shared):
+        return sum_rows(lambda block, fresh: (function(block, shared), ()), rows, block_size)[0]
 
     run = custom_vmap(walk)
 
     @run.def_vmap
-    def _(size, batched, arrays, shared):
+    def _(size, batched, rows, shared):
         if any(jax.tree.leaves(batched[1])):
             axes = jax.tree.map(lambda own: 0 if own else None, tuple(batched))
-            result = jax.vmap(walk, axes, axis_size=size)(arrays, shared)
+            result = jax.vmap(walk, axes, axis_size=size)(rows, shared)
             return result, jax.tree.map(lambda _: True, result)
         # A mapped axis is one more axis of positions, which blocks may cut.
-        arrays = [x if own else x[None] for x, own in zip(arrays, batched[0], strict=True)]
-        result = map_rows(function, arrays, block_size, shared)
+        rows = jax.tree.map(lambda x, own: x if own else x[None], rows, batched[0])
+        result = map_rows(function, rows, block_size, shared)
         mapped = jax.tree.map(lambda x: x.shape[0] == size, result)
         return jax.tree.map(lambda x, own: x if own else x[0], result, mapped), mapped
 
-    return run(list(arrays), tuple(shared))
+    return run(rows, shared)
 
 
 def sum_rows(
     function: Callable[..., tuple[PyTree[Array], PyTree[Array]]],
-    arrays: Sequence[Float[Array, "..."]],
+    rows: PyTree[Float[Array, "..."]],
     block_size: int,
 ) -> tuple[PyTree[Array], PyTree[Array]]:
     """As `map_rows`, and adds up what belongs to no row.
 
     Args:
-        function: Takes blocks of the arrays and `fresh`, [*rows], where a row was in no block
-            before; returns what to keep of each row, [*rows, ...], and what to sum over blocks.
-        arrays: Arrays [*positions, n], each with its own n, whose axes may also have size 1.
+        function: Takes a block of `rows` and `fresh`, [*rows], where a row was in no block before;
+            returns what to keep of each row, [*rows, ...], and what to sum over blocks.
+        rows: As of `map_rows`.
         block_size: The number of rows in a block.
     """
-    grid = _grid(arrays, block_size)
+    grid = _grid(jax.tree.leaves(rows), block_size)
     if grid.length <= 1:
-        return function(*arrays, fresh=jnp.ones(grid.positions, bool))
-    arrays = [grid.split(x) for x in arrays]
+        return function(rows, jnp.ones(grid.positions, bool))
+    rows = jax.tree.map(grid.split, rows)
 
     # XLA's CPU backend divides work between cores along the first axis: it should not have size 1.
     single = [i for i, n in enumerate(grid.block_shape) if n == 1]
 
     def run(index):
-        blocks = [jnp.squeeze(grid.block(x, index), single) for x in arrays]
-        rows, sums = function(*blocks, fresh=jnp.squeeze(grid.fresh(index), single))
-        return jax.tree.map(lambda x: jnp.expand_dims(x, single), rows), sums
+        block = jax.tree.map(lambda x: jnp.squeeze(grid.block(x, index), single), rows)
+        kept, sums = function(block, jnp.squeeze(grid.fresh(index), single))
+        return jax.tree.map(lambda x: jnp.expand_dims(x, single), kept), sums
 
     def step(index, carry):
-        (kept, sums), (rows, terms) = carry, run(index)
-        kept = jax.tree.map(lambda all, part: grid.put(all, part, index), kept, rows)
+        (kept, sums), (parts, terms) = carry, run(index)
+        kept = jax.tree.map(lambda all, part: grid.put(all, part, index), kept, parts)
         return kept, jax.tree.map(jnp.add, sums, terms)
 
-    rows, sums = run(0)
-    kept, sums = lax.fori_loop(1, grid.length, step, (jax.tree.map(grid.pad, rows), sums))
+    kept, sums = run(0)
+    kept, sums = lax.fori_loop(1, grid.length, step, (jax.tree.map(grid.pad, kept), sums))
     return jax.tree.map(grid.join, kept), sums
-
-
-def vary_alike(tree: PyTree[Array]) -> PyTree[Array]:
-    """Lets all arrays vary over the mapped axes over which any of them does.
-
-    So that inside `shard_map` their cotangents may differ between members, and are summed where
-    the array itself did not.
-    """
-
-    def varies(x):
-        return jax.typeof(x).manual_axis_type.varying
-
-    axes = frozenset().union(*map(varies, jax.tree.leaves(tree)))
-    return jax.tree.map(lambda x: lax.pcast(x, tuple(sorted(axes - varies(x))), to="varying"), tree)
 
 
 class Grid(NamedTuple):

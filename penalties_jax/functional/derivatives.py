@@ -1,0 +1,85 @@
+"""Declared derivatives, for what automatic ones overflow, cancel or are NaN at."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float
+
+Axis = int | tuple[int, ...]
+
+
+def elementwise_derivatives(
+    *partials: Callable[..., Array],
+) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
+    """Declares the partial derivatives of an elementwise function, one for each argument.
+
+    A partial derivative is only computed if its argument is differentiated, and may itself be
+    differentiated again.
+    """
+
+    def declare(function):
+        declared = jax.custom_jvp(function)
+
+        @functools.partial(declared.defjvp, symbolic_zeros=True)
+        def _(primals, tangents):
+            value = declared(*primals)
+            tangent = sum(
+                (
+                    derivative(*primals) * t
+                    for derivative, t in zip(partials, tangents, strict=True)
+                    if not isinstance(t, SymbolicZero)
+                ),
+                start=jnp.zeros_like(value),
+            )
+            return value, tangent
+
+        return declared
+
+    return declare
+
+
+@elementwise_derivatives(jnp.sign)
+def absolute(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """|x|, with derivative 0 at 0."""
+    return jnp.abs(x)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def norm(x: Float[Array, "..."], axis: Axis | None = None) -> Float[Array, "..."]:
+    """The 2-norm over `axis`, without overflow or underflow, and with derivative 0 at 0."""
+    scale = _scale(x, axis)
+    return _root(jnp.sum(jnp.square(x / scale), axis)) * jnp.squeeze(scale, axis)
+
+
+@norm.defjvp
+def _(axis, primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    return norm(x, axis), jnp.sum(normalized(x, axis) * tangent, axis)
+
+
+def normalized(x: Float[Array, "..."], axis: Axis | None = None) -> Float[Array, "..."]:
+    """The unit vectors x / norm(x, axis); 0, with derivative 0, where the norm is 0."""
+    scaled = x / _scale(x, axis)
+    length = _root(jnp.sum(jnp.square(scaled), axis, keepdims=True))
+    return scaled / jnp.where(length > 0, length, 1)
+
+
+def norm_across(norms: Float[Array, ""], axis_name: str | tuple[str, ...]) -> Float[Array, ""]:
+    """The norm over the members of mapped axes, from the norm on each."""
+    largest = lax.pmax(lax.stop_gradient(norms), axis_name)
+    scale = jnp.where((largest > 0) & (largest < jnp.inf), largest, 1)
+    return _root(lax.psum(jnp.square(norms / scale), axis_name)) * scale
+
+
+def _scale(x, axis):
+    largest = jnp.max(jnp.abs(lax.stop_gradient(x)), axis, keepdims=True, initial=0)
+    return jnp.where((largest > 0) & (largest < jnp.inf), largest, 1)
+
+
+def _root(squares):
+    positive = squares > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)

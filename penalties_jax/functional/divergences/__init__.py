@@ -1,0 +1,11 @@
+"""Divergences from log-probabilities, from logits, and from hidden states."""
+
+from penalties_jax.functional.divergences import hidden, logits, logprobs
+from penalties_jax.functional.divergences.hidden import *
+from penalties_jax.functional.divergences.logits import *
+from penalties_jax.functional.divergences.logprobs import *
+
+__all__ = []
+__all__ += hidden.__all__
+__all__ += logits.__all__
+__all__ += logprobs.__all__

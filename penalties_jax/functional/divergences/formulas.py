@@ -1,0 +1,228 @@
+"""One formula a divergence: its term, its slopes, its parameters, whatever it is computed from."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from penalties_jax.functional.checks import UNIT, Range
+from penalties_jax.functional.derivatives import elementwise_derivatives
+
+Direction = Literal["forward", "reverse", "symmetric"]
+
+# A log-ratio whose exponential still is a number.
+LARGE = 60.0
+
+
+class Distributions(NamedTuple):
+    """What a divergence is made of, class by class.
+
+    Attributes:
+        probabilities: Of each distribution.
+        ratio: The log-ratio log q - log p of two, 0 where both are 0; log p of one.
+        label: Which class is the label, for a cross entropy.
+    """
+
+    probabilities: tuple[Float[Array, "*rows C"], ...]
+    ratio: Float[Array, "*rows C"]
+    label: Bool[Array, "*rows C"] | None = None
+
+
+class Parameter(NamedTuple):
+    """A number in a formula: its name, the term of the derivative in it, and its range."""
+
+    name: str
+    slope: Callable[..., Array]
+    valid: Range
+
+
+class Formula(NamedTuple):
+    """A divergence of one or two distributions: a sum over the classes.
+
+    All functions take `Distributions` and the parameters.
+
+    Attributes:
+        term: The summand.
+        slopes: The derivatives of the sum through each distribution's log-probabilities, which may
+            be differentiated again.
+        parameters: The numbers in it.
+        centred: The slopes but for a multiple of each distribution's probabilities, which a softmax
+            cancels, in a form that is accurate where P is near Q; if None, the slopes are.
+    """
+
+    term: Callable[..., Array]
+    slopes: tuple[Callable[..., Array], ...]
+    parameters: tuple[Parameter, ...] = ()
+    centred: tuple[Callable[..., Array], ...] | None = None
+
+    @property
+    def slopes_of_logits(self) -> tuple[Callable[..., Array], ...]:
+        """The slopes s of which s - p sum(s) is the derivative through the logits."""
+        return self.centred or self.slopes
+
+    def check(self, parameters: Mapping[str, Any]) -> None:
+        """Raises ValueError for a plain number out of range."""
+        for parameter in self.parameters:
+            parameter.valid.check(**{parameter.name: parameters[parameter.name]})
+
+
+@elementwise_derivatives(jnp.expm1)
+def expm1_minus(d: Float[Array, "..."]) -> Float[Array, "..."]:
+    """expm1(d) - d, which is at least 0, without cancellation near 0."""
+    far = jnp.expm1(d) - jnp.minimum(d, jnp.finfo(d.dtype).max)
+    return jnp.where(jnp.abs(d) < 1, _expm1_minus_near(d), far)
+
+
+def _expm1_minus_near(d):
+    """The same for |d| < 1, by its Taylor series up to terms below rounding at |d| = 1."""
+    d = jnp.where(jnp.abs(d) < 1, d, 0)
+    series = jnp.zeros_like(d)
+    for k in reversed(range(18 if d.dtype == jnp.float64 else 11)):
+        series = series * d + 1 / math.factorial(k + 2)
+    return jnp.square(d) * series
+
+
+def _generalised_term(p, q, d):
+    """The term p (expm1(d) - d) = q - p - p d, d = log q - log p; q at p = 0, inf at only q = 0."""
+    far = jnp.where(jnp.isneginf(d), jnp.inf, jnp.where(p == 0, q, q - p - p * d))
+    return jnp.where(jnp.abs(d) < 1, p * _expm1_minus_near(d), far)
+
+
+# Kullback-Leibler.
+
+
+def _kl_term(x):
+    p, q = x.probabilities
+    return _generalised_term(p, q, x.ratio)
+
+
+def _kl_slope_p(x):
+    """The textbook's p (log p - log q + 1); 0 where only one of them is 0."""
+    p, _ = x.probabilities
+    lone = jnp.isinf(x.ratio)
+    return jnp.where(lone, 0, p * (1 - jnp.where(lone, 0, x.ratio)))
+
+
+def _kl_slope_q(x):
+    p, _ = x.probabilities
+    return -p
+
+
+def _kl_centred_p(x):
+    """-p d: where only q is 0, the derivative through log p is 0, as if d were 1."""
+    p, _ = x.probabilities
+    return jnp.where(jnp.isneginf(x.ratio), -p, jnp.where(p == 0, 0, -p * x.ratio))
+
+
+def _kl_centred_q(x):
+    p, q = x.probabilities
+    near = p * (x.ratio + _expm1_minus_near(x.ratio))
+    return jnp.where(jnp.abs(x.ratio) < 1, near, q - p)
+
+
+def _swapped(function):
+    def swapped(x):
+        return function(Distributions(x.probabilities[::-1], -x.ratio))
+
+    return swapped
+
+
+def _mean(f, g):
+    return lambda x: (f(x) + g(x)) / 2
+
+
+def _kl_formulas() -> dict[Direction, Formula]:
+    term, slopes, centred = _kl_term, (_kl_slope_p, _kl_slope_q), (_kl_centred_p, _kl_centred_q)
+    back = tuple(tuple(map(_swapped, reversed(each))) for each in (slopes, centred))
+    both = tuple(tuple(map(_mean, *each)) for each in zip((slopes, centred), back, strict=True))
+    return {
+        "forward": Formula(term, slopes, centred=centred),
+        "reverse": Formula(_swapped(term), back[0], centred=back[1]),
+        "symmetric": Formula(_mean(term, _swapped(term)), both[0], centred=both[1]),
+    }
+
+
+KL = _kl_formulas()
+
+
+# Jensen-Shannon, of the mixture m = b p + c q with c = 1 - b.
+
+
+def _mixture_share(d, b, c):
+    """The share of Q in the mixture, c q / m."""
+    return lax.logistic(d + jnp.log(c) - jnp.log(b))
+
+
+@elementwise_derivatives(
+    _mixture_share,
+    lambda d, b, c: _mixture_share(-d, c, b) / b,
+    lambda d, b, c: _mixture_share(d, b, c) / c,
+)
+def _log_mixture(d, b, c):
+    """Log m - log p, where d = log q - log p; inf where p = 0."""
+    far = d > LARGE
+    weight, rest = jnp.where(far, b, c), jnp.where(far, c, b)
+    ratio = _log_mean_exp(weight, rest, jnp.where(far, -d, d)) + jnp.where(far, d, 0)
+    return jnp.where(c == 0, 0, ratio)
+
+
+def _log_mean_exp(weight, rest, d):
+    """log(rest + weight e^d) for weight + rest = 1 and d <= LARGE."""
+    near = jnp.log1p(weight * jnp.expm1(jnp.minimum(d, LARGE)))
+    # Where log1p would cancel, and only there: elsewhere `rest` may be too near to 1.
+    far = (d < -1) & (weight > 0.5)
+    return jnp.where(far, jnp.log(rest + weight * jnp.exp(d)), near)
+
+
+def _js_term(x, b):
+    (p, q), d, c = x.probabilities, x.ratio, 1 - b
+    m = b * p + c * q
+    term_p = _generalised_term(p, m, _log_mixture(d, b, c))
+    term_q = _generalised_term(q, m, _log_mixture(-d, c, b))
+    return jnp.where((b == 0) | (b == 1), 0, b * term_p + c * term_q)
+
+
+def _to_mixture(p, d, b, c):
+    """P log(m / p), 0 at p = 0."""
+    return jnp.where(p == 0, 0, p * _log_mixture(jnp.where(p == 0, 0, d), b, c))
+
+
+def _js_slope_p(x, b):
+    return jnp.where(b == 0, 0, -b * _to_mixture(x.probabilities[0], x.ratio, b, 1 - b))
+
+
+def _js_slope_q(x, b):
+    return jnp.where(b == 1, 0, -(1 - b) * _to_mixture(x.probabilities[1], -x.ratio, 1 - b, b))
+
+
+def _js_slope_b(x, b):
+    """The term of KL(P||M) - KL(Q||M): what m gains cancels in the sum over classes."""
+    p, q = x.probabilities
+    return _to_mixture(q, -x.ratio, 1 - b, b) - _to_mixture(p, x.ratio, b, 1 - b)
+
+
+JS = Formula(_js_term, (_js_slope_p, _js_slope_q), (Parameter("mixture", _js_slope_b, UNIT),))
+
+
+# Of one distribution.
+
+
+def _surprise(x):
+    (p,) = x.probabilities
+    return -p * jnp.where(p == 0, 0, x.ratio)
+
+
+def _surprise_slope(x):
+    (p,) = x.probabilities
+    return -p * (jnp.where(p == 0, 0, x.ratio) + 1)
+
+
+ENTROPY = Formula(_surprise, (_surprise_slope,), centred=(_surprise,))
+
+CROSS_ENTROPY = Formula(
+    lambda x: jnp.where(x.label, -x.ratio, 0),
+    (lambda x: jnp.where(x.label, -jnp.ones_like(x.ratio), 0),),
+)

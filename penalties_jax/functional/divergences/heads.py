@@ -1,0 +1,381 @@
+"""Sums of formulas of what heads predict: hidden states times kernels, a block of rows at a time.
+
+Blocks of rows are multiplied by the kernels, and their logits become values and, where a gradient
+is wanted, gradients of hidden states and kernels right there: no product is computed twice. For
+that the weight of each row has to be known in the forward pass, as it is for a sum or a mean. With
+`reduction="none"` it comes with the cotangents, and the backward pass computes the logits anew.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import AxisType
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
+
+from penalties_jax.functional.checks import arrays_of_classes, check_labels, check_where
+from penalties_jax.functional.divergences.blocks import map_rows, sum_rows
+from penalties_jax.functional.divergences.formulas import Formula
+from penalties_jax.functional.divergences.rows import (
+    Options,
+    Rows,
+    Walk,
+    Wanted,
+    by_position,
+    check_parameters,
+    gradients_of,
+    statistics_of,
+    sum_to,
+)
+from penalties_jax.functional.platform import rows_in_block, rows_in_product
+from penalties_jax.functional.reduction import vary_alike
+
+
+class Head(NamedTuple):
+    """What logits are made of: hidden @ kernel + bias."""
+
+    hidden: Float[Array, "*positions D"]
+    kernel: Float[Array, "D C"]
+    bias: Float[Array, " C"] | None
+
+
+class Part(NamedTuple):
+    """A formula of the first heads, as many as it compares, its weight and its parameters."""
+
+    formula: Formula
+    weight: ArrayLike
+    parameters: Mapping[str, ArrayLike]
+
+
+class Inputs(NamedTuple):
+    """What a sum is computed from; all but the labels may be differentiated.
+
+    Attributes:
+        heads: The heads.
+        parameters: Of each part, by position.
+        labels: The classes of a cross entropy.
+    """
+
+    heads: tuple[Head, ...]
+    parameters: tuple[tuple[Float[Array, "*positions 1"], ...], ...]
+    labels: Int[Array, "*positions 1"] | None
+
+
+def divergence_of_heads(
+    formula: Formula, heads: Sequence[Head], options: Options, **parameters: ArrayLike
+) -> Float[Array, "..."]:
+    """A formula of what heads predict, reduced."""
+    return sum_of_parts([Part(formula, 1.0, parameters)], heads, options)[0]
+
+
+def sum_of_parts(
+    parts: Sequence[Part],
+    heads: Sequence[Head],
+    options: Options,
+    labels: Int[Array, "*positions"] | None = None,
+) -> tuple[Float[Array, "..."], list[Float[Array, "..."]]]:
+    """The weighted sum of the parts, and the parts, each reduced.
+
+    Raises:
+        TypeError: If an input is not an array, or labels are not integers.
+        ValueError: If shapes don't fit each other, or a parameter or an option is bad.
+    """
+    checked = _check_heads(heads)
+    if labels is not None:
+        check_labels(labels, checked[0].hidden.shape[:-1])
+    formulas, weights, parameters = zip(*parts, strict=True)
+    for formula, numbers in zip(formulas, parameters, strict=True):
+        check_parameters(formula, numbers)
+    options.check()
+    return _evaluate(formulas, weights, parameters, checked, labels, **options._asdict())
+
+
+def _check_heads(heads):
+    """The heads as arrays; errors name the arguments, with a suffix where there are two."""
+    checked = []
+    for head, suffix in zip(heads, ("_p", "_q") if len(heads) == 2 else ("",), strict=True):
+        names = [name + suffix for name in Head._fields]
+        given = {name: x for name, x in zip(names, head, strict=True) if x is not None}
+        hidden, kernel, *bias = arrays_of_classes(**given)
+        if kernel.ndim != 2 or hidden.shape[-1] != kernel.shape[0]:
+            raise ValueError(
+                f"{names[1]} must be [{hidden.shape[-1]}, classes] for {names[0]} of shape "
+                f"{hidden.shape}, got {kernel.shape}"
+            )
+        if bias and bias[0].shape != kernel.shape[1:]:
+            raise ValueError(f"{names[2]} must have shape {kernel.shape[1:]}, got {bias[0].shape}")
+        checked.append(Head(hidden, kernel, bias[0] if bias else None))
+    first, last = checked[0], checked[-1]
+    if first.hidden.shape[:-1] != last.hidden.shape[:-1]:
+        raise ValueError(
+            "hidden_p and hidden_q must have the same positions, got shapes "
+            f"{first.hidden.shape} and {last.hidden.shape}"
+        )
+    if first.kernel.shape[1] != last.kernel.shape[1]:
+        raise ValueError(
+            "kernel_p and kernel_q must have the same classes, got shapes "
+            f"{first.kernel.shape} and {last.kernel.shape}"
+        )
+    return tuple(checked)
+
+
+@partial(
+    jax.jit, static_argnames=("formulas", "block_size", "reduction", "axis_name", "class_axis_name")
+)
+def _evaluate(
+    formulas,
+    weights,
+    parameters,
+    heads,
+    labels,
+    *,
+    where,
+    block_size,
+    reduction,
+    axis_name,
+    class_axis_name,
+):
+    positions = heads[0].hidden.shape[:-1]
+    check_where(where, positions)
+    dtype = jnp.result_type(jnp.float32, *(head.hidden for head in heads))
+    numbers = tuple(
+        by_position(formula, own, positions, dtype)
+        for formula, own in zip(formulas, parameters, strict=True)
+    )
+    included = jnp.ones(positions, bool)
+    if where is not None:
+        included = jnp.broadcast_to(where, positions)
+        entries = included[..., None]
+        heads = tuple(head._replace(hidden=jnp.where(entries, head.hidden, 0)) for head in heads)
+        numbers = jax.tree.map(lambda x: x if x.size == 1 else jnp.where(entries, x, 1), numbers)
+    walk = Walk(block_size or rows_in_product(heads[0].kernel.shape[1]), class_axis_name)
+    inputs = Inputs(heads, numbers, None if labels is None else labels[..., None])
+    if reduction == "none":
+        values: Any = _values_by_position(formulas, walk, vary_alike(inputs))
+        if class_axis_name is not None:
+            values = lax.psum(values, class_axis_name)
+        values = [jnp.where(included, v, 0) for v in values]
+        return sum(w * v for w, v in zip(weights, values, strict=True)), values
+    each = included.astype(dtype)
+    if reduction == "mean":
+        count = jnp.sum(included, dtype=jnp.int32)
+        count = count if axis_name is None else lax.psum(count, axis_name)
+        each = each / jnp.maximum(count, 1)
+    weights = tuple(jnp.asarray(w, dtype) for w in weights)
+    result = _total(formulas, walk, *vary_alike((inputs, weights, each)))
+    for name in (class_axis_name, axis_name):
+        result = result if name is None else lax.psum(result, name)
+    return result
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _values_by_position(
+    formulas: tuple[Formula, ...], walk: Walk, inputs: Inputs
+) -> list[Float[Array, "*positions"]]:
+    """Each part's values, whose gradient computes the products again."""
+    return _values(formulas, walk, inputs)
+
+
+def _values_by_position_forward(formulas, walk, inputs):
+    return _values(formulas, walk, inputs), inputs
+
+
+def _values_by_position_backward(formulas, walk, inputs, cotangents):
+    everything = jax.tree.map(lambda _: True, inputs)
+    weights = jnp.stack(cotangents, -1)
+    _, (heads, parameters) = _values_and_gradients(formulas, walk, everything, inputs, weights)
+    return (Inputs(heads, parameters, None),)
+
+
+_values_by_position.defvjp(_values_by_position_forward, _values_by_position_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _total(
+    formulas: tuple[Formula, ...],
+    walk: Walk,
+    inputs: Inputs,
+    weights: tuple[Float[Array, ""], ...],
+    each: Float[Array, "*positions"],
+) -> tuple[Float[Array, ""], list[Float[Array, ""]]]:
+    """The sum by weights of the parts, and these, summed over positions by `each`.
+
+    Only the former has a gradient.
+    """
+    return _weigh(_values(formulas, walk, inputs), weights, each)
+
+
+def _weigh(values, weights, each):
+    # What `each` excludes may be infinite.
+    parts = [jnp.sum(jnp.where(each > 0, each * v, 0)) for v in values]
+    return functools.reduce(jnp.add, map(jnp.multiply, weights, parts)), parts
+
+
+def _total_forward(formulas, walk, inputs, weights, each):
+    def value(tree):
+        return jax.tree.map(lambda x: x.value, tree)
+
+    perturbed = jax.tree.map(lambda x: x.perturbed, inputs)
+    inputs, weights, each = value(inputs), value(weights), value(each)
+    by = jnp.stack([w * each for w in weights], -1)
+    values, gradients = _values_and_gradients(formulas, walk, perturbed, inputs, by)
+    total, parts = _weigh(values, weights, each)
+    return (total, parts), (gradients, parts)
+
+
+def _total_backward(formulas, walk, residuals, cotangents):
+    gradients, parts = residuals
+    cotangent, _ = cotangents
+    if isinstance(cotangent, SymbolicZero):
+        return None, None, None
+    heads, parameters = jax.tree.map(lambda g: (cotangent * g).astype(g.dtype), gradients)
+    return Inputs(heads, parameters, None), tuple(cotangent * part for part in parts), None
+
+
+_total.defvjp(_total_forward, _total_backward, symbolic_zeros=True)
+
+
+def _values(formulas, walk, inputs):
+    """Each part's values, [*positions]; with sharded classes, what this member adds to them."""
+    rows, kernels = _by_row(inputs)
+    wanted = _wanted(formulas, jax.tree.map(lambda _: False, inputs))
+
+    def block(rows, kernels):
+        return _parts(formulas, walk, wanted, _of_rows(rows, kernels))[0]
+
+    return map_rows(block, rows, walk.block_size, kernels)
+
+
+def _values_and_gradients(formulas, walk, perturbed, inputs, weights):
+    """The values, and the gradient of their sum by weights [*positions, parts].
+
+    The gradients of what is not perturbed are None.
+    """
+    rows, kernels = _by_row(inputs)
+    wanted = _wanted(formulas, perturbed)
+
+    def block(rows_and_weights, fresh):
+        rows, by = rows_and_weights
+        own = _of_rows(rows, kernels)
+        values, through_logits, through_parameters = _parts(formulas, walk, wanted, own)
+        gradients = [
+            _through(head, _weighted(by, through_logits, i), want, fresh)
+            for i, (head, want) in enumerate(zip(own.heads, perturbed.heads, strict=True))
+        ]
+        numbers = tuple(
+            tuple(by[..., j] * x if want else None for x, want in zip(part, flags, strict=True))
+            for j, (part, flags) in enumerate(
+                zip(through_parameters, perturbed.parameters, strict=True)
+            )
+        )
+        kept = values, [head.hidden for head in gradients], numbers
+        return kept, [head._replace(hidden=None) for head in gradients]
+
+    kept, sums = sum_rows(block, (rows, weights), walk.block_size)
+    values, hidden, by_rows = kept
+    heads = tuple(head._replace(hidden=h) for head, h in zip(sums, hidden, strict=True))
+    parameters = jax.tree.map(
+        lambda x, rows: None if rows is None else sum_to(x, rows), inputs.parameters, by_rows
+    )
+    return values, jax.tree.map(
+        lambda x, own: None if own is None else own.astype(x.dtype),
+        (inputs.heads, inputs.parameters),
+        (heads, parameters),
+    )
+
+
+def _by_row(inputs):
+    """The inputs without kernels and biases, and these."""
+    heads = tuple(head._replace(kernel=None, bias=None) for head in inputs.heads)
+    return inputs._replace(heads=heads), [(head.kernel, head.bias) for head in inputs.heads]
+
+
+def _of_rows(rows, kernels):
+    """The inverse of `_by_row`, of a block of rows."""
+    pairs = zip(rows.heads, kernels, strict=True)
+    return rows._replace(heads=tuple(Head(head.hidden, *own) for head, own in pairs))
+
+
+def _wanted(formulas, perturbed):
+    """What each part's statistics are asked for."""
+    heads = [any(jax.tree.leaves(head)) for head in perturbed.heads]
+    return [
+        Wanted(tuple(heads[: len(formula.slopes)]), parameters)
+        for formula, parameters in zip(formulas, perturbed.parameters, strict=True)
+    ]
+
+
+def _parts(formulas, walk, wanted, inputs):
+    """Each part's value of the rows in a block, and its gradients in logits and parameters."""
+    logits = tuple(map(_logits, inputs.heads))
+    walk = walk._replace(block_size=rows_in_block(logits[0].shape[-1]))
+    values, through_logits, through_parameters = [], [], []
+    for formula, want, parameters in zip(formulas, wanted, inputs.parameters, strict=True):
+        rows = Rows(logits[: len(formula.slopes)], parameters, inputs.labels)
+        value, statistics = statistics_of(formula, walk, want, rows)
+        values.append(value)
+        through_logits.append(gradients_of(formula, walk, rows, statistics))
+        through_parameters.append(statistics.parameters)
+    return values, through_logits, through_parameters
+
+
+def _logits(head):
+    hidden, kernel, bias = head
+    z = jnp.einsum("...d,dc->...c", hidden, kernel, preferred_element_type=_wide(hidden, kernel))
+    return z if bias is None else z + bias
+
+
+def _wide(*arrays):
+    return jnp.result_type(jnp.float32, *arrays)
+
+
+def _weighted(by, through_logits, i):
+    """The gradient in the logits of head i, of the sum of parts by weights [*rows, parts]."""
+    weighted = (
+        by[..., j : j + 1] * part[i] for j, part in enumerate(through_logits) if i < len(part)
+    )
+    return functools.reduce(jnp.add, weighted)
+
+
+def _through(head, slope, want, fresh):
+    """The gradients of a head from those of its logits; None for what is not wanted."""
+    hidden, kernel, bias = head
+    wide = _wide(hidden, kernel)
+    narrow = slope.astype(jnp.result_type(hidden, kernel))
+    by_hidden = by_kernel = by_bias = None
+    if want.hidden:
+        by_hidden = jnp.einsum(
+            "...c,dc->...d",
+            narrow,
+            kernel,
+            preferred_element_type=wide,
+            out_sharding=_explicit_sharding(hidden),
+        ).astype(hidden.dtype)
+    if want.kernel:
+        by_kernel = jnp.einsum(
+            "...d,...c->dc",
+            jnp.where(fresh[..., None], hidden, 0),
+            narrow,
+            preferred_element_type=wide,
+            out_sharding=_explicit_sharding(kernel),
+        )
+    if want.bias:
+        by_bias = jnp.einsum(
+            "...,...c->c",
+            fresh.astype(slope.dtype),
+            slope,
+            out_sharding=_explicit_sharding(bias),
+        )
+    return head._replace(hidden=by_hidden, kernel=by_kernel, bias=by_bias)
+
+
+def _explicit_sharding(x):
+    """The sharding of an array on a mesh with Explicit axes: that of its gradient, too."""
+    sharding = jax.typeof(x).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None

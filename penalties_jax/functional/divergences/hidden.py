@@ -1,0 +1,252 @@
+"""Divergences from the last hidden states: the logits are never held all at once."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
+
+from penalties_jax.functional.checks import check_choice, check_fits
+from penalties_jax.functional.divergences.formulas import CROSS_ENTROPY, JS, KL, Direction
+from penalties_jax.functional.divergences.heads import Head, Part, divergence_of_heads, sum_of_parts
+from penalties_jax.functional.divergences.rows import Options
+from penalties_jax.functional.reduction import AxisName, Reduction
+
+__all__ = [
+    "DistillationLoss",
+    "linear_cross_entropy",
+    "linear_distillation",
+    "linear_js",
+    "linear_kl",
+]
+
+
+class DistillationLoss(NamedTuple):
+    r"""What `linear_distillation` returns: only the total has a gradient.
+
+    Each is of shape [], or has that of the positions with reduction="none".
+
+    Attributes:
+        total: $w_{\mathrm{ce}}\,\mathrm{CE} + w_{\mathrm{kl}}\,\mathrm{KL}$.
+        cross_entropy: The CE, unweighted, for the log.
+        kl: The KL, likewise.
+
+    Examples:
+        >>> hidden, kernel = jnp.ones((1, 1)), jnp.zeros((1, 2))
+        >>> loss = pj.linear_distillation(hidden, kernel, hidden, kernel, jnp.array([0]))
+        >>> float(loss.kl), round(float(loss.cross_entropy), 4)
+        (0.0, 0.6931)
+    """
+
+    total: Float[Array, "..."]
+    cross_entropy: Float[Array, "..."]
+    kl: Float[Array, "..."]
+
+
+def linear_kl(
+    hidden_p: Float[Array, "*positions D"],
+    kernel_p: Float[Array, "D C"],
+    hidden_q: Float[Array, "*positions E"],
+    kernel_q: Float[Array, "E C"],
+    *,
+    bias_p: Float[Array, " C"] | None = None,
+    bias_q: Float[Array, " C"] | None = None,
+    direction: Direction = "forward",
+    temperature: ArrayLike = 1.0,
+    block_size: int | None = None,
+    reduction: Reduction = "mean",
+    where: Bool[Array, "*positions"] | None = None,
+    axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""The Kullback-Leibler divergence from hidden states, in nats, without all the logits.
+
+    `pj.kl_from_logits` of $h_p W_p + b_p$ and $h_q W_q + b_q$, whose logits exist a block of rows
+    at a time. In value and gradient together each product is computed once; beside the gradients
+    themselves, of which the kernel's is accumulated in float32, a few blocks are in memory.
+
+    Half-precision factors are multiplied as they are, and accumulated in float32. Differentiable
+    once, in reverse mode. In a loop over microbatches take gradients inside of the loop:
+    differentiating through it stores a kernel's gradient for each step. Means of microbatches that
+    are masked unevenly don't average to the mean: use reduction="sum" there, and divide by the
+    number of included positions of the whole batch. Under `jit` on sharded rows the kernel's
+    gradient is summed over devices once a block; in `shard_map` once in all.
+
+    Args:
+        hidden_p: The last hidden states. By convention the model's.
+        kernel_p: The output kernel, classes last.
+        hidden_q: Those of the reference, at the same positions.
+        kernel_q: Its kernel, for the same classes.
+        bias_p: Added to the model's logits.
+        bias_q: Added to the reference's.
+        direction, where, axis_name: As in `pj.kl_divergence`; so are result and errors.
+        temperature: The $T$ by which logits are divided, above 0: for all, or one for each
+            position.
+        block_size: Rows that are processed at once, for each device that JAX sees; if None, 64 MiB
+            of each head's logits on a CPU and 256 MiB on a GPU, but at least 240 rows.
+        reduction: "mean" or "sum" over the positions, or "none", which computes the products again
+            in the backward pass.
+        class_axis_name: Axes of `jax.shard_map` over which the classes, of kernels and biases, are
+            sharded.
+
+    References:
+        Hsu et al. (2024), Liger Kernel: efficient Triton kernels for LLM training.
+
+    Examples:
+        >>> kernel = jnp.array([[0.0, 1.0]])
+        >>> round(float(pj.linear_kl(jnp.ones((3, 1)), kernel, jnp.zeros((3, 1)), kernel)), 4)
+        0.1109
+    """
+    check_choice("direction", direction, Direction)
+    heads = Head(hidden_p, kernel_p, bias_p), Head(hidden_q, kernel_q, bias_q)
+    options = Options(block_size, reduction, where, axis_name, class_axis_name)
+    return divergence_of_heads(KL[direction], heads, options, temperature=temperature)
+
+
+def linear_js(
+    hidden_p: Float[Array, "*positions D"],
+    kernel_p: Float[Array, "D C"],
+    hidden_q: Float[Array, "*positions E"],
+    kernel_q: Float[Array, "E C"],
+    *,
+    bias_p: Float[Array, " C"] | None = None,
+    bias_q: Float[Array, " C"] | None = None,
+    mixture: ArrayLike = 0.5,
+    temperature: ArrayLike = 1.0,
+    block_size: int | None = None,
+    reduction: Reduction = "mean",
+    where: Bool[Array, "*positions"] | None = None,
+    axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""The generalised Jensen-Shannon divergence from hidden states, in nats.
+
+    `pj.js_from_logits` of $h_p W_p + b_p$ and $h_q W_q + b_q$; streamed, and differentiable, as
+    `pj.linear_kl`.
+
+    Args:
+        hidden_p, kernel_p, hidden_q, kernel_q, bias_p, bias_q: As in `pj.linear_kl`.
+        mixture: The $b$ of $M = b P + (1 - b) Q$, in [0, 1].
+        temperature, block_size, reduction, class_axis_name: As in `pj.linear_kl`.
+        where, axis_name: As in `pj.kl_divergence`; so are result and errors.
+
+    Examples:
+        >>> kernel = jnp.array([[0.0, 200.0]])
+        >>> round(float(pj.linear_js(jnp.ones((3, 1)), kernel, -jnp.ones((3, 1)), kernel)), 4)
+        0.6931
+    """
+    heads = Head(hidden_p, kernel_p, bias_p), Head(hidden_q, kernel_q, bias_q)
+    options = Options(block_size, reduction, where, axis_name, class_axis_name)
+    return divergence_of_heads(JS, heads, options, temperature=temperature, mixture=mixture)
+
+
+def linear_cross_entropy(
+    hidden: Float[Array, "*positions D"],
+    kernel: Float[Array, "D C"],
+    labels: Int[Array, "*positions"],
+    *,
+    bias: Float[Array, " C"] | None = None,
+    block_size: int | None = None,
+    reduction: Reduction = "mean",
+    where: Bool[Array, "*positions"] | None = None,
+    axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""The cross entropy of labels from hidden states, in nats, without all the logits.
+
+    $-\log\mathrm{softmax}(h W + b)_y$; streamed, and differentiable, as `pj.linear_kl`. The
+    derivative is softmax - onehot(y) through the logits.
+
+    Args:
+        hidden: The last hidden states.
+        kernel: The output kernel, classes last.
+        labels: The classes y, counted over all members of `class_axis_name`. One outside of [0, C)
+            has loss 0, but counts in a mean: exclude padding by `where=labels >= 0`.
+        bias: Added to the logits.
+        block_size, reduction, class_axis_name: As in `pj.linear_kl`.
+        where, axis_name: As in `pj.kl_divergence`.
+
+    Returns:
+        A scalar, or an array of the shape of the positions for "none".
+
+    Raises:
+        ValueError: As `pj.kl_divergence`.
+        TypeError: As `pj.kl_divergence`, or if labels are not integers.
+
+    References:
+        Wijmans et al. (2024), Cut your losses in large-vocabulary language models.
+
+    Examples:
+        >>> kernel = jnp.array([[0.0, 1.0]])
+        >>> round(float(pj.linear_cross_entropy(jnp.ones((1, 1)), kernel, jnp.array([1]))), 4)
+        0.3133
+    """
+    options = Options(block_size, reduction, where, axis_name, class_axis_name)
+    parts = [Part(CROSS_ENTROPY, 1.0, {"temperature": 1.0})]
+    return sum_of_parts(parts, [Head(hidden, kernel, bias)], options, labels)[0]
+
+
+def linear_distillation(
+    hidden_p: Float[Array, "*positions D"],
+    kernel_p: Float[Array, "D C"],
+    hidden_q: Float[Array, "*positions E"],
+    kernel_q: Float[Array, "E C"],
+    labels: Int[Array, "*positions"],
+    *,
+    kl_weight: ArrayLike = 1.0,
+    cross_entropy_weight: ArrayLike = 1.0,
+    bias_p: Float[Array, " C"] | None = None,
+    bias_q: Float[Array, " C"] | None = None,
+    direction: Direction = "forward",
+    temperature: ArrayLike = 1.0,
+    block_size: int | None = None,
+    reduction: Reduction = "mean",
+    where: Bool[Array, "*positions"] | None = None,
+    axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
+) -> DistillationLoss:
+    r"""Cross entropy and divergence from a reference, in one pass over the model's logits.
+
+    $w_{\mathrm{ce}}\,\mathrm{CE}(P, y) + w_{\mathrm{kl}}\,\mathrm{KL}(P \| Q)$, the sum of
+    `pj.linear_cross_entropy` and `pj.linear_kl` by their weights: the model's products are computed
+    once for both. Only the total has a gradient: that of its parts, which are for the log, is 0.
+
+    The temperature is that of the divergence alone; multiply `kl_weight` by $T^2$ for gradients
+    that don't depend on it. Hinton's distillation is KL(Q||P), direction="reverse".
+
+    Args:
+        hidden_p, kernel_p, hidden_q, kernel_q, bias_p, bias_q: As in `pj.linear_kl`.
+        labels: The classes y, as for `pj.linear_cross_entropy`.
+        kl_weight: The weight of the divergence; for reduction="none" also one for each position.
+        cross_entropy_weight: The weight of the cross entropy, likewise.
+        temperature: The $T$ of the divergence, above 0.
+        direction, where, axis_name: As in `pj.kl_divergence`.
+        block_size, reduction, class_axis_name: As in `pj.linear_kl`.
+
+    Returns:
+        A `DistillationLoss(total, cross_entropy, kl)`. Only the total has a gradient.
+
+    Raises:
+        ValueError, TypeError: As `pj.linear_cross_entropy`.
+
+    References:
+        Hinton, Vinyals & Dean (2015), Distilling the knowledge in a neural network.
+
+    Examples:
+        >>> hidden, kernel = jnp.ones((1, 1)), jnp.array([[0.0, 1.0]])
+        >>> loss = pj.linear_distillation(hidden, kernel, 0 * hidden, kernel, jnp.array([1]))
+        >>> round(float(loss.total), 4)
+        0.4242
+    """
+    check_choice("direction", direction, Direction)
+    weights = {"kl_weight": kl_weight, "cross_entropy_weight": cross_entropy_weight}
+    check_fits(jnp.shape(labels) if reduction == "none" else (), **weights)
+    heads = Head(hidden_p, kernel_p, bias_p), Head(hidden_q, kernel_q, bias_q)
+    options = Options(block_size, reduction, where, axis_name, class_axis_name)
+    parts = (
+        Part(CROSS_ENTROPY, cross_entropy_weight, {"temperature": 1.0}),
+        Part(KL[direction], kl_weight, {"temperature": temperature}),
+    )
+    total, (cross_entropy, kl) = sum_of_parts(parts, heads, options, labels)
+    return DistillationLoss(total, lax.stop_gradient(cross_entropy), lax.stop_gradient(kl))

@@ -1,0 +1,133 @@
+"""Divergences from logits, streamed in blocks of rows."""
+
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from penalties_jax.functional.checks import arrays_of_classes, check_choice
+from penalties_jax.functional.divergences.formulas import ENTROPY, JS, KL, Direction
+from penalties_jax.functional.divergences.logprobs import entropy_scale
+from penalties_jax.functional.divergences.rows import Options, divergence_of_logits
+from penalties_jax.functional.reduction import AxisName, Reduction
+
+__all__ = ["entropy_from_logits", "js_from_logits", "kl_from_logits"]
+
+
+def kl_from_logits(
+    logits_p: Float[Array, "*positions C"],
+    logits_q: Float[Array, "*positions C"],
+    *,
+    direction: Direction = "forward",
+    temperature: ArrayLike = 1.0,
+    block_size: int | None = None,
+    reduction: Reduction = "mean",
+    where: Bool[Array, "*positions"] | None = None,
+    axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""The Kullback-Leibler divergence from raw logits, in nats, with no temporary of their size.
+
+    The same as `pj.kl_divergence` of $\log\mathrm{softmax}(\text{logits} / T)$, but more accurate
+    where P is near Q, and in half precision. Its derivatives are
+    $p (\log p - \log q - \mathrm{KL}) / T$ and $(q - p) / T$. A class is excluded by logits of -inf
+    in both.
+
+    Hinton's distillation, optax and torch have the expectation over the reference, which is
+    direction="reverse".
+
+    Differentiable once, in reverse mode. Works on arrays sharded over positions, of which nothing
+    is gathered. On a CPU, gradients for both logits together may hold an array or two of their
+    size, and a few rows that fit the last cache take less time as `pj.kl_divergence` of their
+    `jax.nn.log_softmax`.
+
+    Args:
+        logits_p: Unnormalised log-probabilities, classes last. By convention the model.
+        logits_q: The same of the reference.
+        direction, reduction, where, axis_name: As in `pj.kl_divergence`; so are result and errors.
+        temperature: The $T$ by which both are divided, above 0: for all, or one for each position.
+            Nothing makes up for it: for gradients that don't depend on it, multiply by $T^2$.
+        block_size: Rows that are processed at once, for each device that JAX sees; if None, 2 MiB
+            of each array on a CPU, and 64 MiB on a GPU.
+        class_axis_name: Axes of `jax.shard_map` over which the classes are sharded.
+
+    References:
+        Hinton, Vinyals & Dean (2015), Distilling the knowledge in a neural network.
+
+    Examples:
+        >>> round(float(pj.kl_from_logits(jnp.array([[0.0, 1.0]]), jnp.array([[3.0, 3.0]]))), 4)
+        0.1109
+    """
+    check_choice("direction", direction, Direction)
+    options = Options(block_size, reduction, where, axis_name, class_axis_name)
+    return divergence_of_logits(
+        KL[direction], (logits_p, logits_q), options, temperature=temperature
+    )
+
+
+def js_from_logits(
+    logits_p: Float[Array, "*positions C"],
+    logits_q: Float[Array, "*positions C"],
+    *,
+    mixture: ArrayLike = 0.5,
+    temperature: ArrayLike = 1.0,
+    block_size: int | None = None,
+    reduction: Reduction = "mean",
+    where: Bool[Array, "*positions"] | None = None,
+    axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""The generalised Jensen-Shannon divergence from raw logits, in nats, as `pj.js_divergence`.
+
+    $b\,\mathrm{KL}(P \| M) + (1 - b)\,\mathrm{KL}(Q \| M)$ with $M = b P + (1 - b) Q$ and
+    $P = \mathrm{softmax}(\text{logits} / T)$. Streamed, and differentiable, as
+    `pj.kl_from_logits`.
+
+    Args:
+        logits_p: Unnormalised log-probabilities, classes last.
+        logits_q: The same of the other distribution.
+        mixture: The $b$, in [0, 1].
+        temperature, block_size, class_axis_name: As in `pj.kl_from_logits`.
+        reduction, where, axis_name: As in `pj.kl_divergence`; so are result and errors.
+
+    Examples:
+        >>> far = jnp.array([[0.0, 200.0]])
+        >>> round(float(pj.js_from_logits(far, -far)), 4)
+        0.6931
+    """
+    options = Options(block_size, reduction, where, axis_name, class_axis_name)
+    return divergence_of_logits(
+        JS, (logits_p, logits_q), options, temperature=temperature, mixture=mixture
+    )
+
+
+def entropy_from_logits(
+    logits: Float[Array, "*positions C"],
+    *,
+    temperature: ArrayLike = 1.0,
+    normalize: bool = False,
+    block_size: int | None = None,
+    reduction: Reduction = "mean",
+    where: Bool[Array, "*positions"] | None = None,
+    axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""The Shannon entropy of softmax(logits / T), in nats, as `pj.entropy`.
+
+    Streamed, and differentiable, as `pj.kl_from_logits`; the derivative is
+    $-\pi (\log \pi + H) / T$.
+
+    Args:
+        logits: Unnormalised log-probabilities, classes last.
+        temperature, block_size, class_axis_name: As in `pj.kl_from_logits`.
+        normalize: As in `pj.entropy`.
+        reduction, where, axis_name: As in `pj.kl_divergence`; so are result and errors.
+
+    Examples:
+        >>> float(pj.entropy_from_logits(jnp.zeros((3, 4)), normalize=True))
+        1.0
+    """
+    (logits,) = arrays_of_classes(logits=logits)
+    classes = logits.shape[-1] * (1 if class_axis_name is None else lax.axis_size(class_axis_name))
+    scale = entropy_scale(classes) if normalize else 1.0
+    options = Options(block_size, reduction, where, axis_name, class_axis_name)
+    return divergence_of_logits(ENTROPY, (logits,), options, scale=scale, temperature=temperature)

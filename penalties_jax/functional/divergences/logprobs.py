@@ -1,0 +1,213 @@
+"""Divergences between distributions that are given by their log-probabilities."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.nn import log_softmax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from penalties_jax.functional.checks import POSITIVE, check_choice, check_same_shape
+from penalties_jax.functional.derivatives import elementwise_derivatives
+from penalties_jax.functional.divergences.formulas import (
+    ENTROPY,
+    JS,
+    KL,
+    Direction,
+    Distributions,
+    Formula,
+)
+from penalties_jax.functional.reduction import AxisName, Reduction, evaluate
+
+__all__ = ["entropy", "js_divergence", "kl_divergence"]
+
+
+def kl_divergence(
+    log_p: Float[Array, "..."],
+    log_q: Float[Array, "..."],
+    *,
+    direction: Direction = "forward",
+    axis: int = -1,
+    reduction: Reduction = "mean",
+    where: Bool[Array, "..."] | None = None,
+    axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""The Kullback-Leibler divergence, in nats: $\sum_c p_c (\log p_c - \log q_c)$.
+
+    Computed as the generalised divergence $\sum_c p_c (e^{d_c} - 1 - d_c)$ with
+    $d = \log q - \log p$, the same number for normalised distributions. Each of its terms is at
+    least 0, so that it is never negative, and accurate where the textbook difference cancels. The
+    derivative is the textbook's: $p (\log p - \log q + 1)$ through `log_p` and $-p$ through
+    `log_q`; through a softmax it is $p (\log p - \log q - \mathrm{KL})$ and $q - p$.
+
+    A class with p = 0 contributes q, with p = q = 0 nothing, both with gradient 0; q = 0 where
+    p > 0 makes the value inf, and its gradient stays finite.
+
+    Args:
+        log_p: Natural log-probabilities, normalised along `axis`, shape [..., C, ...]. By
+            convention the model.
+        log_q: The same of the reference. Half precision is upcast but not renormalised.
+        direction: "forward" is KL(P||Q), "reverse" KL(Q||P), "symmetric" the mean of the two.
+        axis: The class axis. The other axes are the positions.
+        reduction: "mean" or "sum" over the positions, or "none".
+        where: Mask of positions, which broadcasts to their shape; an excluded one contributes
+            nothing to the value or the gradient, whatever it holds.
+        axis_name: Mapped axes over whose members to sum or average.
+
+    Returns:
+        A scalar, or an array of the shape of the positions for "none".
+
+    Raises:
+        ValueError: If shapes differ, a number is out of its range, an array does not broadcast to
+            the positions, or an option is unknown.
+        TypeError: If an input is not an array, a number is a schedule, or `where` is not boolean.
+
+    References:
+        Kullback & Leibler (1951), On information and sufficiency.
+
+    Examples:
+        >>> log_p = jax.nn.log_softmax(jnp.array([[0.0, 1.0]]))
+        >>> float(pj.kl_divergence(log_p, log_p))
+        0.0
+        >>> log_q = jnp.log(jnp.array([[0.5, 0.5]]))
+        >>> round(float(pj.kl_divergence(log_p, log_q)), 4)
+        0.1109
+    """
+    check_choice("direction", direction, Direction)
+    return _of_pair(KL[direction], log_p, log_q, axis, reduction, where, axis_name)
+
+
+def js_divergence(
+    log_p: Float[Array, "..."],
+    log_q: Float[Array, "..."],
+    *,
+    mixture: ArrayLike = 0.5,
+    axis: int = -1,
+    reduction: Reduction = "mean",
+    where: Bool[Array, "..."] | None = None,
+    axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""The generalised Jensen-Shannon divergence, in nats.
+
+    $b\,\mathrm{KL}(P \| M) + (1 - b)\,\mathrm{KL}(Q \| M)$ with $M = b P + (1 - b) Q$. It lies in
+    [0, H(b)], with H the binary entropy (ln 2 at b = 1/2), which disjoint distributions reach; it
+    is 0 at b = 0 and 1, and JS / b tends to KL(P||Q) as b tends to 0. The derivative through
+    `log_p` is $b\, p (\log p - \log m)$, 0 at p = 0.
+
+    Args:
+        log_p: Natural log-probabilities, normalised along `axis`, shape [..., C, ...].
+        log_q: The same of the other distribution.
+        mixture: The $b$, in [0, 1].
+        axis, reduction, where, axis_name: As in `pj.kl_divergence`; so are result and errors.
+
+    References:
+        Lin (1991), Divergence measures based on the Shannon entropy.
+
+    Examples:
+        >>> log_p, log_q = jnp.log(jnp.array([[1.0, 0.0]])), jnp.log(jnp.array([[0.0, 1.0]]))
+        >>> round(float(pj.js_divergence(log_p, log_q)), 4)
+        0.6931
+    """
+    return _of_pair(JS, log_p, log_q, axis, reduction, where, axis_name, mixture=mixture)
+
+
+def entropy(
+    log_p: Float[Array, "..."],
+    *,
+    temperature: ArrayLike = 1.0,
+    normalize: bool = False,
+    axis: int = -1,
+    reduction: Reduction = "mean",
+    where: Bool[Array, "..."] | None = None,
+    axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""The Shannon entropy, in nats: $H = -\sum_c \pi_c \log \pi_c$, $\pi$ = softmax(log p / T).
+
+    The derivative is $-\pi (\log \pi + H) / T$, and 0 at p = 0.
+
+    Args:
+        log_p: Natural log-probabilities along `axis`, shape [..., C, ...].
+        temperature: The $T$, above 0.
+        normalize: Divide by ln C, so that the uniform distribution has entropy 1; a single class
+            has entropy 0.
+        axis, reduction, where, axis_name: As in `pj.kl_divergence`; so are result and errors.
+
+    References:
+        Shannon (1948), A mathematical theory of communication.
+
+    Examples:
+        >>> float(pj.entropy(jnp.log(jnp.array([[0.25, 0.25, 0.5, 0.0]])), normalize=True))
+        0.75
+    """
+    POSITIVE.check(temperature=temperature)
+    scale = entropy_scale(jnp.shape(log_p)[axis]) if normalize else 1.0
+    return evaluate(
+        _tempered_entropy,
+        (log_p,),
+        {"temperature": temperature},
+        weights=scale,
+        where=where,
+        axis=axis,
+        reduction=reduction,
+        axis_name=axis_name,
+    )
+
+
+def entropy_scale(classes: int) -> float:
+    """What divides the entropy by that of the uniform distribution; 0 for a single class."""
+    return 1 / math.log(classes) if classes > 1 else 0.0
+
+
+def _tempered_entropy(log_p, temperature, axis):
+    supported = ~jnp.isneginf(log_p / lax.stop_gradient(temperature))
+    scaled = jnp.where(supported, jnp.where(supported, log_p, 0) / temperature, -jnp.inf)
+    log_pi = jnp.where(supported, log_softmax(scaled, axis), -jnp.inf)
+    return _SumOfTerms(ENTROPY)(log_pi, axis=axis)
+
+
+def _of_pair(formula, log_p, log_q, axis, reduction, where, axis_name, **parameters):
+    check_same_shape(log_p=log_p, log_q=log_q)
+    formula.check(parameters)
+    return evaluate(
+        _SumOfTerms(formula),
+        (log_p, log_q),
+        parameters,
+        where=where,
+        axis=axis,
+        reduction=reduction,
+        axis_name=axis_name,
+    )
+
+
+class _SumOfTerms(NamedTuple):
+    """A formula as a function of log-probabilities; equal for equal formulas."""
+
+    formula: Formula
+
+    def __call__(
+        self, *logs: Float[Array, "..."], axis: int, **parameters: Any
+    ) -> Float[Array, "..."]:
+        """The sum over the classes, with the formula's slopes as its derivatives."""
+        term, slopes, named, _ = self.formula
+        numbers = [parameters[parameter.name] for parameter in named]
+
+        def of_logs(function):
+            def applied(*arguments):
+                return function(_distributions(*arguments[: len(logs)]), *arguments[len(logs) :])
+
+            return applied
+
+        partials = map(of_logs, (*slopes, *(parameter.slope for parameter in named)))
+        declared = elementwise_derivatives(*partials)(of_logs(term))
+        return jnp.sum(declared(*logs, *numbers), axis)
+
+
+def _distributions(log_p, *log_q):
+    if not log_q:
+        return Distributions((jnp.exp(log_p),), log_p)
+    (log_q,) = log_q
+    neither = jnp.isneginf(log_p) & jnp.isneginf(log_q)
+    ratio = jnp.where(neither, 0, log_q - log_p)
+    return Distributions((jnp.exp(log_p), jnp.exp(log_q)), ratio)

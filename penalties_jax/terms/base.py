@@ -1,0 +1,187 @@
+"""What every penalty can do: be evaluated, resolved at a step, scaled and added."""
+
+from typing import Any, ClassVar, Literal, Self
+
+import jax
+import optax
+from jax.tree_util import Partial
+from jax.typing import ArrayLike
+from jaxtyping import Array, PyTree
+
+from penalties_jax._pytree import TYPES, Pytree, config, has_schedule, number, resolve
+
+# A number, an array or a schedule; or a pytree of them like the input.
+Numeric = Any
+
+
+class Penalty(Pytree):
+    """The base of all penalties."""
+
+    # NumPy's arrays and scalars leave `array * config` to the config.
+    __array_ufunc__ = None
+
+    # Whether it is of log-probabilities of sampled tokens, [..., T], not of classes.
+    of_samples: ClassVar[bool] = False
+    # The name of its metrics in a log.
+    measured_as: ClassVar[str | None] = None
+
+    @property
+    def class_axis(self) -> int | None:
+        """The axis that its values and its mask don't have; None where they are of entries."""
+        return None
+
+    @property
+    def summands(self) -> tuple["Penalty", ...]:
+        """The penalties that it is a sum, or a multiple, of."""
+        return (self,)
+
+    def __call__(self, *inputs: PyTree[Array], where: PyTree | None = None) -> PyTree[Array]:
+        """The penalty on arrays or pytrees of arrays.
+
+        Args:
+            *inputs: What is penalised: one pytree, or the two that are compared. None and
+                `optax.MaskedNode` leaves are skipped.
+            where: A mask for every array, or a pytree of masks like the first input.
+
+        Returns:
+            A scalar over all arrays; for reduction="none" a pytree of values like the first input.
+
+        Raises:
+            TypeError: If a hyperparameter still is a schedule.
+            ValueError: As the function of the same name.
+        """
+        self._check_resolved()
+        if _has_function(self):
+            return self._value(inputs, where)
+        return _evaluate(self, inputs, where)
+
+    def at(self, step: ArrayLike) -> Self:
+        """The same penalty with every schedule replaced by its value at `step`."""
+        return resolve(self, step)
+
+    def elementwise(self, x: PyTree[Array]) -> PyTree[Array]:
+        """The penalty of each value, unreduced.
+
+        Raises:
+            NotImplementedError: If the penalty is not a sum over single values.
+            TypeError: If a hyperparameter still is a schedule.
+        """
+        raise NotImplementedError(f"{self!r} is not a sum over single values")
+
+    def prox(self, v: PyTree[Array], step_size: ArrayLike) -> PyTree[Array]:
+        r"""The proximal operator, $\arg\min_z \tfrac12 \lVert z - v \rVert^2 + t f(z)$.
+
+        Args:
+            v: The point: an array or a pytree of arrays.
+            step_size: The $t$; weights, scale and reduction of the penalty come on top.
+
+        Raises:
+            NotImplementedError: If the penalty has none here.
+            TypeError: If a hyperparameter still is a schedule.
+            ValueError: If the penalty is not a scalar (reduction="none").
+        """
+        have = [name for name, cls in TYPES.items() if getattr(cls, "_prox", None)]
+        raise NotImplementedError(
+            f"{self!r} has no proximal operator here; {', '.join(have)} have one"
+        )
+
+    def estimate(self) -> "Penalty":
+        """What estimates it from log-probabilities of sampled tokens; itself if it is of entries.
+
+        Raises:
+            ValueError: If such tokens don't tell.
+        """
+        return self
+
+    def _check_resolved(self):
+        if has_schedule(self):
+            raise TypeError(f"{self!r} holds a schedule: call .at(step) first")
+
+    def _value(self, inputs, where):
+        raise NotImplementedError
+
+    def __mul__(self, scale: Numeric) -> "Scaled":
+        return NotImplemented if isinstance(scale, Penalty) else Scaled(self, scale)
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: "Penalty") -> "Penalty":
+        if not isinstance(other, Penalty):
+            return NotImplemented
+        return Sum((*_parts(self), *_parts(other)))
+
+    def __radd__(self, other: Literal[0]) -> "Penalty":
+        return self if other == 0 else NotImplemented
+
+
+@jax.jit
+def _evaluate(penalty, inputs, where):
+    return penalty._value(inputs, where)
+
+
+def _has_function(penalty):
+    """Whether it holds a user's function, by whose identity a compiled program would go stale."""
+    nodes = jax.tree.leaves(penalty, is_leaf=lambda node: isinstance(node, Partial))
+    return any(isinstance(node, Partial) for node in nodes)
+
+
+@config
+class Scaled(Penalty):
+    """`scale * penalty`."""
+
+    penalty: Penalty
+    scale: Numeric = number()
+
+    @property
+    def summands(self) -> tuple[Penalty, ...]:
+        return self.penalty.summands
+
+    def elementwise(self, x: PyTree[Array]) -> PyTree[Array]:
+        self._check_resolved()
+        return self._times(self.penalty.elementwise(x))
+
+    def prox(self, v: PyTree[Array], step_size: ArrayLike) -> PyTree[Array]:
+        self._check_resolved()
+        return self.penalty.prox(v, self.scale * step_size)
+
+    def estimate(self) -> Penalty:
+        return self._with(penalty=self.penalty.estimate())
+
+    def _value(self, inputs, where):
+        return self._times(self.penalty(*inputs, where=where))
+
+    def _times(self, values):
+        return jax.tree.map(lambda value: self.scale * value, values)
+
+
+@config
+class Sum(Penalty):
+    """A sum of penalties on the same inputs."""
+
+    penalties: tuple[Penalty, ...]
+
+    @property
+    def summands(self) -> tuple[Penalty, ...]:
+        return tuple(part for penalty in self.penalties for part in penalty.summands)
+
+    def elementwise(self, x: PyTree[Array]) -> PyTree[Array]:
+        return _add(penalty.elementwise(x) for penalty in self.penalties)
+
+    def estimate(self) -> Penalty:
+        return self._with(penalties=tuple(penalty.estimate() for penalty in self.penalties))
+
+    def _value(self, inputs, where):
+        return _add(penalty(*inputs, where=where) for penalty in self.penalties)
+
+
+def _parts(penalty):
+    return penalty.penalties if isinstance(penalty, Sum) else (penalty,)
+
+
+def _add(trees):
+    return jax.tree.map(lambda *values: sum(values[1:], start=values[0]), *trees)
+
+
+def is_absent(node: Any) -> bool:
+    """Whether a node of the input stands for nothing: None, or left out by `optax.masked`."""
+    return node is None or isinstance(node, optax.MaskedNode)

@@ -1,0 +1,64 @@
+"""Structural penalties."""
+
+import jax
+import jax.numpy as jnp
+
+from penalties_jax import functional
+from penalties_jax._pytree import config, option
+from penalties_jax.functional.constraints import Metric, Mode, Rows
+from penalties_jax.functional.reduction import Reduction
+from penalties_jax.terms.base import Penalty
+from penalties_jax.terms.reduced import Reduced
+
+__all__ = ["Consistency", "Orthogonality"]
+
+
+@config
+class Consistency(Reduced):
+    """How far two outputs for one input differ: `pj.consistency` as a config.
+
+    Attributes:
+        metric, reduction, axis_name: As in `pj.consistency`.
+
+    Examples:
+        >>> float(pj.Consistency("l1")(jnp.zeros(2), jnp.array([1.0, 3.0])))
+        2.0
+    """
+
+    metric: Metric = option(default="mse", choices=Metric)
+    reduction: Reduction = option(default="mean", choices=Reduction, kw_only=True)
+
+    _function = staticmethod(functional.consistency)
+    _inputs = 2
+
+    @property
+    def class_axis(self) -> int | None:
+        return -1 if self.metric in ("cosine", "kl") else None
+
+
+@config
+class Orthogonality(Penalty):
+    """How far rows are from orthogonal: `pj.orthogonality` as a config, summed over a pytree.
+
+    Attributes:
+        mode, normalize, axis: As in `pj.orthogonality`.
+
+    Raises:
+        ValueError: In a call, if there is a `where`.
+
+    Examples:
+        >>> float(pj.Orthogonality()({"a": jnp.eye(2), "b": jnp.eye(2, 3)}))
+        0.0
+    """
+
+    mode: Mode = option(default="soft", choices=Mode)
+    normalize: bool = option(default=True, kw_only=True)
+    axis: Rows = option(default="rows", choices=Rows, kw_only=True)
+
+    def _value(self, inputs, where):
+        if where is not None:
+            raise ValueError("Orthogonality takes no where: leave rows out of its input")
+        (tree,) = inputs
+        options = {"mode": self.mode, "normalize": self.normalize, "axis": self.axis}
+        values = [functional.orthogonality(x, **options) for x in jax.tree.leaves(tree)]
+        return sum(values, start=jnp.zeros((), jnp.float32))

@@ -1,0 +1,207 @@
+"""Divergences and their estimates."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from penalties_jax import functional
+from penalties_jax._pytree import abstract, config, fields, number, option
+from penalties_jax.functional.checks import POSITIVE, UNIT, check_block_size
+from penalties_jax.functional.divergences.formulas import Direction
+from penalties_jax.functional.estimators import Estimator
+from penalties_jax.functional.reduction import AxisName, Reduction, evaluate
+from penalties_jax.terms.base import Numeric, Penalty
+from penalties_jax.terms.reduced import Reduced, parameters_of
+
+__all__ = ["Entropy", "JSDivergence", "KLDivergence", "KLEstimate", "SampledEntropy"]
+
+Inputs = Literal["logprobs", "logits"]
+
+
+@abstract
+class Divergence(Reduced):
+    """What divergences share: one function for each kind of input."""
+
+    inputs: Inputs = option(default="logprobs", choices=Inputs, kw_only=True)
+    temperature: Numeric | None = number(default=None, valid=POSITIVE, kw_only=True)
+    axis: int = option(default=-1, kw_only=True)
+    block_size: int | None = option(default=None, kw_only=True)
+    class_axis_name: AxisName | None = option(default=None, kw_only=True)
+    reduction: Reduction = option(default="mean", choices=Reduction, kw_only=True)
+
+    _functions: ClassVar[dict[str, Callable[..., Any]]]
+
+    def __post_init__(self):
+        super().__post_init__()
+        name = type(self).__name__
+        check_block_size(self.block_size, f"{name}.block_size")
+        takers = {kind: parameters_of(function) for kind, function in self._functions.items()}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            given = value is not None if field.default is None else value != field.default
+            kinds = [kind for kind, taken in takers.items() if field.name in taken]
+            if kinds and self.inputs not in kinds and given:
+                raise ValueError(f"{name}.{field.name} needs inputs={kinds[0]!r}, got {value!r}")
+
+    @property
+    def class_axis(self) -> int:
+        return self.axis
+
+    def estimate(self) -> Penalty:
+        raise ValueError(f"{self!r} can't be estimated from log-probabilities of sampled tokens")
+
+    def _pure(self):
+        return self._functions[self.inputs]
+
+
+@config
+class KLDivergence(Divergence):
+    r"""KL(P||Q), of which P, the first input, is the model: `pj.kl_divergence` as a config.
+
+    Attributes:
+        direction: As in `pj.kl_divergence`.
+        inputs: "logprobs", or "logits" for `pj.kl_from_logits`.
+        temperature, block_size, class_axis_name: As in `pj.kl_from_logits`, and for logits only.
+        axis, reduction, axis_name: As in `pj.kl_divergence`; the axis of logits is the last.
+
+    Examples:
+        >>> log_p, log_q = jnp.log(jnp.array([0.75, 0.25])), jnp.log(jnp.array([0.5, 0.5]))
+        >>> round(float(pj.KLDivergence()(log_p, log_q)), 4)
+        0.1308
+        >>> round(float(pj.KLDivergence(inputs="logits")(log_p + 1, log_q - 2)), 4)
+        0.1308
+    """
+
+    direction: Direction = option(default="forward", choices=Direction)
+
+    _functions: ClassVar = {
+        "logprobs": functional.kl_divergence,
+        "logits": functional.kl_from_logits,
+    }
+    _inputs = 2
+    measured_as = "kl"
+
+    def estimate(self) -> Penalty:
+        if self != KLDivergence(reduction=self.reduction, axis_name=self.axis_name):
+            return super().estimate()
+        return KLEstimate(reduction=self.reduction, axis_name=self.axis_name)
+
+
+@config
+class JSDivergence(Divergence):
+    r"""The generalised Jensen-Shannon divergence: `pj.js_divergence` as a config.
+
+    Attributes:
+        mixture: As in `pj.js_divergence`.
+        inputs: "logprobs", or "logits" for `pj.js_from_logits`.
+        temperature, block_size, class_axis_name, axis, reduction, axis_name: As in
+            `pj.KLDivergence`.
+
+    Examples:
+        >>> log_p, log_q = jnp.log(jnp.array([1.0, 0.0])), jnp.log(jnp.array([0.0, 1.0]))
+        >>> round(float(pj.JSDivergence()(log_p, log_q)), 4)
+        0.6931
+    """
+
+    mixture: Numeric = number(default=0.5, valid=UNIT)
+
+    _functions: ClassVar = {
+        "logprobs": functional.js_divergence,
+        "logits": functional.js_from_logits,
+    }
+    _inputs = 2
+
+
+@config
+class Entropy(Divergence):
+    r"""The Shannon entropy H: `pj.entropy` as a config. As a term of a loss it sharpens.
+
+    Attributes:
+        temperature, normalize: As in `pj.entropy`.
+        maximize: Whether it is -H, whose minimum is the uniform distribution.
+        inputs: "logprobs", or "logits" for `pj.entropy_from_logits`.
+        block_size, class_axis_name, axis, reduction, axis_name: As in `pj.KLDivergence`.
+
+    Examples:
+        >>> round(float(pj.Entropy(maximize=True)(jnp.log(jnp.array([0.5, 0.5])))), 4)
+        -0.6931
+    """
+
+    temperature: Numeric = number(default=1.0, valid=POSITIVE, kw_only=True)
+    maximize: bool = option(default=False, kw_only=True)
+    normalize: bool = option(default=False, kw_only=True)
+
+    _functions: ClassVar = {
+        "logprobs": functional.entropy,
+        "logits": functional.entropy_from_logits,
+    }
+    measured_as = "entropy"
+
+    def estimate(self) -> Penalty:
+        options = {"reduction": self.reduction, "axis_name": self.axis_name}
+        if self != Entropy(maximize=self.maximize, **options):
+            return super().estimate()
+        return SampledEntropy(self.maximize, **options)
+
+    def _value(self, inputs, where):
+        value = super()._value(inputs, where)
+        return jax.tree.map(jnp.negative, value) if self.maximize else value
+
+
+@config
+class KLEstimate(Reduced):
+    r"""KL(P||Q) estimated from sampled tokens: `pj.kl_estimate` as a config.
+
+    Attributes:
+        estimator, axis_name: As in `pj.kl_estimate`, which also says what the gradients are of.
+        reduction: As in `pj.kl_estimate`.
+
+    Examples:
+        >>> log_p, log_q = jnp.log(jnp.array([0.5, 0.2])), jnp.log(jnp.array([0.25, 0.4]))
+        >>> round(float(pj.KLEstimate("k2")(log_p, log_q)), 4)
+        0.2402
+    """
+
+    estimator: Estimator = option(default="k3", choices=Estimator)
+    reduction: Reduction = option(default="mean", choices=Reduction, kw_only=True)
+
+    _function = staticmethod(functional.kl_estimate)
+    _inputs = 2
+    of_samples = True
+    measured_as = "kl"
+
+
+def _surprise(log_p, *, maximize, reduction, where, axis_name):
+    weight = -1.0 if maximize else 1.0
+    return evaluate(
+        jnp.negative,
+        (log_p,),
+        {},
+        weights=weight,
+        where=where,
+        reduction=reduction,
+        axis_name=axis_name,
+    )
+
+
+@config
+class SampledEntropy(Reduced):
+    r"""The mean of $-\log p$ of sampled tokens [..., T], which estimates an entropy.
+
+    Attributes:
+        maximize: Whether it is negated.
+        reduction, axis_name: As in `pj.kl_estimate`.
+
+    Examples:
+        >>> float(pj.SampledEntropy()(jnp.array([-1.0, -2.0])))
+        1.5
+    """
+
+    maximize: bool = option(default=False)
+    reduction: Reduction = option(default="mean", choices=Reduction, kw_only=True)
+
+    _function = staticmethod(_surprise)
+    of_samples = True
+    measured_as = "entropy"

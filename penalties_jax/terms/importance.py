@@ -1,0 +1,85 @@
+"""Importance minimality."""
+
+from collections.abc import Callable
+
+from jax.tree_util import Partial
+from jaxtyping import Array, PyTree
+
+from penalties_jax import functional
+from penalties_jax._pytree import config, number, option
+from penalties_jax.functional.checks import AT_LEAST_ONE, NONNEGATIVE
+from penalties_jax.functional.reduction import AxisName
+from penalties_jax.terms.base import Numeric, Penalty
+
+__all__ = ["ImportanceMinimality"]
+
+
+@config
+class ImportanceMinimality(Penalty):
+    """The total of `pj.importance_minimality` as a config; `parts` has the rest.
+
+    Attributes:
+        penalty: That of each value: a config that has `elementwise`, or a function.
+        beta, reference_count, axis_name: As in `pj.importance_minimality`.
+
+    Examples:
+        >>> penalty = pj.ImportanceMinimality(pj.SmoothL0(gamma=1.0), beta=1.0)
+        >>> float(penalty({"mlp": jnp.ones((2, 2))}))
+        2.0
+        >>> float(penalty.parts({"mlp": jnp.ones((2, 2))}).sparsity)
+        1.0
+    """
+
+    penalty: Penalty | Callable[[Array], Array]
+    beta: Numeric = number(default=0.0, valid=NONNEGATIVE)
+    reference_count: Numeric | None = number(default=None, valid=AT_LEAST_ONE)
+    axis_name: AxisName | None = option(default=None, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.penalty, Penalty):
+            if not callable(self.penalty):
+                raise TypeError(
+                    "ImportanceMinimality.penalty must be a config such as pj.Lp(p=0.4), or a "
+                    f"function of each value, got {self.penalty!r}"
+                )
+            # A function is structure, as an option is.
+            object.__setattr__(self, "penalty", Partial(self.penalty))
+
+    @property
+    def class_axis(self) -> int:
+        return -1
+
+    def parts(
+        self, importances: PyTree[Array], *, where: PyTree | None = None
+    ) -> functional.ImportanceLoss:
+        """The total and the two parts that it is made of.
+
+        Args:
+            importances: What is penalised.
+            where: A mask of positions for every site, or a pytree of masks.
+
+        Raises:
+            TypeError: If a hyperparameter still is a schedule.
+            ValueError: As `pj.importance_minimality`.
+        """
+        self._check_resolved()
+        return functional.importance_minimality(
+            importances,
+            self.penalty,
+            beta=self.beta,
+            reference_count=self.reference_count,
+            where=where,
+            axis_name=self.axis_name,
+        )
+
+    def elementwise(self, x: PyTree[Array]) -> PyTree[Array]:
+        raise TypeError("ImportanceMinimality is no per-value penalty: pass its .penalty")
+
+    def _value(self, inputs, where):
+        if len(inputs) != 1:
+            raise TypeError(
+                f"ImportanceMinimality takes 1 input, got {len(inputs)}; a mask is where="
+            )
+        (importances,) = inputs
+        return self.parts(importances, where=where).total

@@ -1,0 +1,127 @@
+"""Penalties that are one pure function, reduced over the arrays of a pytree."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, PyTree
+
+from penalties_jax._pytree import abstract, fields, number, option
+from penalties_jax.functional.checks import NONNEGATIVE
+from penalties_jax.functional.reduction import AxisName, Reduction, add_up, count, spread
+from penalties_jax.terms.base import Numeric, Penalty, is_absent
+
+
+@abstract
+class Reduced(Penalty):
+    """A penalty that is its fields, and the function that takes them by name."""
+
+    reduction: Reduction = option(default="sum", choices=Reduction, kw_only=True)
+    axis_name: AxisName | None = option(default=None, kw_only=True)
+
+    _function: ClassVar[Callable[..., Any]]
+    _inputs: ClassVar[int] = 1
+
+    def _pure(self) -> Callable[..., Any]:
+        """The function."""
+        return type(self)._function
+
+    def _value(self, inputs, where):
+        if len(inputs) != self._inputs:
+            raise TypeError(
+                f"{type(self).__name__} takes {self._inputs} input(s), got {len(inputs)}; "
+                "a mask is passed as where="
+            )
+        structure = jax.tree.structure(inputs[0], is_leaf=is_absent)
+        rows = list(zip(*(structure.flatten_up_to(tree) for tree in inputs), strict=True))
+        members, masks = self._members(structure), spread(where, structure)
+        if self.reduction == "none":
+            return structure.unflatten(
+                row[0] if is_absent(row[0]) else member._of_arrays(row, mask, "none")
+                for member, row, mask in zip(members, rows, masks, strict=True)
+            )
+        present = [
+            (member, row, mask)
+            for member, row, mask in zip(members, rows, masks, strict=True)
+            if not is_absent(row[0])
+        ]
+        totals = [member._of_arrays(row, mask, "sum") for member, row, mask in present]
+        counts = [member._count(row[0], mask) for member, row, mask in present]
+        return add_up(totals, counts, reduction=self.reduction, axis_name=self.axis_name)
+
+    def _of_arrays(self, row, where, reduction):
+        """The function of one array of each input."""
+        function = self._pure()
+        options = {"reduction": reduction, "where": where, "axis_name": self.axis_name}
+        return function(*row, **self._numbers_of(function), **options)
+
+    def _numbers_of(self, function):
+        """The fields that a function takes; one that is None is left to its default."""
+        taken = parameters_of(function) - {"reduction", "axis_name"}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name in taken}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _count(self, x, where):
+        """How many values a mean over one array divides by."""
+        shape = list(jnp.shape(x))
+        if self.class_axis is not None:
+            del shape[self.class_axis]
+        return count(tuple(shape), where)
+
+    def _members(self, structure):
+        """One config for each array: numbers given as pytrees like the input are dealt out."""
+        columns = {
+            field.name: spread(getattr(self, field.name), structure)
+            for field in fields(self)
+            if "valid" in field.metadata
+        }
+        return [
+            self._with(**{name: column[i] for name, column in columns.items()})
+            for i in range(structure.num_leaves)
+        ]
+
+
+@functools.cache
+def parameters_of(function: Callable[..., Any]) -> frozenset[str]:
+    """The names of a function's parameters."""
+    return frozenset(inspect.signature(function).parameters)
+
+
+@abstract
+class Weighted(Reduced):
+    """A weighted sum over values or groups, which may have a proximal operator."""
+
+    weights: Numeric = number(default=1.0, valid=NONNEGATIVE, kw_only=True)
+
+    _prox: ClassVar[Callable[..., Array] | None] = None
+
+    def prox(self, v: PyTree[Array], step_size: ArrayLike) -> PyTree[Array]:
+        operator = type(self)._prox
+        if operator is None:
+            return super().prox(v, step_size)
+        self._check_resolved()
+        if self.reduction == "none":
+            raise ValueError('prox needs a scalar penalty: reduction must be "sum" or "mean"')
+        leaves, structure = jax.tree.flatten(v, is_leaf=is_absent)
+        if self.reduction == "mean":
+            total = sum(self._count(leaf, None) for leaf in leaves if not is_absent(leaf))
+            members = 1 if self.axis_name is None else lax.psum(1, self.axis_name)
+            step_size = step_size / max(total * members, 1)
+        return structure.unflatten(
+            leaf
+            if is_absent(leaf)
+            else operator(leaf, step_size * member.weights, **member._numbers_of(operator))
+            for member, leaf in zip(self._members(structure), leaves, strict=True)
+        )
+
+
+class Separable(Weighted):
+    """A sum over single values."""
+
+    def elementwise(self, x: PyTree[Array]) -> PyTree[Array]:
+        return self._with(reduction="none", axis_name=None)(x)
