@@ -71,8 +71,6 @@ def orthogonality(
         CNNs?
 
     Examples:
-        >>> float(pj.orthogonality(jnp.eye(3)))
-        0.0
         >>> float(pj.orthogonality(jnp.ones((2, 4))))
         2.0
     """
@@ -132,16 +130,9 @@ def consistency(
         b: Values of the same shape.
         metric: "mse", "l1", "cosine" or "kl".
         reduction: "mean" or "sum" over entries ("mse", "l1") or positions ("cosine", "kl"), or
-            "none".
+            "none", for an array of their shape.
         where: Mask of entries or positions, which broadcasts to their shape.
-        axis_name: As in `pj.l1`.
-
-    Returns:
-        A scalar, or an array of the shape of the entries or positions for "none".
-
-    Raises:
-        ValueError: As `pj.l1`, or if the shapes differ.
-        TypeError: As `pj.l1`.
+        axis_name: As in `pj.kl_divergence`; so are result and errors.
 
     References:
         Laine & Aila (2017), Temporal ensembling for semi-supervised learning.
@@ -222,20 +213,10 @@ def interpolated_gradient_penalty(
     r"""The gradient penalty at $\tilde x = e a + (1 - e) b$, one uniform $e$ for each example.
 
     Args:
-        f: As in `gradient_penalty`.
+        f, target_norm: As in `pj.gradient_penalty`; so are result and errors.
         a: Examples of shape [batch, ...], such as real ones.
         b: Examples of the same shape, such as generated ones.
         key: A JAX random key; the same key gives the same points.
-        target_norm: As in `gradient_penalty`.
-
-    Returns:
-        A scalar.
-
-    Raises:
-        ValueError: If the shapes differ, or `f` does not return one element for an example.
-
-    References:
-        Gulrajani et al. (2017), Improved training of Wasserstein GANs.
 
     Examples:
         >>> real, fake, key = jnp.ones((2, 3)), jnp.zeros((2, 3)), jax.random.key(0)
@@ -260,24 +241,15 @@ def output_magnitude(
     r"""Keeps outputs at a scale: $(\operatorname{rms}(x) - t)^2$.
 
     Args:
-        x: Values of shape [...], of any real dtype.
-        target: The $t$, in the units of `x`.
+        x, axis_name: As in `pj.l1`; so are errors.
+        target: The $t$, in the units of `x`; an array broadcasts to the positions.
         axis: What one root mean square runs over: None for all of `x`, on every member of
             `axis_name`; -1 for one at each position.
         reduction: "mean" or "sum" over the positions that `axis` leaves, or "none".
         where: Mask of entries that broadcasts to `x`; a position without any contributes nothing.
-        axis_name: As in `pj.l1`.
 
     Returns:
         A scalar, or an array of the shape of the positions for "none".
-
-    Raises:
-        ValueError: As `pj.l1`, or if `target` does not broadcast to the positions.
-        TypeError: As `pj.l1`.
-
-    References:
-        Merity, McCann & Socher (2017), Revisiting activation regularization for language RNNs, for
-        a penalty on the size of outputs; the target is ours.
 
     Examples:
         >>> round(float(pj.output_magnitude(jnp.array([3.0, -3.0]))), 4)

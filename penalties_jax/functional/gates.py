@@ -69,12 +69,12 @@ def logistic_gate(
     r"""The logistic (binary concrete) gate: $\sigma((a + L) / T)$, L logistic noise.
 
     A hard gate is 1 where $a + L > 0$, else 0. It is open with probability $\sigma(a)$ at every
-    temperature, and has the derivative of the soft gate (straight-through).
+    temperature (without noise where that is above 1/2), and has the derivative of the soft gate
+    (`pj.straight_through`).
 
     Args:
         logits: The $a$, of shape [...], of any real dtype.
-        key: A JAX random key; the same key gives the same gates. None to evaluate without noise:
-            a hard gate is then open where its probability is above 1/2.
+        key: A JAX random key; the same key gives the same gates. None to evaluate without noise.
         temperature: The $T$, above 0: a number, or an array that broadcasts to `logits`. A low
             one makes soft gates nearly hard, and gradients large and rare.
         hard: Whether the gate is 0 or 1, or in between.
@@ -83,19 +83,16 @@ def logistic_gate(
         Gates in [0, 1], of the shape of `logits`, float32 or wider.
 
     Raises:
-        ValueError: If `temperature` is a number that is not above 0, or does not broadcast.
-        TypeError: If `temperature` is a schedule.
+        ValueError: If a number is out of its range, or an array does not broadcast.
+        TypeError: If a number is a schedule.
 
     References:
         Maddison, Mnih & Teh (2017), The concrete distribution. Jang, Gu & Poole (2017),
         Categorical reparameterization with Gumbel-softmax.
 
     Examples:
-        >>> logits = jnp.array([-2.0, 0.5, 3.0])
-        >>> pj.logistic_gate(logits, None).tolist()
+        >>> pj.logistic_gate(jnp.array([-2.0, 0.5, 3.0]), None).tolist()
         [0.0, 1.0, 1.0]
-        >>> pj.logistic_gate(logits, jax.random.key(1)).shape
-        (3,)
     """
     _check_scale(logits, temperature=temperature)
     return _logistic_gate(logits, key, temperature, hard=hard)
@@ -112,21 +109,12 @@ def hard_concrete_gate(
 
     Here $s = \sigma((a + L) / T)$ with logistic noise L, stretched to the interval
     $(\gamma, \zeta)$ beyond [0, 1], so that a gate is exactly 0, or exactly 1, with positive
-    probability, and still has a derivative in between.
+    probability, and still has a derivative in between. Without noise $s = \sigma(a)$.
 
     Args:
-        logits: The $a$ (the paper's $\log \alpha$), of shape [...], of any real dtype.
-        key: A JAX random key. None to evaluate without noise: $s = \sigma(a)$.
+        logits, key: As in `pj.logistic_gate`; so are result and errors. The paper's $\log \alpha$.
         temperature: The $T$ (the paper's $\beta$), above 0.
         stretch: The $\gamma < 0$ and $\zeta > 1$.
-
-    Returns:
-        Gates in [0, 1], of the shape of `logits`, float32 or wider.
-
-    Raises:
-        ValueError: If `temperature` is a number that is not above 0 or does not broadcast, or
-            `stretch` does not reach beyond [0, 1].
-        TypeError: If `temperature` is a schedule.
 
     References:
         Louizos, Welling & Kingma (2018), Learning sparse neural networks through L0
@@ -149,20 +137,11 @@ def hard_concrete_l0(
 ) -> Float[Array, "..."]:
     r"""The probability that a hard concrete gate is not 0: $\sigma(a - T \ln(-\gamma / \zeta))$.
 
-    Summed, it is the expected L0 norm of the gates, which can be differentiated.
+    Summed, it is the expected L0 norm of the gates, which can be differentiated (equation 12 of
+    the paper).
 
     Args:
-        logits, temperature, stretch: As in `pj.hard_concrete_gate`.
-
-    Returns:
-        Probabilities in [0, 1], of the shape of `logits`, float32 or wider.
-
-    Raises:
-        ValueError, TypeError: As `pj.hard_concrete_gate`.
-
-    References:
-        Louizos, Welling & Kingma (2018), Learning sparse neural networks through L0
-        regularization, equation 12.
+        logits, temperature, stretch: As in `pj.hard_concrete_gate`; so are result and errors.
 
     Examples:
         >>> round(float(pj.hard_concrete_l0(jnp.array(0.0))), 4)
@@ -193,8 +172,7 @@ def step_gate(
         0 or 1, of the shape of `x`, float32 or wider.
 
     Raises:
-        ValueError: If `bandwidth` is a number that is not above 0, or shapes do not fit.
-        TypeError: If `threshold` or `bandwidth` is a schedule.
+        ValueError, TypeError: As `pj.logistic_gate`.
 
     References:
         Rajamanoharan et al. (2024), Jumping ahead: improving reconstruction fidelity with JumpReLU
@@ -204,8 +182,7 @@ def step_gate(
         >>> x = jnp.array([0.2, 0.9, 1.1])
         >>> pj.step_gate(x, 1.0).tolist()
         [0.0, 0.0, 1.0]
-        >>> count = lambda threshold: pj.step_gate(x, threshold, bandwidth=0.5).sum()
-        >>> float(jax.grad(count)(1.0))
+        >>> float(jax.grad(lambda threshold: pj.step_gate(x, threshold, bandwidth=0.5).sum())(1.0))
         -4.0
     """
     return _at_threshold(_step, x, threshold, bandwidth)
@@ -217,20 +194,13 @@ def jump_relu(
     r"""JumpReLU: $x H(x - \theta)$, x where it is above the threshold and 0 elsewhere.
 
     The derivative with respect to x is $H(x - \theta)$; that with respect to $\theta$ is the
-    kernel estimate $-\frac{\theta}{\epsilon} K((x - \theta) / \epsilon)$, as in `step_gate`.
+    kernel estimate $-\frac{\theta}{\epsilon} K((x - \theta) / \epsilon)$.
 
     Args:
-        x, threshold, bandwidth: As in `pj.step_gate`.
+        x, threshold, bandwidth: As in `pj.step_gate`; so are errors.
 
     Returns:
         An array of the shape of `x`, float32 or wider.
-
-    Raises:
-        ValueError, TypeError: As `pj.step_gate`.
-
-    References:
-        Rajamanoharan et al. (2024), Jumping ahead: improving reconstruction fidelity with JumpReLU
-        sparse autoencoders.
 
     Examples:
         >>> pj.jump_relu(jnp.array([0.5, 2.0]), 1.0).tolist()
@@ -254,23 +224,14 @@ def top_k_gate(
     The derivative is that of $k \operatorname{softmax}((a + G) / T)$, which also sums to k.
 
     Args:
-        logits: The $a$, of shape [...], of any real dtype.
-        k: How many to open, from 1 to the size of the axis.
-        key: A JAX random key. None to evaluate without noise.
+        logits, key: As in `pj.logistic_gate`; so are result and errors.
+        k: How many to open, an integer from 1 to the size of the axis.
         temperature: The $T$ of the derivative, above 0.
         axis: What the k gates are chosen along.
 
-    Returns:
-        0 or 1, of the shape of `logits`, float32 or wider.
-
-    Raises:
-        ValueError: If `k` is out of range, or `temperature` is a number that is not above 0 or
-            does not broadcast.
-        TypeError: If `temperature` is a schedule, or `k` no integer.
-
     References:
         Kool, van Hoof & Welling (2019), Stochastic beams and where to find them: the
-        Gumbel-top-k trick. Jang, Gu & Poole (2017), for k = 1.
+        Gumbel-top-k trick.
 
     Examples:
         >>> pj.top_k_gate(jnp.array([0.1, 2.0, -1.0, 0.5]), 2, None).tolist()
