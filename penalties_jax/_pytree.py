@@ -27,11 +27,8 @@ def number(
 ) -> Any:
     """A field that is a leaf: a number, an array, a schedule, or a pytree of them.
 
-    Args:
-        default: None makes the number optional.
-        valid: What a plain number has to satisfy in the constructor.
-        choices: A `Literal` of names that stand for a computed number; they are structure.
-        kw_only: As in `dataclasses.field`.
+    A plain number has to be in the range `valid`; a default of None makes it optional. `choices` is
+    a `Literal` of names that stand for a computed number; they are structure.
     """
     metadata = {"valid": valid, "choices": choices}
     return dataclasses.field(default=default, kw_only=kw_only, metadata=metadata)

@@ -24,11 +24,9 @@ __all__ = ["AdaptiveSparsityScheduler", "DualAscent", "SparsityControl"]
 
 
 class SparsityControl(NamedTuple):
-    """What a controller asks for: a target $t$ for the rate of skipped work, its weight $w$.
+    """What a controller asks for: a target $t$ for the rate of skipped work, and its weight $w$.
 
-    Attributes:
-        target: The $t$, of shape [], or [n] of a controller with arrays for n layers.
-        weight: The $w$, of the same shape.
+    Both are of shape [], or [n] of a controller with arrays for n layers.
 
     Examples:
         >>> controller = pj.DualAscent(target=0.5, initial_weight=1.0)
@@ -95,14 +93,7 @@ class View(Pytree):
 
 
 class AdaptiveState(NamedTuple):
-    """The state of an `AdaptiveSparsityScheduler`.
-
-    Attributes:
-        count: Steps so far.
-        value: The last value of the monitored loss; -inf before the first.
-        level: How many times the control is backed off.
-        hold: Steps for which the level still holds.
-    """
+    """Steps so far, the last loss (-inf at first), how far it is backed off, and for how long."""
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     value: Float[Array, ""]
@@ -112,7 +103,7 @@ class AdaptiveState(NamedTuple):
 
 @config
 class AdaptiveSparsityScheduler(Controller):
-    r"""A target and a weight that rise over a warm-up, and back off while a loss is too high.
+    """A target and a weight that rise over a warm-up, and back off while a loss is too high.
 
     The target goes from `initial_sparsity` to `final_sparsity` as `pj.anneal` of shape
     `schedule_type` from step 0 to `warmup_steps`, the weight linearly. Backed off to level n they
@@ -122,35 +113,26 @@ class AdaptiveSparsityScheduler(Controller):
     the value is not above the threshold.
 
     Attributes:
-        initial_sparsity: The target at step 0, in [0, 1].
-        final_sparsity: The target from `warmup_steps` on, in [0, 1].
-        initial_weight: The weight at step 0, at least 0.
-        final_weight: The weight from `warmup_steps` on, at least 0.
+        initial_sparsity, final_sparsity: The target, before and after, in [0, 1].
+        initial_weight, final_weight: The weight, before and after, at least 0.
         warmup_steps: The length of the warm-up, above 0.
-        schedule_type: "linear", "cosine", "exponential", "cubic" or "quarters".
+        schedule_type: A shape of `pj.anneal`.
         accuracy_threshold: A monitored loss above it, or NaN, backs off. The measurement is
             `value=`, of a call and of `update`; where it isn't given, the last one.
         remember: Whether the back-off outlasts the step.
-        hold_steps: With `remember`, how long a new level holds.
-        recovery_steps: With `remember`, how long it takes to recover from one level.
+        hold_steps: With `remember`, how long a new level holds, at least 0.
+        recovery_steps: How long it takes to recover from one level, above 0.
 
     Raises:
         ValueError: If a number is out of range, `schedule_type` is unknown, or as `pj.anneal`.
 
-    References:
-        Zhu & Gupta (2017), To prune, or not to prune, for a target that rises by a cubic schedule.
-
     Examples:
-        >>> controller = pj.AdaptiveSparsityScheduler(
-        ...     0.2, 0.5, warmup_steps=10, accuracy_threshold=3.0
-        ... )
+        >>> controller = pj.AdaptiveSparsityScheduler(warmup_steps=10, accuracy_threshold=3.0)
         >>> state = controller.init()
         >>> for _ in range(10):
         ...     state = controller.update(state, value=2.0)
-        >>> round(float(controller(state).target), 3)
-        0.5
-        >>> round(float(controller(state, value=4.0).target), 3)
-        0.45
+        >>> [round(float(controller(state, value=value).target), 3) for value in (2.0, 4.0)]
+        [0.5, 0.45]
     """
 
     initial_sparsity: Any = number(default=0.2, valid=UNIT)
@@ -279,10 +261,9 @@ class DualAscent(Controller):
         max_weight: What the weight never passes.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If a number is out of range; in `update`, if the rate is of another shape than
+            the weight: take its mean, or give the controller one target for each layer.
         TypeError: In `update`, if there is no `rate=`, the measurement.
-        ValueError: In `update`, if the rate is of another shape than the weight: take its mean, or
-            give the controller one target for each layer.
 
     References:
         Arrow, Hurwicz & Uzawa (1958), Studies in linear and non-linear programming. Gallego-Posada
@@ -290,8 +271,7 @@ class DualAscent(Controller):
 
     Examples:
         >>> controller = pj.DualAscent(target=0.5, step_size=0.1)
-        >>> state = controller.update(controller.init(), rate=0.2)
-        >>> target, weight = controller(state)
+        >>> target, weight = controller(controller.update(controller.init(), rate=0.2))
         >>> float(target), round(float(weight), 4)
         (0.5, 0.0295)
     """

@@ -26,7 +26,7 @@ class Term(Pytree):
     """A penalty $f$, what it is applied to, and its weight $w$: $w f(x)$ is its share of a total.
 
     Attributes:
-        penalty: The penalty: a config.
+        penalty: The penalty: a config; anything else is a TypeError.
         on: The key of its input in the outputs, a tuple of keys (one for each input), or a
             function of the outputs that returns the input or a tuple of inputs.
         where: The key of a mask, a function of the outputs that returns one, or None.
@@ -34,10 +34,6 @@ class Term(Pytree):
             the term adds exactly 0, whatever its value.
         enabled: False or 0 for a term that counts as one of weight 0; it keeps its weight, and
             its value is still reported.
-
-    Raises:
-        TypeError: If `penalty` is not a config.
-        ValueError: In an objective's call, if the value or the weight is not of shape [].
 
     Examples:
         >>> term = pj.Term(pj.KLDivergence(), on=("logprobs", "reference"), weight=0.1)
@@ -76,17 +72,18 @@ class Term(Pytree):
 class Objective(Pytree):
     r"""A loss and named penalty terms on the outputs of a model: $L + \sum_k w_k f_k$.
 
-    The loss, each term and the total are scalars; what they pick from the outputs has any shape.
-    A pytree: as an argument of a jitted step its numbers may change without a new compilation, and
-    a stack of objectives (`pj.stack`) can be mapped over.
+    The loss, the values and weights of terms and the total are scalars; what they pick from the
+    outputs has any shape. A pytree: as an argument of a jitted step its numbers may change without
+    a new compilation, and a stack of objectives (`pj.stack`) can be mapped over.
 
     Attributes:
         loss: A function from the outputs to a scalar, or None for none.
         terms: The penalty terms by name. "loss", "total" and names with a "/" are taken.
 
     Raises:
-        TypeError: If a term is not a `pj.Term`.
-        ValueError: If a name is one that is taken.
+        TypeError: If a term is not a `pj.Term`; in `replace`, for an unknown hyperparameter.
+        ValueError: If a name is one that is taken; in `replace`, if a value is out of range.
+        KeyError: Where a method names a term that is not there.
 
     Examples:
         >>> objective = pj.Objective(
@@ -130,7 +127,7 @@ class Objective(Pytree):
         Raises:
             KeyError: If an input is missing: names the term, the key and the keys there are.
             TypeError: If a schedule needs the `step` and there is none.
-            ValueError: If the loss or a term is not a scalar.
+            ValueError: If the loss, a term or its weight is not a scalar.
         """
         metrics = self._metrics(outputs, step)
         return metrics["total"], metrics
@@ -138,23 +135,15 @@ class Objective(Pytree):
     def grad_norms(
         self, outputs: Outputs, *, wrt: Sequence[str], step: ArrayLike | None = None
     ) -> Metrics:
-        """The 2-norms of the gradients of the loss, of each term, and of the total.
+        """The 2-norms of the gradients of all that a call reports, under the same names.
 
         To compare terms, take logits or hidden states. With respect to log-probabilities a
         divergence has a part that the softmax before them takes out again: KL(P||Q) has
         p (log p - log q + 1), which is not 0 where P = Q.
 
         Args:
-            outputs: As in a call.
+            outputs, step: As in a call; so are errors.
             wrt: The keys of the outputs to differentiate with respect to, together; at least one.
-            step: As in a call.
-
-        Returns:
-            A dict with the names of the metrics of a call.
-
-        Raises:
-            KeyError: If a key of `wrt` is not in the outputs, or as a call.
-            ValueError: If `wrt` is empty.
 
         Examples:
             >>> objective = pj.Objective(terms={"l2": pj.Term(pj.L2(), on="x", weight=0.5)})
@@ -221,13 +210,7 @@ class Objective(Pytree):
         return self._with_term(name, enabled=0.0)
 
     def replace(self, name: str, *, weight: Numeric | None = None, **hyperparameters: Any) -> Self:
-        """The same objective with other hyperparameters, or another weight, for one term.
-
-        Raises:
-            KeyError: If there is no such term.
-            TypeError: If its penalty has no such hyperparameter.
-            ValueError: If a value is out of range.
-        """
+        """The same objective with other hyperparameters, or another weight, for one term."""
         changes: dict[str, Any] = {} if weight is None else {"weight": weight}
         if hyperparameters:
             penalty: Any = self._term(name).penalty

@@ -92,11 +92,9 @@ def anneal(
     numbers: changing them never recompiles, and schedules can be stacked and mapped.
 
     Args:
-        init: The value before.
-        final: The value after.
-        start: The step at which it starts to move.
-        end: The step from which it is `final`.
-        shape: "linear", "cosine", "exponential", "cubic" or "quarters".
+        init, final: The values before and after.
+        start, end: The steps between which it moves.
+        shape: One of those above.
 
     Returns:
         A callable from the step (an integer, or an array of them) to the value.
@@ -125,24 +123,13 @@ def anneal_fraction(
     end_frac: float = 1.0,
     shape: Shape = "linear",
 ) -> Anneal:
-    r"""`anneal` between two fractions of training, from step $a N$ to step $b N$ of $N$.
+    r"""`pj.anneal` between two fractions of training, from step $a N$ to step $b N$ of $N$.
 
     Args:
-        init: The value before.
+        init, shape: As in `pj.anneal`; so are result and errors.
         final: The value after; None means that it stays `init`.
-        total_steps: The $N$, the number of steps in training.
-        start_frac: The $a$, at which it starts to move, in [0, 1].
-        end_frac: The $b$, from which it is `final`, in [0, 1].
-        shape: As in `anneal`.
-
-    Returns:
-        The same as `anneal` with start = start_frac total_steps, end = end_frac total_steps.
-
-    Raises:
-        ValueError: If `total_steps` is below 1, a fraction is outside [0, 1], or as in `anneal`.
-
-    References:
-        Zhu & Gupta (2017), To prune, or not to prune, for the cubic shape.
+        total_steps: The $N$, the number of steps in training, at least 1.
+        start_frac, end_frac: The $a \le b$, in [0, 1].
 
     Examples:
         >>> p = pj.anneal_fraction(2.0, 0.4, total_steps=1_000, start_frac=0.5)

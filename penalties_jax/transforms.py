@@ -85,18 +85,12 @@ def proximal(
 
     Args:
         penalty: A config that has a proximal operator.
-        learning_rate: The $\eta$ of the step before: a number or a schedule.
-        weight: The $w$: a number, a scalar array of shape [] or a schedule.
-        mask: As in `add_penalty`.
-
-    Returns:
-        A transformation whose updates have the parameters' dtypes.
+        learning_rate: The $\eta$ of the step before, at least 0: a number or a schedule.
+        weight: The $w$, at least 0: a number, a scalar array of shape [] or a schedule.
+        mask: As in `pj.add_penalty`; so are result and errors.
 
     Raises:
-        TypeError: If `penalty` is not a config.
-        ValueError: If the learning rate or the weight is a negative number.
         NotImplementedError: In `update`, if the penalty has no proximal operator.
-        ValueError: In `update`, if it is called without parameters.
 
     References:
         Parikh & Boyd (2014), Proximal algorithms, section 4.2.
