@@ -23,7 +23,7 @@ def as_loss(
     reference_field: str | None = None,
     compute_reference: Callable[[Sequence[Record]], Sequence[Any]] | None = None,
 ) -> Callable[..., tuple[Any, dict[str, float]]]:
-    """A custom loss for the Tinker SDK, whose gradient JAX computes.
+    """A loss for `TrainingClient.forward_backward_custom`, whose gradient JAX computes.
 
     Its program is compiled once for each bucket of shapes: rows and positions are padded to powers
     of two, of which the mask leaves out what is not there.
@@ -31,12 +31,9 @@ def as_loss(
     Args:
         objective: Terms on "logprobs", "probs", "reference" and `"field/<name>"`, as
             `penalties_jax.adapters.datum.collate` names them.
-        sampled: Whether the log-probabilities are those of sampled tokens: then divergences are
-            estimated, as `penalties_jax.adapters.datum.penalty_for` says. None for what their
-            shape says: [T] is sampled, [T, C] has classes.
-        reference_logprobs: The reference model's, in the shapes of the batch's.
-        reference_field: The name of the field that holds them in every record.
-        compute_reference: A function from the records to them.
+        sampled: As for `penalties_jax.adapters.datum.measure`.
+        reference_logprobs, reference_field, compute_reference: As for
+            `penalties_jax.adapters.datum.collate`.
 
     Returns:
         A function of `(data, logprobs_list)`, torch tensors, and optionally `step=` for schedules.
@@ -46,9 +43,6 @@ def as_loss(
     Raises:
         TypeError: If `objective` is not a `pj.Objective`.
         KeyError, TypeError, ValueError: The function does, as `collate` and the objective.
-
-    References:
-        Thinking Machines Lab, Tinker, `TrainingClient.forward_backward_custom`.
 
     Examples:
         >>> objective = pj.Objective(

@@ -13,32 +13,14 @@ from penalties_jax.terms import SparsityTarget
 
 
 class SparsityGate(nn.Module):
-    r"""A gate for each position, learned, whose rate of closed gates is pulled to a target.
+    """`pj.nnx.SparsityGate` for linen: with noise, it draws from the stream "gate".
 
-    An importance predictor (linear d to d/2, ReLU, linear to 1) gives logits, and
-    `pj.logistic_gate` hard gates: with noise from the stream "gate", or without. Each call in
-    training records `weight * pj.SparsityTarget(target, kind)` of its gates for
-    `collect_penalties`. With gates $m$ of shape [...] that is
-    $w \, \ell(1 - \operatorname{mean}(m), t)$. Multiply what is to be skipped by the gate, so that
-    the predictor also learns which positions matter.
-
-    With noise the rate of training is the mean probability of a closed gate; without noise a gate
-    is closed where that is above 1/2. The two agree once probabilities are near 0 or 1.
+    The size of the input is that of what it is called with.
 
     Attributes:
-        target: The share of positions to skip, in [0, 1].
-        weight: The weight of the sparsity loss, at least 0.
-        kind: The kind of the sparsity loss, as in `pj.sparsity_target_loss`.
-        temperature: That of the gate's derivative, above 0.
+        target, weight, kind, temperature: As in `pj.nnx.SparsityGate`, which says what is raised.
+            Numbers are Python numbers, else it is a TypeError.
         deterministic: Whether to leave the noise out and record nothing, as in evaluation.
-
-    Raises:
-        ValueError: If a number is out of range or `kind` is unknown.
-        TypeError: If one is not a Python number.
-
-    References:
-        Bengio, Léonard & Courville (2013), Estimating or propagating gradients through stochastic
-        neurons for conditional computation.
 
     Examples:
         >>> gate = pj.linen.SparsityGate(target=0.5)
@@ -73,15 +55,7 @@ class SparsityGate(nn.Module):
         temperature: ArrayLike | None = None,
         deterministic: bool | None = None,
     ) -> Float[Array, "*positions"]:
-        """The gate of each position: 1 is computed, 0 is skipped.
-
-        Args:
-            x: The features of the positions.
-            where: Which positions exist; the others are no part of the rate.
-            control: A target and a weight in place of the module's own, as a controller gives.
-            temperature: A temperature in place of the module's own.
-            deterministic: In place of the module's own.
-        """
+        """The gate of each position, as in a call of `pj.nnx.SparsityGate`."""
         temperature = self.temperature if temperature is None else temperature
         deterministic = self.deterministic if deterministic is None else deterministic
         if x.shape[-1] < 2:

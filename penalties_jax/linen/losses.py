@@ -33,20 +33,13 @@ def record(module: nn.Module, penalty: Callable[[], Float[Array, ""]]) -> None:
 
 
 class Loss(nn.Module):
-    r"""An objective, $L + \sum_k w_k f_k$, that keeps the step for its schedules.
-
-    The step is in the collection "schedule".
+    """`pj.nnx.Loss` for linen, with the step in the collection "schedule".
 
     Attributes:
-        objective: A `pj.Objective` whose numbers are Python numbers. Its value is of shape [].
-
-    Raises:
-        TypeError: If a number is an array.
-        KeyError, ValueError: In a call, as the objective.
+        objective: A `pj.Objective` whose numbers are Python numbers; an array is a TypeError.
 
     Examples:
-        >>> weight = pj.anneal(0.0, 1.0, start=0, end=2)
-        >>> term = pj.Term(pj.L1(), on="hidden", weight=weight)
+        >>> term = pj.Term(pj.L1(), on="hidden", weight=pj.anneal(0.0, 1.0, start=0, end=2))
         >>> loss = pj.linen.Loss(pj.Objective(terms={"l1": term}))
         >>> outputs = {"hidden": jnp.ones(4)}
         >>> state = loss.init({}, outputs)
@@ -66,17 +59,7 @@ class Loss(nn.Module):
     def __call__(
         self, outputs: Outputs, *, step: ArrayLike | None = None, advance: bool = True
     ) -> tuple[Float[Array, ""], Metrics]:
-        """The total and its parts, as of the objective.
-
-        Args:
-            outputs: What the objective picks its inputs from.
-            step: The step for schedules, in place of the module's own, which then stays.
-            advance: Whether this call is a training step, after which the module's step goes up.
-
-        Raises:
-            KeyError: As the objective.
-            ValueError: As the objective.
-        """
+        """The total and its parts, as in a call of `pj.nnx.Loss`."""
         if step is not None:
             return self.objective(outputs, step=step)
         count = self.variable("schedule", "step", jnp.zeros, (), jnp.int32)
@@ -87,20 +70,15 @@ class Loss(nn.Module):
 
 
 class ActivityPenalty(nn.Module):
-    """The identity, which records a penalty $w f(x)$ on what passes through, of any shape.
+    """`pj.nnx.ActivityPenalty` for linen, with what is recorded in the collection "penalties".
 
-    It is recorded, in the collection "penalties", when that is mutable, as in training:
+    It is recorded when the collection is mutable, as in training:
     `model.apply(variables, x, mutable=["penalties"])`. `collect_penalties` sums it. Under
     `nn.scan` the collection needs an axis: `variable_axes={"params": 0, "penalties": 0}`.
 
     Attributes:
-        penalty: The $f$: a config whose numbers are Python numbers.
-        weight: The $w$: a number or a schedule.
-
-    Raises:
-        TypeError: If a number is an array; in a call, if a hyperparameter is a schedule and there
-            is no `step`.
-        ValueError: In a call, as the penalty.
+        penalty: A config whose numbers are Python numbers; an array is a TypeError.
+        weight: A number or a schedule.
 
     Examples:
         >>> penalised = pj.linen.ActivityPenalty(pj.L1(), weight=0.5)
@@ -122,17 +100,7 @@ class ActivityPenalty(nn.Module):
     def __call__(
         self, x: PyTree[Array], *, where: PyTree | None = None, step: ArrayLike | None = None
     ) -> PyTree[Array]:
-        """Return `x`, after recording its penalty.
-
-        Args:
-            x: An array or a pytree of arrays.
-            where: A mask of what counts, as in a call of the penalty.
-            step: The step for schedules.
-
-        Raises:
-            TypeError: If a hyperparameter is a schedule and there is no `step`.
-            ValueError: As the penalty.
-        """
+        """Return `x`, after recording its penalty, as in a call of `pj.nnx.ActivityPenalty`."""
         penalty = self.weight * self.penalty
         if step is not None:
             penalty = resolve(penalty, step)
@@ -141,18 +109,13 @@ class ActivityPenalty(nn.Module):
 
 
 def collect_penalties(variables: Mapping[str, Any]) -> tuple[Float[Array, ""], dict[str, Any]]:
-    r"""Sums what modules have recorded, $\sum w f(x)$, and clears it.
-
-    Called inside the function that is differentiated, on the mutated variables that `apply`
-    returns. Layers that a scan or a vmap has stacked count one by one, and a layer that is called
-    twice counts twice.
+    """Sums what modules have recorded, as `pj.nnx.collect_penalties`, and takes it out.
 
     Args:
-        variables: Collections by name, with or without "penalties".
+        variables: The mutated collections that `apply` returns, with or without "penalties".
 
     Returns:
-        A scalar, of shape [], 0 if nothing was recorded; and the other collections, for the next
-        step.
+        The sum, of shape [], and the other collections, for the next step.
 
     Examples:
         >>> state = {"penalties": {"a": {"recorded": jnp.array([1.0, 2.0])}}, "batch_stats": {}}
@@ -170,19 +133,12 @@ def param_penalty(
     penalty: Penalty,
     filter: Callable[[Any, Array], bool] = lambda path, value: True,
 ) -> Float[Array, ""]:
-    r"""A penalty on the parameters $\theta_S$ that a filter selects: $f(\theta_S)$.
+    """A penalty on the parameters that a filter selects, as `pj.nnx.param_penalty`.
 
     Args:
         params: A tree of parameters, `variables["params"]`.
-        penalty: A config.
+        penalty: As in `pj.nnx.param_penalty`; so are result and errors.
         filter: From the path of a parameter, a tuple of names, and its value to whether it counts.
-
-    Returns:
-        A scalar, of shape [].
-
-    Raises:
-        ValueError: If the filter selects nothing, or as the penalty.
-        TypeError: If a hyperparameter still is a schedule.
 
     Examples:
         >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}

@@ -14,12 +14,7 @@ from penalties_jax.terms import SparsityTarget
 
 
 class ImportancePredictor(nnx.Module):
-    """A logit for each position, of how worthwhile it is: linear d to d/2, ReLU, linear to 1.
-
-    Args:
-        features: The d, at least 2.
-        rngs: The random keys of the initial parameters.
-    """
+    """A logit for each position, of how worthwhile it is: linear d to d/2, ReLU, linear to 1."""
 
     def __init__(self, features: int, *, rngs: nnx.Rngs):
         if features < 2:
@@ -35,11 +30,12 @@ class ImportancePredictor(nnx.Module):
 class SparsityGate(nnx.Module):
     r"""A gate for each position, learned, whose rate of closed gates is pulled to a target.
 
-    An importance predictor gives logits, and `pj.logistic_gate` hard gates: with noise in
-    training, without after `model.eval()`. Each call in training records
-    `weight * pj.SparsityTarget(target, kind)` of its gates for `collect_penalties`. With
-    gates $m$ of shape [...] that is $w \, \ell(1 - \operatorname{mean}(m), t)$. Multiply what is to
-    be skipped by the gate, so that the predictor also learns which positions matter.
+    An importance predictor (linear d to d/2, ReLU, linear to 1) gives logits, and
+    `pj.logistic_gate` hard gates: with noise in training, without after `model.eval()`. Each call
+    in training records `weight * pj.SparsityTarget(target, kind)` of its gates for
+    `collect_penalties`. With gates $m$ of shape [...] that is
+    $w \, \ell(1 - \operatorname{mean}(m), t)$. Multiply what is to be skipped by the gate, so that
+    the predictor also learns which positions matter.
 
     With noise the rate of training is the mean probability of a closed gate; without noise a gate
     is closed where that is above 1/2. The two agree once probabilities are near 0 or 1. To train
@@ -55,10 +51,6 @@ class SparsityGate(nnx.Module):
 
     Raises:
         ValueError: If a number is out of range or `kind` is unknown.
-
-    References:
-        Bengio, Léonard & Courville (2013), Estimating or propagating gradients through stochastic
-        neurons for conditional computation.
 
     Examples:
         >>> from flax import nnx

@@ -46,9 +46,6 @@ class Loss(nnx.Module):
     Args:
         objective: A `pj.Objective`, whose value is of shape [].
 
-    Raises:
-        KeyError, TypeError, ValueError: In a call, as the objective.
-
     Examples:
         >>> weight = pj.anneal(0.0, 1.0, start=0, end=2)
         >>> term = pj.Term(pj.L1(), on="hidden", weight=weight)
@@ -66,16 +63,12 @@ class Loss(nnx.Module):
     def __call__(
         self, outputs: Outputs, *, step: ArrayLike | None = None, advance: bool = True
     ) -> tuple[Float[Array, ""], Metrics]:
-        """The total and its parts, as of the objective.
+        """The total and its parts; results and errors are as in a call of the objective.
 
         Args:
             outputs: What the objective picks its inputs from.
             step: The step for schedules, in place of the module's own, which then stays.
             advance: Whether this call is a training step, after which the module's step goes up.
-
-        Raises:
-            KeyError: As the objective.
-            ValueError: As the objective.
         """
         if step is not None:
             return self.objective(outputs, step=step)
@@ -95,10 +88,6 @@ class ActivityPenalty(nnx.Module):
         penalty: The $f$: a config, without schedules unless each call is given the `step`.
         weight: The $w$: a number, an array or a schedule.
 
-    Raises:
-        TypeError: In a call, if a hyperparameter is a schedule and there is no `step`.
-        ValueError: In a call, as the penalty.
-
     Examples:
         >>> penalised = pj.nnx.ActivityPenalty(pj.L1(), weight=0.5)
         >>> penalised(jnp.array([1.0, -3.0])).tolist()
@@ -115,16 +104,11 @@ class ActivityPenalty(nnx.Module):
     def __call__(
         self, x: PyTree[Array], *, where: PyTree | None = None, step: ArrayLike | None = None
     ) -> PyTree[Array]:
-        """Return `x`, after recording its penalty.
+        """Return `x`, an array or a pytree of them, after recording its penalty.
 
         Args:
-            x: An array or a pytree of arrays.
-            where: A mask of what counts, as in a call of the penalty.
+            x, where: As in a call of the penalty; so are errors.
             step: The step for schedules.
-
-        Raises:
-            TypeError: If a hyperparameter is a schedule and there is no `step`.
-            ValueError: As the penalty.
         """
         if not self.deterministic:
             penalty = self.penalty if step is None else resolve(self.penalty, step)
@@ -137,13 +121,10 @@ def collect_penalties(model: nnx.Module) -> Float[Array, ""]:
 
     Called inside the function that is differentiated, after the model. Layers that a scan or a
     vmap has stacked count one by one, a layer that is called twice counts twice, and a layer that
-    is shared counts once for each call.
+    is shared counts once for each call. Of shape []; 0 if nothing was recorded.
 
     Args:
         model: The module that the penalties are in, at any depth.
-
-    Returns:
-        A scalar, of shape []; 0 if nothing was recorded. It raises nothing itself.
 
     Examples:
         >>> from flax import nnx
@@ -167,16 +148,12 @@ def param_penalty(
 
     Args:
         model: The module; inside `nnx.grad` the gradient goes to its parameters.
-        penalty: A config.
+        penalty: A config. Result and errors are those of a call of it.
         filter: An NNX filter: a type of variable, `nnx.PathContains("kernel")`, a function of path
             and variable, or a combination by `nnx.All`, `nnx.Any` and `nnx.Not`.
 
-    Returns:
-        A scalar, of shape [].
-
     Raises:
-        ValueError: If the filter selects nothing, or as the penalty.
-        TypeError: If a hyperparameter still is a schedule.
+        ValueError: If the filter selects nothing, or if the value is not of shape [].
 
     Examples:
         >>> from flax import nnx

@@ -27,13 +27,14 @@ class Measurement(nnx.Variable[Float[Array, ""]]):
 
 
 class SparseBKCore(nnx.Module):
-    r"""Resolvent features of a potential, computed at some positions and interpolated at others.
+    """Resolvent features of a potential, computed at some positions and interpolated at others.
 
     H is tridiagonal with the diagonal $-2 + v_k$, v the potential clipped to [-3, 3], and off
     diagonals 1; the features of position k are the real and the imaginary part of
-    $G_{kk} = [(H - i I)^{-1}]_{kk}$. A position with mask 0 is skipped: it drops its couplings to
-    its neighbours, in its own example only, and its features come from three convolutions of width
-    3 over those of the computed positions. The mask carries its gradient.
+    $G_{kk} = [(H - i I)^{-1}]_{kk}$ (`pj.resolvent_diagonal`). A position with mask 0 is skipped:
+    it drops its couplings to its neighbours, in its own example only, and its features come from
+    three convolutions of width 3 over those of the computed positions. The mask carries its
+    gradient.
 
     Args:
         n_seq: The length of the sequences.
@@ -43,11 +44,7 @@ class SparseBKCore(nnx.Module):
         rngs: The random keys of the initial parameters.
 
     Raises:
-        ValueError: If `n_seq` is below 1.
-
-    References:
-        Li, Ahmed, Klimeck & Darve (2008), Computing entries of the inverse of a sparse matrix using
-        the FIND algorithm, for the diagonal of an inverse.
+        ValueError: If `n_seq` is below 1; in a call, if a shape is not [batch, n_seq].
 
     Examples:
         >>> from flax import nnx
@@ -72,15 +69,7 @@ class SparseBKCore(nnx.Module):
     def __call__(
         self, potential: Float[Array, "batch n"], mask: Float[Array, "batch n"]
     ) -> Float[Array, "batch n 2"]:
-        """The features.
-
-        Args:
-            potential: The v.
-            mask: 1 for positions to compute, 0 for those to skip.
-
-        Raises:
-            ValueError: If a shape is not [batch, n_seq].
-        """
+        """The features; the mask is 1 for positions to compute, 0 for those to skip."""
         for name, x in (("potential", potential), ("mask", mask)):
             if x.ndim != 2 or x.shape[1] != self.n_seq:
                 raise ValueError(f"{name} must have the shape [batch, {self.n_seq}], got {x.shape}")
@@ -95,18 +84,7 @@ class SparseBKCore(nnx.Module):
 
 
 class MixtureOfExperts(nnx.Module):
-    """A feed-forward of several experts, of which each position uses those its router prefers.
-
-    Every expert is computed and the preferred ones are kept, weighted by the router's
-    probabilities (which sum to 1 over them if there are several).
-
-    Args:
-        features: The size of the input and the output.
-        experts: How many experts there are.
-        top_k: How many a position uses.
-        dropout: The rate of dropout on the output.
-        rngs: The random keys: of the initial parameters, and the stream "dropout".
-    """
+    """A feed-forward of several experts, all computed, of which each position keeps `top_k`."""
 
     def __init__(self, features: int, experts: int, top_k: int, dropout: float, *, rngs: nnx.Rngs):
         if experts < 1:
@@ -139,12 +117,13 @@ class SparseMoEResNetBKLayer(nnx.Module):
     r"""A mixture-of-experts feed-forward with sparse resolvent features, at a target sparsity.
 
     The output is $h + a W \varphi(h)$, with $h$ the mixture of experts of the input, $\varphi$ the
-    features of a `SparseBKCore` whose potential is linear in $h$, and a learned scale $a$. Which
-    positions it computes is decided by an importance predictor and `pj.logistic_gate`: with noise
-    in training, without after `model.eval()`. The rate of skipped positions carries its gradient,
-    so the predictor learns from the sparsity loss of the last call and from the accuracy loss.
-    Every position is computed and then masked: the layer teaches what can be skipped, and takes as
-    long at every rate.
+    features of a `SparseBKCore` whose potential is linear in $h$, and a learned scale $a$. All
+    experts are computed; those that the router prefers are kept, weighted by its probabilities
+    (which sum to 1 over them if there are several). Which positions it computes is decided by an
+    importance predictor and `pj.logistic_gate`: with noise in training, without after
+    `model.eval()`. The rate of skipped positions carries its gradient, so the predictor learns from
+    the sparsity loss of the last call and from the accuracy loss. Every position is computed and
+    then masked: the layer teaches what can be skipped, and takes as long at every rate.
 
     Args:
         d_model: The size of the last axis, at least 2.
@@ -154,7 +133,7 @@ class SparseMoEResNetBKLayer(nnx.Module):
         dropout: The rate of dropout after the experts.
         target_sparsity: The share of positions to skip, in [0, 1].
         sparsity_loss_weight: The usual weight of the sparsity loss, at least 0.
-        sparsity_loss_type: "l2", "l1", "kl", "huber" or "adaptive".
+        sparsity_loss_type: Its kind, as in `pj.sparsity_target_loss`.
         causal: As of `SparseBKCore`.
         temperature: That of the gate's derivative, above 0.
         rngs: The random keys: of the initial parameters, and the streams "dropout" and "gate".
@@ -171,8 +150,6 @@ class SparseMoEResNetBKLayer(nnx.Module):
         >>> layer = pj.nnx.SparseMoEResNetBKLayer(8, 16, target_sparsity=0.5, rngs=nnx.Rngs(0))
         >>> nnx.jit(lambda layer, x: layer(x))(layer, jnp.ones((2, 16, 8))).shape
         (2, 16, 8)
-        >>> sorted(layer.get_sparsity_stats())
-        ['num_computed', 'sparsity_ratio', 'target_sparsity']
     """
 
     def __init__(
@@ -218,14 +195,11 @@ class SparseMoEResNetBKLayer(nnx.Module):
         """The output of the layer; what it skipped is remembered until the next call.
 
         Args:
-            x: The input.
+            x: The input, of shape [batch, n_seq, d_model]; another is a ValueError.
             where: Which positions exist; the others are no part of the rate.
             mask: Which positions to compute, in place of the learned gate: all of them make the
                 layer dense.
             temperature: A temperature in place of the layer's own.
-
-        Raises:
-            ValueError: If the shape of `x` is not [batch, n_seq, d_model].
         """
         if x.ndim != 3 or x.shape[1] != self.core.n_seq:
             raise ValueError(f"x must have the shape [batch, {self.core.n_seq}, d], got {x.shape}")
@@ -247,14 +221,7 @@ class SparseMoEResNetBKLayer(nnx.Module):
         return logistic_gate(self.predictor(x), key, temperature=temperature)
 
     def get_sparsity_loss(self, target_sparsity: ArrayLike | None = None) -> Float[Array, ""]:
-        """The sparsity loss of the last call, unweighted.
-
-        Args:
-            target_sparsity: A target in place of the layer's own, as a schedule gives.
-
-        Raises:
-            ValueError: If `target_sparsity` is a number outside [0, 1].
-        """
+        """The sparsity loss of the last call, unweighted; at another target, if one is given."""
         target = self.target
         if target_sparsity is not None:
             target = SparsityTarget(target_sparsity, target.kind)
@@ -268,16 +235,8 @@ class SparseMoEResNetBKLayer(nnx.Module):
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """The accuracy loss with the sparsity loss of the last call, as `pj.balanced_loss`.
 
-        Args:
-            accuracy_loss: A scalar.
-            sparsity_weight: The weight of the sparsity loss; None is the layer's own.
-            accuracy_weight: The weight of the accuracy loss.
-
-        Returns:
-            The total and its parts, with "current_sparsity" and "target_sparsity" among them.
-
-        Raises:
-            ValueError: If a weight is a negative number.
+        The weight of the sparsity loss is the layer's own if None, and "current_sparsity" and
+        "target_sparsity" are among the parts.
         """
         total, parts = balanced_loss(
             accuracy_loss,

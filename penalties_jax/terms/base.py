@@ -60,12 +60,7 @@ class Penalty(Pytree):
         return resolve(self, step)
 
     def elementwise(self, x: PyTree[Array]) -> PyTree[Array]:
-        """The penalty of each value, unreduced.
-
-        Raises:
-            NotImplementedError: If the penalty is not a sum over single values.
-            TypeError: If a hyperparameter still is a schedule.
-        """
+        """The penalty of each value; NotImplementedError if it is no sum over single values."""
         raise NotImplementedError(f"{self!r} is not a sum over single values")
 
     def prox(self, v: PyTree[Array], step_size: ArrayLike) -> PyTree[Array]:

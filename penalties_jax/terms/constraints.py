@@ -41,10 +41,7 @@ class Orthogonality(Penalty):
     """How far rows are from orthogonal: `pj.orthogonality` as a config, summed over a pytree.
 
     Attributes:
-        mode, normalize, axis: As in `pj.orthogonality`.
-
-    Raises:
-        ValueError: In a call, if there is a `where`.
+        mode, normalize, axis: As in `pj.orthogonality`, which takes no `where`.
 
     Examples:
         >>> float(pj.Orthogonality()({"a": jnp.eye(2), "b": jnp.eye(2, 3)}))

@@ -58,7 +58,7 @@ class Divergence(Reduced):
 
 @config
 class KLDivergence(Divergence):
-    r"""KL(P||Q), of which P, the first input, is the model: `pj.kl_divergence` as a config.
+    """KL(P||Q), of which P, the first input, is the model: `pj.kl_divergence` as a config.
 
     Attributes:
         direction: As in `pj.kl_divergence`.
@@ -69,8 +69,6 @@ class KLDivergence(Divergence):
     Examples:
         >>> log_p, log_q = jnp.log(jnp.array([0.75, 0.25])), jnp.log(jnp.array([0.5, 0.5]))
         >>> round(float(pj.KLDivergence()(log_p, log_q)), 4)
-        0.1308
-        >>> round(float(pj.KLDivergence(inputs="logits")(log_p + 1, log_q - 2)), 4)
         0.1308
     """
 
@@ -152,11 +150,10 @@ class Entropy(Divergence):
 
 @config
 class KLEstimate(Reduced):
-    r"""KL(P||Q) estimated from sampled tokens: `pj.kl_estimate` as a config.
+    """KL(P||Q) estimated from sampled tokens: `pj.kl_estimate` as a config.
 
     Attributes:
-        estimator, axis_name: As in `pj.kl_estimate`, which also says what the gradients are of.
-        reduction: As in `pj.kl_estimate`.
+        estimator, reduction, axis_name: As in `pj.kl_estimate`.
 
     Examples:
         >>> log_p, log_q = jnp.log(jnp.array([0.5, 0.2])), jnp.log(jnp.array([0.25, 0.4]))

@@ -24,10 +24,8 @@ class ImportanceMinimality(Penalty):
 
     Examples:
         >>> penalty = pj.ImportanceMinimality(pj.SmoothL0(gamma=1.0), beta=1.0)
-        >>> float(penalty({"mlp": jnp.ones((2, 2))}))
-        2.0
-        >>> float(penalty.parts({"mlp": jnp.ones((2, 2))}).sparsity)
-        1.0
+        >>> [float(part) for part in penalty.parts({"mlp": jnp.ones((2, 2))})]
+        [2.0, 1.0, 1.0]
     """
 
     penalty: Penalty | Callable[[Array], Array]
@@ -53,16 +51,7 @@ class ImportanceMinimality(Penalty):
     def parts(
         self, importances: PyTree[Array], *, where: PyTree | None = None
     ) -> functional.ImportanceLoss:
-        """The total and the two parts that it is made of.
-
-        Args:
-            importances: What is penalised.
-            where: A mask of positions for every site, or a pytree of masks.
-
-        Raises:
-            TypeError: If a hyperparameter still is a schedule.
-            ValueError: As `pj.importance_minimality`.
-        """
+        """The total and what it is made of: `pj.importance_minimality` with these options."""
         self._check_resolved()
         return functional.importance_minimality(
             importances,
