@@ -17,7 +17,7 @@ Shape = Literal["linear", "cosine", "exponential", "cubic", "quarters"]
 
 @config
 class Anneal(Pytree, Schedule):
-    """A value that moves from `init` to `final` between two steps; made by `anneal`."""
+    """A value that moves from `init` to `final` between two steps; made by `pj.anneal`."""
 
     init: Any = number()
     final: Any = number()

@@ -13,13 +13,13 @@ from penalties_jax.terms import SparsityTarget
 
 
 class SparsityGate(nn.Module):
-    """`pj.nnx.SparsityGate` for linen: with noise, it draws from the stream "gate".
+    """`pj.nnx.SparsityGate` for linen, with noise from the stream "gate".
 
-    The size of the input is that of what it is called with.
+    The number of features is that of the input, and it records as `pj.linen.ActivityPenalty` does.
 
     Attributes:
-        target, weight, kind, temperature: As in `pj.nnx.SparsityGate`, which says what is raised.
-            Numbers are Python numbers, else it is a TypeError.
+        target, weight, kind, temperature: As in `pj.nnx.SparsityGate`; so are errors. Numbers are
+            Python numbers, else it is a TypeError.
         deterministic: Whether to leave the noise out and record nothing, as in evaluation.
 
     Examples:

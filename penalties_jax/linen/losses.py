@@ -73,7 +73,7 @@ class ActivityPenalty(nn.Module):
     """`pj.nnx.ActivityPenalty` for linen, with what is recorded in the collection "penalties".
 
     It is recorded when the collection is mutable, as in training:
-    `model.apply(variables, x, mutable=["penalties"])`. `collect_penalties` sums it. Under
+    `model.apply(variables, x, mutable=["penalties"])`. `pj.linen.collect_penalties` sums it. Under
     `nn.scan` the collection needs an axis: `variable_axes={"params": 0, "penalties": 0}`.
 
     Attributes:

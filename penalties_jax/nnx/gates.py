@@ -33,7 +33,7 @@ class SparsityGate(nnx.Module):
     An importance predictor (linear d to d/2, ReLU, linear to 1) gives logits, and
     `pj.logistic_gate` hard gates: with noise in training, without after `model.eval()`. Each call
     in training records `weight * pj.SparsityTarget(target, kind)` of its gates for
-    `collect_penalties`. With gates $m$ of shape [...] that is
+    `pj.nnx.collect_penalties`. With gates $m$ of shape [...] that is
     $w \, \ell(1 - \operatorname{mean}(m), t)$. Multiply what is to be skipped by the gate, so that
     the predictor also learns which positions matter.
 

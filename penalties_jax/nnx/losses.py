@@ -81,8 +81,8 @@ class Loss(nnx.Module):
 class ActivityPenalty(nnx.Module):
     """The identity, which records a penalty $w f(x)$ on what passes through, of any shape.
 
-    What is recorded adds up, call by call, until `collect_penalties` takes it. After `model.eval()`
-    nothing is recorded.
+    What is recorded adds up, call by call, until `pj.nnx.collect_penalties` takes it. After
+    `model.eval()` nothing is recorded.
 
     Args:
         penalty: The $f$: a config, without schedules unless each call is given the `step`.

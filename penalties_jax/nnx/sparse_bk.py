@@ -117,13 +117,15 @@ class SparseMoEResNetBKLayer(nnx.Module):
     r"""A mixture-of-experts feed-forward with sparse resolvent features, at a target sparsity.
 
     The output is $h + a W \varphi(h)$, with $h$ the mixture of experts of the input, $\varphi$ the
-    features of a `SparseBKCore` whose potential is linear in $h$, and a learned scale $a$. All
-    experts are computed; those that the router prefers are kept, weighted by its probabilities
-    (which sum to 1 over them if there are several). Which positions it computes is decided by an
-    importance predictor and `pj.logistic_gate`: with noise in training, without after
-    `model.eval()`. The rate of skipped positions carries its gradient, so the predictor learns from
-    the sparsity loss of the last call and from the accuracy loss. Every position is computed and
-    then masked: the layer teaches what can be skipped, and takes as long at every rate.
+    features of a `pj.nnx.SparseBKCore` whose potential is linear in $h$, and a learned scale $a$.
+    All experts are computed; those that the router prefers are kept, weighted by its probabilities
+    (which sum to 1 over them if there are several).
+
+    Which positions it computes is decided by an importance predictor and `pj.logistic_gate`, as in
+    `pj.nnx.SparsityGate`. The rate of skipped positions carries its gradient, so the predictor
+    learns from the sparsity loss of the last call and from the accuracy loss. Every position is
+    computed and then masked: the layer teaches what can be skipped, and takes as long at every
+    rate.
 
     Args:
         d_model: The size of the last axis, at least 2.
@@ -134,7 +136,7 @@ class SparseMoEResNetBKLayer(nnx.Module):
         target_sparsity: The share of positions to skip, in [0, 1].
         sparsity_loss_weight: The usual weight of the sparsity loss, at least 0.
         sparsity_loss_type: Its kind, as in `pj.sparsity_target_loss`.
-        causal: As of `SparseBKCore`.
+        causal: As in `pj.nnx.SparseBKCore`.
         temperature: That of the gate's derivative, above 0.
         rngs: The random keys: of the initial parameters, and the streams "dropout" and "gate".
 
