@@ -164,9 +164,7 @@ def curves(
         for plot, (metric, label) in zip(plots, panels.items(), strict=True):
             for colour, member in zip(_colours(len(members)), members, strict=True):
                 own = [record for record in records if record[by] == member]
-                steps, values = zip(
-                    *((record["step"], record[metric]) for record in own), strict=True
-                )
+                steps, values = ([record[name] for record in own] for name in ("step", metric))
                 plot.plot(steps, values, color=colour, label=_label(member))
             plot.set(title=label)
         plots[-1].set(xlabel="step")

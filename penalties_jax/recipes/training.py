@@ -1,23 +1,54 @@
 """A training loop in compiled chunks: one trace, whatever the number of steps."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
-from penalties_jax.recipes.runs import append_log, open_checkpoints, rewind_log
+from penalties_jax.recipes.runs import Run, append_log, open_checkpoints, rewind_log
 
 Metrics = dict[str, Array]
 Step = Callable[[Any, PyTree, Array], tuple[Any, Metrics]]
+Chunk = Callable[[Any, PyTree, int, int], tuple[Any, Metrics]]
 
 
-def compile_chunk(step: Step) -> Callable[[Any, PyTree, int, int], tuple[Any, Metrics]]:
+class State(NamedTuple):
+    """What an optimiser trains; of a sweep, with the members as the first axis of its leaves.
+
+    Attributes:
+        parameters: Any pytree.
+        optimizer: The state of their optimiser.
+    """
+
+    parameters: Any
+    optimizer: optax.OptState
+
+
+def descend(optimizer: optax.GradientTransformation, state: State, gradient: Any) -> State:
+    """Take one step of the optimiser."""
+    updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
+    return State(optax.apply_updates(state.parameters, updates), optimizer_state)
+
+
+def split_members(tree: Any, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Split the first axis of every leaf into groups of these sizes, one after another."""
+
+    def part(first: int, last: int) -> Any:
+        return jax.tree.map(lambda leaf: leaf[first:last], tree)
+
+    ends = np.cumsum(list(sizes.values())).tolist()
+    return {
+        name: part(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)
+    }
+
+
+def compile_chunk(step: Step) -> Chunk:
     """Compile a loop over `step(state, data, index) -> (state, metrics)`.
 
     Returns:
@@ -42,7 +73,7 @@ def compile_chunk(step: Step) -> Callable[[Any, PyTree, int, int], tuple[Any, Me
 
 
 def train(
-    chunk: Callable[[Any, PyTree, int, int], tuple[Any, Metrics]],
+    chunk: Chunk,
     state: Any,
     data: PyTree,
     *,
@@ -55,7 +86,7 @@ def train(
     """Run the steps from `first` to `last` in chunks that end at multiples of `every`.
 
     Args:
-        chunk: A compiled chunk of steps.
+        chunk: As of `compile_chunk`.
         state: The state before the first step.
         data: What the steps read.
         first: The first step.
@@ -80,28 +111,22 @@ def train(
 
 
 def train_run(
+    run: Run,
     step: Step,
     state: Any,
     data: PyTree,
     *,
-    folder: Path,
-    steps: int,
-    every: int,
-    title: str,
-    records: Callable[[Metrics], list[dict[str, Any]]],
+    members: Sequence[Mapping[str, Any]],
     placement: jax.sharding.Sharding | None = None,
 ) -> Any:
     """Train in a run's folder: from its last checkpoint on, with a log and checkpoints.
 
     Args:
-        step: As of `compile_chunk`.
+        run: Where, and how many steps.
+        step: As of `compile_chunk`; each of its metrics has one value for each member.
         state: The state before the first step.
         data: What the steps read.
-        folder: The folder of the run.
-        steps: The number of steps in all.
-        every: The number of steps between two lines of the log, and two checkpoints.
-        title: The name of the progress bar.
-        records: From the means over a chunk to its lines in the log.
+        members: What the log's line of each member begins with.
         placement: Where state and data are; None is the first device.
 
     Returns:
@@ -109,16 +134,19 @@ def train_run(
     """
     # On a device by name, as what a checkpoint restores is: else resuming would be another program.
     state, data = jax.device_put((state, data), placement or jax.local_devices()[0])
-    with open_checkpoints(folder) as checkpoints:
+    with open_checkpoints(run.folder) as checkpoints:
         done = checkpoints.latest_step() or 0
         if done:
             state = checkpoints.restore(done, args=ocp.args.StandardRestore(state))
-        rewind_log(folder, done)
+        rewind_log(run.folder, done)
 
         def record(done: int, state: Any, metrics: Metrics) -> None:
-            append_log(
-                folder, [{"kind": "train", "step": done} | line for line in records(metrics)]
-            )
+            lines = [
+                {"kind": "train", "step": done, **member}
+                | {name: float(values[i]) for name, values in metrics.items()}
+                for i, member in enumerate(members)
+            ]
+            append_log(run.folder, lines)
             checkpoints.save(done, args=ocp.args.StandardSave(state))
 
         return train(
@@ -126,9 +154,9 @@ def train_run(
             state,
             data,
             first=done,
-            last=steps,
-            every=every,
-            title=title,
+            last=run.settings["steps"],
+            every=run.settings["log_every"],
+            title="train",
             record=record,
         )
 

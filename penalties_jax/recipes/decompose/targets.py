@@ -20,11 +20,10 @@ from penalties_jax.recipes.language_model import LanguageModel
 from penalties_jax.recipes.text import sample_windows
 
 Apply = Callable[[str, Array], Array]
+STATIC = {"static": True}
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["weight", "bias"], meta_fields=["probability"]
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ToyModel:
     """relu(x W W^T + b): more features than hidden units, each active now and then.
@@ -39,7 +38,7 @@ class ToyModel:
 
     weight: Float[Array, "features hidden"]
     bias: Float[Array, " features"]
-    probability: float
+    probability: float = dataclasses.field(metadata=STATIC)
 
     @property
     def weights(self) -> dict[str, Array]:
@@ -68,11 +67,7 @@ class ToyModel:
         return jnp.mean(jnp.square(output - clean))
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["parameters", "text", "held_out"],
-    meta_fields=["graph", "context"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TextModel:
     """The byte-level transformer, of which the feed-forward matrices are decomposed.
@@ -88,8 +83,8 @@ class TextModel:
     parameters: nnx.State
     text: UInt8[Array, " bytes"]
     held_out: UInt8[Array, " bytes"]
-    graph: nnx.GraphDef[LanguageModel]
-    context: int
+    graph: nnx.GraphDef[LanguageModel] = dataclasses.field(metadata=STATIC)
+    context: int = dataclasses.field(metadata=STATIC)
 
     @property
     def weights(self) -> dict[str, Array]:

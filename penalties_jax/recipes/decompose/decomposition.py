@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float
 
 import penalties_jax as pj
-from penalties_jax.recipes.targets import Target
+from penalties_jax.recipes.decompose.targets import Target
 
 HIDDEN = 16
 LEAK = 0.01
