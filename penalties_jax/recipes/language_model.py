@@ -56,14 +56,9 @@ class Block(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    """A pre-norm transformer that predicts the next byte.
+    """A pre-norm transformer that predicts the next byte of inputs of `context` bytes at most.
 
-    Args:
-        width: The size of the residual stream, a multiple of `heads`.
-        layers: The number of blocks.
-        heads: The number of attention heads in each block.
-        context: The longest input, in bytes. Positions are learnt.
-        rngs: The random keys of the initial parameters.
+    Positions are learnt; `width`, a multiple of `heads`, is the size of the residual stream.
     """
 
     def __init__(self, *, width: int, layers: int, heads: int, context: int, rngs: nnx.Rngs):

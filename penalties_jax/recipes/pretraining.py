@@ -31,13 +31,8 @@ def pretrained(
     Each checkpoint is a folder named by a fingerprint of what decides the parameters. Orbax writes
     it under another name and renames it at the end, so what is found is whole.
 
-    Args:
-        kind: The class of the model.
-        options: They have its sizes, the seed and the number of steps.
-        corpus: The text.
-        batch_size: The number of sequences in a batch.
-        learning_rate: As of `adam`.
-        **call: What the model is called with in training, beside a text.
+    The model is of the given kind, and called with `call` in training. Its sizes, the seed and the
+    steps are those of the options; the learning rate is that of `adam`.
     """
     sizes = {name: getattr(options, name) for name in ("width", "layers", "heads", "context")}
     steps = options.pretrain_steps

@@ -14,12 +14,8 @@ Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 class Report(NamedTuple):
     """What a job has to show of its results; the words are in its template.
 
-    Attributes:
-        template: The path of the template, from this folder.
-        table: Column headers and rows of cells: the results, for the terminal too.
-        units: Those of the table, for the terminal.
-        images: PNGs, by the name of their file.
-        values: What else the template asks for.
+    The table, and a line with its units, are for the terminal too; `values` is what else the
+    template asks for.
     """
 
     template: str

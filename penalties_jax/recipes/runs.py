@@ -23,12 +23,7 @@ REPORT = "report.html"
 
 
 class Run(NamedTuple):
-    """A run that may write to its folder.
-
-    Attributes:
-        folder: The folder.
-        settings: Everything that decides the run's numbers, as plain values: its `config.yaml`.
-    """
+    """A run that may write to its folder; its settings are those of `config.yaml`."""
 
     folder: Path
     settings: dict[str, Any]
@@ -51,12 +46,11 @@ def write_file(path: Path, content: str | bytes) -> None:
 def open_run(options: Options, images: Iterable[str], **texts: str) -> Run:
     """Start or resume the run in `options.out`, or refuse to, and touch nothing then.
 
-    A run starts in a folder without one, or in place of an earlier run of the same job if it is to
-    be overwritten. What that one wrote is removed: its log, its checkpoints, its images and its
-    report. Everything else in the folder stays, and so does the pretrained model.
+    Of an earlier run that is overwritten, the log, the checkpoints, the images and the report are
+    removed. Everything else in the folder stays, and so does the pretrained model.
 
     Args:
-        options: Those of the run.
+        options: All but where and how to start decide the run's numbers, and become its settings.
         images: The names of the images that the job writes.
         **texts: A description of each text, in place of the option of that name.
 

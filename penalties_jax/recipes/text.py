@@ -19,13 +19,7 @@ LARGEST_CORPUS = 1_000_000
 
 
 class Corpus(NamedTuple):
-    """A text as bytes, its last tenth held out.
-
-    Attributes:
-        name: Where the text comes from, for reports.
-        train: The part that batches are drawn from, uint8.
-        held_out: The part that is never trained on, uint8. It follows `train` in the text.
-    """
+    """A text as uint8, and its name for reports; its last tenth is never trained on."""
 
     name: str
     train: np.ndarray
@@ -117,12 +111,7 @@ def check_length(corpus: Corpus, *, batch_size: int, context: int) -> None:
 
 
 class Batches(NamedTuple):
-    """Random windows of a text, the same ones at the same index.
-
-    Attributes:
-        text: The bytes.
-        key: The random key.
-    """
+    """Random windows of a text, the same ones at the same index."""
 
     text: UInt8[Array, " bytes"]
     key: Array

@@ -19,12 +19,7 @@ Chunk = Callable[[Any, PyTree, int, int], tuple[Any, Metrics]]
 
 
 class State(NamedTuple):
-    """What an optimiser trains; of a sweep, with the members as the first axis of its leaves.
-
-    Attributes:
-        parameters: Any pytree.
-        optimizer: The state of their optimiser.
-    """
+    """What an optimiser trains; of a sweep, with the members as the first axis of its leaves."""
 
     parameters: Any
     optimizer: optax.OptState
@@ -36,16 +31,14 @@ def descend(optimizer: optax.GradientTransformation, state: State, gradient: Any
     return State(optax.apply_updates(state.parameters, updates), optimizer_state)
 
 
-def split_members(tree: Any, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Split the first axis of every leaf into groups of these sizes, one after another."""
+def split_members(tree: Any, counts: Mapping[str, int]) -> dict[str, Any]:
+    """Split the first axis of every leaf into groups, one after another."""
 
     def part(first: int, last: int) -> Any:
         return jax.tree.map(lambda leaf: leaf[first:last], tree)
 
-    ends = np.cumsum(list(sizes.values())).tolist()
-    return {
-        name: part(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)
-    }
+    ends = np.cumsum(list(counts.values())).tolist()
+    return {name: part(end - counts[name], end) for name, end in zip(counts, ends, strict=True)}
 
 
 def compile_chunk(step: Step) -> Chunk:
@@ -83,21 +76,10 @@ def train(
     title: str,
     record: Callable[[int, Any, Metrics], None] = lambda done, state, metrics: None,
 ) -> Any:
-    """Run the steps from `first` to `last` in chunks that end at multiples of `every`.
+    """Return the state after the steps from `first` to `last`, in chunks of `every` at most.
 
-    Args:
-        chunk: As of `compile_chunk`.
-        state: The state before the first step.
-        data: What the steps read.
-        first: The first step.
-        last: The step to stop before.
-        every: The length of a chunk.
-        title: The name of the progress bar, which shows the mean loss.
-        record: Called after each chunk with the number of steps done, the state, and the mean of
-            each metric over the chunk.
-
-    Returns:
-        The state after the last step.
+    Chunks end at multiples of `every`. After each, `record` is called with the number of steps
+    done, the state, and the mean of each metric over the chunk.
     """
     with tqdm(total=last, initial=first, desc=title, unit="step") as progress:
         while first < last:
@@ -119,7 +101,7 @@ def train_run(
     members: Sequence[Mapping[str, Any]],
     placement: jax.sharding.Sharding | None = None,
 ) -> Any:
-    """Train in a run's folder: from its last checkpoint on, with a log and checkpoints.
+    """Return the state after a run's last step: from its last checkpoint on, logged and saved.
 
     Args:
         run: Where, and how many steps.
@@ -128,9 +110,6 @@ def train_run(
         data: What the steps read.
         members: What the log's line of each member begins with.
         placement: Where state and data are; None is the first device.
-
-    Returns:
-        The state after the last step.
     """
     # On a device by name, as what a checkpoint restores is: else resuming would be another program.
     state, data = jax.device_put((state, data), placement or jax.local_devices()[0])

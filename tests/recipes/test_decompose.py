@@ -13,8 +13,7 @@ import yaml
 import penalties_jax as pj
 from penalties_jax.recipes.cli import main
 from penalties_jax.recipes.decompose import DecomposeConfig, Result, sweep
-from penalties_jax.recipes.decompose.config import LP, SMOOTH_L0
-from penalties_jax.recipes.decompose.decomposition import (
+from penalties_jax.recipes.decompose.components import (
     Site,
     clean_run,
     faithfulness,
@@ -27,6 +26,7 @@ from penalties_jax.recipes.decompose.decomposition import (
     start,
     upper_leaky,
 )
+from penalties_jax.recipes.decompose.config import LP, SMOOTH_L0
 from penalties_jax.recipes.decompose.results import IMAGES, frontier, matched
 from penalties_jax.recipes.decompose.targets import ToyModel, train_toy_model
 from penalties_jax.recipes.runs import read_log

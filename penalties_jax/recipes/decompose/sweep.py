@@ -12,28 +12,17 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 import penalties_jax as pj
-from penalties_jax.recipes.decompose import decomposition
-from penalties_jax.recipes.decompose.config import (
-    LP,
-    PENALTIES,
-    SMOOTH_L0,
-    DecomposeConfig,
-    size_of,
-)
-from penalties_jax.recipes.decompose.config import members as members_of
+from penalties_jax.recipes.decompose.components import Scores, Sites, losses, recovery, score, start
+from penalties_jax.recipes.decompose.config import LP, SMOOTH_L0, DecomposeConfig, members, size_of
 from penalties_jax.recipes.decompose.targets import Target, ToyModel
 from penalties_jax.recipes.runs import Run
 from penalties_jax.recipes.training import Metrics, State, Step, descend, split_members, train_run
 
 
 class Shared(NamedTuple):
-    """What training reads.
+    """What training reads: the network, the weighted penalties of each name, stacked, random keys.
 
-    Attributes:
-        target: The network.
-        penalties: Of each name the weighted penalties of its members, stacked.
-        keys: The random keys of the members.
-        key: The random key of the batches.
+    `keys` are those of the members, `key` is that of the batches.
     """
 
     target: Target
@@ -57,10 +46,10 @@ def penalties(config: DecomposeConfig) -> dict[str, pj.ImportanceMinimality]:
 
 def train_sweep(config: DecomposeConfig, run: Run, target: Target) -> tuple[State, Shared]:
     """Train all members; return their last state, and what they shared."""
-    size, everyone, plain = size_of(config), members_of(config), penalties(config)
+    size, everyone, plain = size_of(config), members(config), penalties(config)
     weighted = {
         name: pj.stack([m.coefficient * plain[name] for m in everyone if m.penalty == name])
-        for name in PENALTIES
+        for name in plain
     }
     keys = jnp.stack([jax.random.key(member.seed) for member in everyone])
     placement = NamedSharding(_devices(), P())
@@ -71,7 +60,7 @@ def train_sweep(config: DecomposeConfig, run: Run, target: Target) -> tuple[Stat
     @jax.jit
     def begin(shared: Shared) -> State:
         def one(key: Array) -> State:
-            sites = decomposition.start(key, shared.target, size.components)
+            sites = start(key, shared.target, size.components)
             return State(sites, optimizer.init(sites))
 
         return jax.vmap(one)(shared.keys)
@@ -94,7 +83,7 @@ def sweep_step(config: DecomposeConfig, optimizer: optax.GradientTransformation)
     one value for each member.
     """
     size = size_of(config)
-    sizes = Counter(member.penalty for member in members_of(config))
+    counts = Counter(member.penalty for member in members(config))
     # Both penalties' sparsities, at the end of their anneals, read every member on one axis.
     final = {name: penalty.at(size.steps).penalty for name, penalty in penalties(config).items()}
     log = functools.partial(
@@ -106,27 +95,23 @@ def sweep_step(config: DecomposeConfig, optimizer: optax.GradientTransformation)
         inputs = _over_devices(shared.target.sample(batch_key, size.batch_size))
         keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(shared.keys)
 
-        def total(sites: decomposition.Sites) -> Any:
+        def total(sites: Sites) -> Any:
             """A sum over members, whose gradient is that of each."""
-            parts = jax.vmap(decomposition.losses, (0, None, 0, None))(
-                keys, shared.target, sites, inputs
-            )
-            importances = split_members(parts.importances, sizes)
+            parts = jax.vmap(losses, (0, None, 0, None))(keys, shared.target, sites, inputs)
+            importances = split_members(parts.importances, counts)
             minimality = [
                 jax.vmap(lambda penalty, c: penalty.at(index)(c))(
                     shared.penalties[name], importances[name]
                 )
-                for name in PENALTIES
+                for name in counts
             ]
             weighted = size.faithfulness_weight * parts.faithfulness + parts.reconstruction
             return jnp.sum(weighted + jnp.concatenate(minimality)), parts
 
         gradient, parts = jax.grad(total, has_aux=True)(state.parameters)
         metrics = {"loss": parts.reconstruction, "faithfulness": parts.faithfulness}
-        return (
-            jax.vmap(functools.partial(descend, optimizer))(state, gradient),
-            metrics | jax.vmap(log)(parts.importances),
-        )
+        metrics |= jax.vmap(log)(parts.importances)
+        return jax.vmap(functools.partial(descend, optimizer))(state, gradient), metrics
 
     return step
 
@@ -141,27 +126,19 @@ def _over_devices(batch: Array) -> Array:
     return jax.lax.with_sharding_constraint(batch, NamedSharding(_devices(), P("batch")))
 
 
-def evaluate(
-    config: DecomposeConfig, sites: decomposition.Sites, shared: Shared
-) -> tuple[decomposition.Scores, Array | None]:
+def evaluate(config: DecomposeConfig, sites: Sites, shared: Shared) -> tuple[Scores, Array | None]:
     """Judge every member on a batch that nothing was trained on, and how well a toy was found."""
     key = jax.random.fold_in(shared.key, 2**31)
     count = 16 * size_of(config).batch_size
 
     @jax.jit
-    def judged(sites: decomposition.Sites, shared: Shared) -> tuple[decomposition.Scores, Any]:
+    def judged(sites: Sites, shared: Shared) -> tuple[Scores, Any]:
         inputs = shared.target.unseen.sample(key, count)
 
-        def one(member: tuple[Array, decomposition.Sites]) -> tuple[decomposition.Scores, Any]:
+        def one(member: tuple[Array, Sites]) -> tuple[Scores, Any]:
             key, sites = member
-            scores = decomposition.score(
-                key, shared.target, sites, inputs, threshold=config.threshold
-            )
-            found = (
-                decomposition.recovery(shared.target, sites)
-                if isinstance(shared.target, ToyModel)
-                else None
-            )
+            scores = score(key, shared.target, sites, inputs, threshold=config.threshold)
+            found = recovery(shared.target, sites) if isinstance(shared.target, ToyModel) else None
             return scores, found
 
         # One after another: side by side, the adversaries' activations take gigabytes.

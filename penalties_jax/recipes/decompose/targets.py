@@ -28,12 +28,8 @@ STATIC = {"static": True}
 class ToyModel:
     """relu(x W W^T + b): more features than hidden units, each active now and then.
 
-    Elhage et al. (2022), Toy models of superposition.
-
-    Attributes:
-        weight: The W, of shape [features, hidden].
-        bias: The b.
-        probability: With which a feature is active; it is then uniform in [0, 1].
+    W is the weight and b the bias. A feature is active with the given probability, and then uniform
+    in [0, 1]. Elhage et al. (2022), Toy models of superposition.
     """
 
     weight: Float[Array, "features hidden"]
@@ -70,15 +66,7 @@ class ToyModel:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TextModel:
-    """The byte-level transformer, of which the feed-forward matrices are decomposed.
-
-    Attributes:
-        parameters: Those of the language model.
-        text: The bytes it reads.
-        held_out: Bytes that it is judged on.
-        graph: The rest of the language model.
-        context: The length of its inputs.
-    """
+    """The byte-level transformer, of which the feed-forward matrices are decomposed."""
 
     parameters: nnx.State
     text: UInt8[Array, " bytes"]

@@ -15,13 +15,9 @@ from penalties_jax.recipes.training import Metrics, State, Step, descend
 
 
 class Shared(NamedTuple):
-    """What fine-tuning reads, the same for all members but for the objectives.
+    """What fine-tuning reads: two models, split into graph and rest, and the stacked objectives.
 
-    Attributes:
-        base: The frozen base model, split into graph and parameters.
-        adapted: The model with adapters, split into graph and everything but the adapters.
-        objectives: The members' objectives, stacked.
-        batches: What they learn.
+    The base model is whole, the adapted one without the adapters.
     """
 
     base: tuple[nnx.GraphDef, nnx.State]
@@ -31,13 +27,7 @@ class Shared(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Means over some windows of text, one for each member, in nats per byte.
-
-    Attributes:
-        base_loss: The cross-entropy of the base model, the same for all members.
-        loss: The cross-entropy of the member.
-        kl: KL(member || base model).
-    """
+    """Means over windows of text, in nats per byte: two cross-entropies, and KL(member || base)."""
 
     base_loss: Float[Array, " members"]
     loss: Float[Array, " members"]

@@ -35,12 +35,7 @@ class Result(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """A window of the held-out text, and what each member computes of it.
-
-    Attributes:
-        window: The bytes, and one more.
-        masks: Of each member, 1 where a layer computes a position and 0 where it is skipped.
-    """
+    """A window of the held-out text, and 1 where a layer of a member computes a position of it."""
 
     window: Int[np.ndarray, " length"]
     masks: Float[np.ndarray, "members layers time"]

@@ -24,25 +24,16 @@ from penalties_jax.recipes.training import Metrics, Step, descend, split_members
 
 
 class State(NamedTuple):
-    """What training changes. Leaves have the members as their first axis, group after group.
-
-    Attributes:
-        models: The parameters and their optimiser.
-        controllers: The states of the controllers of each group.
-    """
+    """What training changes: the members, group after group, and the controllers' states."""
 
     models: training.State
     controllers: dict[str, Any]
 
 
 class Shared(NamedTuple):
-    """What training reads.
+    """What training reads: the model without its parameters, and the controllers, stacked.
 
-    Attributes:
-        model: The model, split into graph and everything but the parameters.
-        dense: Which members skip nothing.
-        controllers: The controllers of each group, stacked.
-        batches: What they learn.
+    The members that are `dense` skip nothing.
     """
 
     model: tuple[nnx.GraphDef, nnx.State]
@@ -52,13 +43,7 @@ class Shared(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What every member does on windows of text.
-
-    Attributes:
-        loss: The cross-entropy, in nats per byte.
-        masks: 1 where a layer computes a position, 0 where it is skipped.
-        probabilities: The probability of that.
-    """
+    """Cross-entropies, where layers compute a position (1, else 0), and how probable that is."""
 
     loss: Float[Array, "windows members"]
     masks: Float[Array, "windows members layers time"]
@@ -113,7 +98,7 @@ def sweep_step(config: SparsifyConfig, optimizer: optax.GradientTransformation) 
     evaluation. All members see the same batch. Each metric has one value for each member.
     """
     kinds: dict[str, Kind] = {DENSE: "l1", SCHEDULE: config.kind, DUAL: "l1"}
-    sizes = Counter(name for name, _ in members_of(config))
+    counts = Counter(name for name, _ in members_of(config))
 
     def each(function: Callable[..., Any], *groups: dict[str, Any]) -> dict[str, Any]:
         """Call `function` on every member of each group."""
@@ -140,7 +125,7 @@ def sweep_step(config: SparsifyConfig, optimizer: optax.GradientTransformation) 
         def total(parameters: Any) -> tuple[Array, tuple[Array, Array]]:
             """A sum over members, whose gradient is that of each."""
             losses, rates = jax.vmap(of_member)(parameters, shared.dense)
-            groups = split_members((losses, rates), sizes)
+            groups = split_members((losses, rates), counts)
             totals = [
                 jax.vmap(functools.partial(balanced, kinds[name]))(groups[name], controls[name])
                 for name in GROUPS
@@ -149,7 +134,7 @@ def sweep_step(config: SparsifyConfig, optimizer: optax.GradientTransformation) 
 
         gradients, measured = jax.grad(total, has_aux=True)(state.models.parameters)
         models = jax.vmap(functools.partial(descend, optimizer))(state.models, gradients)
-        groups = split_members(measured, sizes)
+        groups = split_members(measured, counts)
         updated = each(update, shared.controllers, state.controllers, groups)
         control = jax.tree.map(lambda *values: jnp.concatenate(values), *controls.values())
         losses, rates = measured
