@@ -16,7 +16,7 @@ from flax import nnx
 import penalties_jax as pj
 from benchmarks.harness import Spread, compiled, measure, ratio, spread, table, verdict, write_json
 from penalties_jax.recipes.language_model import mean_loss
-from penalties_jax.recipes.sparse_language_model import SparseLanguageModel
+from penalties_jax.recipes.sparsify.model import SparseLanguageModel
 
 BATCH, CONTEXT, WIDTH, LAYERS, HEADS = 4, 128, 64, 2, 4
 ROUNDS, QUICK_ROUNDS = 200, 50

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 import penalties_jax as pj
 from benchmarks.harness import spread, table, verdict, write_json
-from penalties_jax.recipes.decomposition import losses, start
-from penalties_jax.recipes.targets import ToyModel
+from penalties_jax.recipes.decompose.components import losses, start
+from penalties_jax.recipes.decompose.targets import ToyModel
 
 COEFFICIENTS = np.geomspace(3e-4, 1e-2, 16).tolist()
 QUICK_COEFFICIENTS = COEFFICIENTS[::8]

@@ -10,7 +10,7 @@ import tyro
 
 from penalties_jax.recipes.decompose import DecomposeConfig, decompose
 from penalties_jax.recipes.finetune import FinetuneConfig, finetune
-from penalties_jax.recipes.runs import UsageError
+from penalties_jax.recipes.options import UsageError
 from penalties_jax.recipes.sparsify import SparsifyConfig, sparsify
 
 PROGRAM = "penalties-jax"

@@ -1,5 +1,7 @@
 """A small byte-level transformer, and low-rank adapters for its linear layers."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -54,22 +56,23 @@ class Block(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    """A pre-norm transformer that predicts the next byte.
+    """A pre-norm transformer that predicts the next byte of inputs of `context` bytes at most.
 
-    Args:
-        width: The size of the residual stream, a multiple of `heads`.
-        layers: The number of blocks.
-        heads: The number of attention heads in each block.
-        context: The longest input, in bytes. Positions are learnt.
-        rngs: The random keys of the initial parameters.
+    Positions are learnt; `width`, a multiple of `heads`, is the size of the residual stream.
     """
 
     def __init__(self, *, width: int, layers: int, heads: int, context: int, rngs: nnx.Rngs):
         self.bytes = nnx.Embed(BYTES, width, rngs=rngs)
         self.positions = nnx.Embed(context, width, rngs=rngs)
-        self.blocks = nnx.List([Block(width, heads, rngs=rngs) for _ in range(layers)])
+        self.blocks = nnx.List(
+            [self.make_block(width, heads, context, rngs=rngs) for _ in range(layers)]
+        )
         self.norm = nnx.RMSNorm(width, rngs=rngs)
         self.head = nnx.Linear(width, BYTES, use_bias=False, rngs=rngs)
+
+    def make_block(self, width: int, heads: int, context: int, *, rngs: nnx.Rngs) -> Any:
+        """Return one of the blocks."""
+        return Block(width, heads, rngs=rngs)
 
     def __call__(self, text: Int[Array, "batch time"]) -> Float[Array, "batch time 256"]:
         """Return the logits of the byte after each byte of `text`."""
@@ -101,10 +104,9 @@ def with_adapters(model: LanguageModel, rank: int, *, rngs: nnx.Rngs) -> Languag
 
     adapted = nnx.clone(model)
     for block in adapted.blocks:
-        for layer, names in (
-            (block.attention, ("queries_keys_values", "out")),
-            (block.feed_forward, ("up", "down")),
-        ):
-            for name in names:
-                setattr(layer, name, adapt(getattr(layer, name)))
+        attention, feed_forward = block.attention, block.feed_forward
+        attention.queries_keys_values = adapt(attention.queries_keys_values)
+        attention.out = adapt(attention.out)
+        feed_forward.up = adapt(feed_forward.up)
+        feed_forward.down = adapt(feed_forward.down)
     return adapted

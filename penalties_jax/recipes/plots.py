@@ -29,20 +29,14 @@ PAIR = ("#0072b2", "#d55e00")
 def frontier(
     x: Sequence[float], y: Sequence[float], *, labels: Sequence[str], axes: tuple[str, str]
 ) -> bytes:
-    """Plot one labelled point for each member, joined in their order.
-
-    Args:
-        x: What is paid.
-        y: What is gained.
-        labels: The texts beside the points, above and below in turn so that neighbours don't meet.
-        axes: The labels of the two axes, with units.
-    """
+    """Plot one labelled point for each member, joined in their order."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 4.8), layout="constrained")
         plot = figure.subplots()
         plot.plot(x, y, color="#bbbbbb", zorder=1)
         plot.scatter(x, y, s=80, c=_colours(len(x)), zorder=2)
         for index, (label, across, up) in enumerate(zip(labels, x, y, strict=True)):
+            # Above and below in turn, so that neighbours don't meet.
             offset = (0, -18) if index % 2 else (0, 10)
             text = plot.annotate(
                 label, (across, up), offset, textcoords="offset points", ha="center"
@@ -56,12 +50,7 @@ def frontier(
 def frontiers(
     groups: Mapping[str, Sequence[tuple[float, float]]], *, axes: tuple[str, str]
 ) -> bytes:
-    """Plot one point for each member, joined within each group.
-
-    Args:
-        groups: The points of each group, by its name.
-        axes: The labels of the two axes, with units.
-    """
+    """Plot the points of each group, by its name, joined from left to right."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 4), layout="constrained")
         plot = figure.subplots()
@@ -76,11 +65,9 @@ def frontiers(
 def pareto(
     groups: Mapping[str, Sequence[Sequence[tuple[float, float]]]], *, axes: tuple[str, str]
 ) -> bytes:
-    """Plot what members cost against what they give, with the Pareto front of each group.
+    """Plot the points of each group, for each setting those of its seeds, and its Pareto front.
 
-    Args:
-        groups: By name, for each setting the points of its seeds; less is better on both axes.
-        axes: The labels of the two axes, with units; the second is logarithmic.
+    Less is better on both axes; the second is logarithmic.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 4.4), layout="constrained")
@@ -116,13 +103,7 @@ def _pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, fl
 
 
 def highlighted(text: str, shades: Mapping[str, Sequence[float]], *, scale: str) -> bytes:
-    """Plot a text once for each member, each character on a shade of its own.
-
-    Args:
-        text: What is shown.
-        shades: For each member a number in [0, 1] for each character: 0 is white, 1 is dark.
-        scale: What the shade means.
-    """
+    """Plot a text once for each member, each character on its shade in [0, 1]: 1 is dark."""
     columns = 64
     lines = math.ceil(len(text) / columns)
     colours = matplotlib.colormaps["Blues"]
@@ -151,11 +132,7 @@ def curves(
 ) -> bytes:
     """Plot metrics of a log over its steps: a panel for each metric, a line for each member.
 
-    Args:
-        records: The log's records, with "step", `by` and the metrics.
-        panels: The title, with units, of each metric's panel.
-        by: What tells the members apart.
-        legend: What `by` is called.
+    `panels` are the titles by metric; `by` tells the members apart, and `legend` is its name.
     """
     members = sorted({record[by] for record in records})
     with matplotlib.rc_context(STYLE):
@@ -164,9 +141,7 @@ def curves(
         for plot, (metric, label) in zip(plots, panels.items(), strict=True):
             for colour, member in zip(_colours(len(members)), members, strict=True):
                 own = [record for record in records if record[by] == member]
-                steps, values = zip(
-                    *((record["step"], record[metric]) for record in own), strict=True
-                )
+                steps, values = ([record[name] for record in own] for name in ("step", metric))
                 plot.plot(steps, values, color=colour, label=_label(member))
             plot.set(title=label)
         plots[-1].set(xlabel="step")

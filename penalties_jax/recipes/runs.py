@@ -2,60 +2,31 @@
 
 import dataclasses
 import json
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
 import yaml
 
-
-class UsageError(Exception):
-    """What the user asked for can't be done; the message is one line that says why."""
-
+from penalties_jax.recipes.options import Options, UsageError, flag
 
 SETTINGS = "config.yaml"
 LOG = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+# The last file that a run writes: with it, a run is finished.
+REPORT = "report.html"
 
 
-def check_numbers(
-    config: object, *, positive: Iterable[str] = (), nonnegative: Iterable[str] = ()
-) -> None:
-    """Refuse a config whose named fields, numbers or tuples of them, are out of range.
+class Run(NamedTuple):
+    """A run that may write to its folder; its settings are those of `config.yaml`."""
 
-    Raises:
-        UsageError: If a value is not finite, or not above (or at) zero.
-    """
-    for names, allowed, in_range in (
-        (positive, "above 0", lambda value: value > 0),
-        (nonnegative, "0 or above", lambda value: value >= 0),
-    ):
-        for name in names:
-            values = getattr(config, name)
-            for value in values if isinstance(values, tuple) else (values,):
-                if not (math.isfinite(value) and in_range(value)):
-                    option = name.replace("_", "-")
-                    raise UsageError(f"--{option} must be a finite number {allowed}, not {value}")
-
-
-def check_model(config: Any) -> None:
-    """Refuse a seed, a width or a number of heads that the small language model can't have.
-
-    Raises:
-        UsageError: If the seed doesn't fit 32 bits, or the width is no multiple of the heads.
-    """
-    if config.seed >= 2**32:
-        raise UsageError(f"--seed must be below 2**32, not {config.seed}")
-    if config.width % config.heads:
-        raise UsageError(
-            f"--width must be a multiple of --heads, not {config.width} of {config.heads}"
-        )
+    folder: Path
+    settings: dict[str, Any]
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -72,73 +43,72 @@ def write_file(path: Path, content: str | bytes) -> None:
             raise
 
 
-def open_run(config: Any, products: Iterable[str], **texts: str) -> dict[str, Any]:
-    """Start the run in `config.out`, or check that it can be resumed, as `config.resume` says.
+def open_run(options: Options, images: Iterable[str], **texts: str) -> Run:
+    """Start or resume the run in `options.out`, or refuse to, and touch nothing then.
+
+    Of an earlier run that is overwritten, the log, the checkpoints, the images and the report are
+    removed. Everything else in the folder stays, and so does the pretrained model.
 
     Args:
-        config: A dataclass of options, with `out` and `resume` among them.
-        products: What a run writes at its end, as of `start_run`.
+        options: All but where and how to start decide the run's numbers, and become its settings.
+        images: The names of the images that the job writes.
         **texts: A description of each text, in place of the option of that name.
 
-    Returns:
-        Everything that decides the run's numbers, as plain values: the `config.yaml`.
-
     Raises:
-        UsageError: As `start_run` and `check_resumable`.
+        UsageError: If the folder holds a run already, or files of that name that are not from a run
+            of this job; if what is to be resumed isn't there, or was run with other options; if the
+            folder can't be written.
     """
     settings = {
         name: list(value) if isinstance(value, tuple) else value
-        for name, value in (dataclasses.asdict(config) | texts).items()
-        if name not in ("out", "resume")
+        for name, value in (dataclasses.asdict(options) | texts).items()
+        if name not in ("out", "resume", "overwrite")
     }
-    if config.resume:
-        check_resumable(config.out, settings)
-    else:
-        start_run(config.out, settings, products)
-    return settings
-
-
-def start_run(folder: Path, settings: Mapping[str, Any], products: Iterable[str]) -> None:
-    """Make `folder` ready for a run from its beginning.
-
-    The log, the checkpoints and the named `products` of an earlier run are removed, and
-    `config.yaml` is written. Everything else in the folder stays.
-
-    Raises:
-        UsageError: If the folder can't be made or written, or if what would be removed is not from
-            an earlier run of this kind: its `config.yaml` has other options.
-    """
-    taken = [name for name in (SETTINGS, LOG, CHECKPOINTS, *products) if (folder / name).exists()]
-    if taken and _read_settings(folder).keys() != settings.keys():
+    folder, earlier = options.out, _read_settings(options.out)
+    files = (SETTINGS, REPORT, CHECKPOINTS, LOG, *images)
+    taken = [name for name in files if (folder / name).exists()]
+    if taken and earlier.keys() != settings.keys():
         raise UsageError(
-            f"{folder} holds a {taken[0]} that is not from a run of this kind; choose another --out"
+            f"{folder} holds a {taken[0]} that is not from a run of this kind: neither --resume "
+            "nor --overwrite touches it; choose another --out"
         )
+    if options.resume:
+        _check_resumable(folder, earlier, settings)
+    elif taken and not options.overwrite:
+        finished = "a finished" if REPORT in taken else "an unfinished"
+        raise UsageError(
+            f"{folder} holds {finished} run: --resume continues it where the options are the same, "
+            "--overwrite removes it and starts over"
+        )
+    else:
+        _start(folder, settings, taken)
+    return Run(folder, settings)
+
+
+def _check_resumable(folder: Path, earlier: dict[str, Any], settings: dict[str, Any]) -> None:
+    if not earlier:
+        raise UsageError(f"nothing to resume: no settings of a run in {folder / SETTINGS}")
+    different = [
+        f"{flag(name)} {earlier[name]}, not {value}"
+        for name, value in settings.items()
+        if earlier[name] != value
+    ]
+    if different:
+        raise UsageError(f"can't resume {folder}: it was run with {'; '.join(different)}")
+
+
+def _start(folder: Path, settings: dict[str, Any], taken: Iterable[str]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / CHECKPOINTS).exists():
-            shutil.rmtree(folder / CHECKPOINTS)
-        for name in (LOG, *products):
-            (folder / name).unlink(missing_ok=True)
-        write_file(folder / SETTINGS, yaml.safe_dump(dict(settings), sort_keys=False))
+        for name in taken:
+            if name == CHECKPOINTS:
+                shutil.rmtree(folder / name)
+            elif name != SETTINGS:
+                (folder / name).unlink()
+        # Last, so that what is interrupted before is still a run, which can be overwritten.
+        write_file(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False))
     except OSError as error:
         raise UsageError(f"can't write to the folder {folder}: {error.strerror}") from error
-
-
-def check_resumable(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Check that `folder` holds a run with the same settings.
-
-    Raises:
-        UsageError: If there is no run, or one with other settings.
-    """
-    found = _read_settings(folder)
-    if not found:
-        raise UsageError(f"nothing to resume: no settings of a run in {folder / SETTINGS}")
-    for name in {**settings, **found}:
-        if found.get(name) != settings.get(name):
-            raise UsageError(
-                f"can't resume {folder}: it was run with {name} {found.get(name)}, "
-                f"not {settings.get(name)}"
-            )
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
@@ -152,9 +122,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 
 def append_log(folder: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Append one line of JSON for each record, all in one write."""
-    lines = "".join(json.dumps(record) + "\n" for record in records)
     with open(folder / LOG, "a", encoding="utf-8") as log:
-        log.write(lines)
+        log.write(_lines(records))
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -166,12 +135,12 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 def rewind_log(folder: Path, step: int) -> None:
     """Keep only the log's training records up to `step`, those that a checkpoint there has seen."""
-    kept = [
-        record
-        for record in read_log(folder)
-        if record["kind"] == "train" and record["step"] <= step
-    ]
-    write_file(folder / LOG, "".join(json.dumps(record) + "\n" for record in kept))
+    train = [record for record in read_log(folder) if record["kind"] == "train"]
+    write_file(folder / LOG, _lines(record for record in train if record["step"] <= step))
+
+
+def _lines(records: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
 
 
 @contextmanager

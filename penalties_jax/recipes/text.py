@@ -3,6 +3,7 @@
 import hashlib
 import math
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,20 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, UInt8
 
-from penalties_jax.recipes.runs import UsageError
+from penalties_jax.recipes.options import UsageError
 
 HELD_OUT_FRACTION = 0.1
 LARGEST_CORPUS = 1_000_000
 
 
 class Corpus(NamedTuple):
-    """A text as bytes, its last tenth held out.
-
-    Attributes:
-        name: Where the text comes from, for reports.
-        train: The part that batches are drawn from, uint8.
-        held_out: The part that is never trained on, uint8. It follows `train` in the text.
-    """
+    """A text as uint8, and its name for reports; its last tenth is never trained on."""
 
     name: str
     train: np.ndarray
@@ -69,12 +64,14 @@ def standard_library() -> Corpus:
     return split("Python's standard library", "".join(texts)[:LARGEST_CORPUS])
 
 
-def read_text(path: Path) -> Corpus:
-    """Read the user's own UTF-8 text.
+def read_text(path: Path | None, otherwise: Callable[[], Corpus]) -> Corpus:
+    """Read the user's own UTF-8 text; without a path, return what `otherwise` does.
 
     Raises:
         UsageError: If the file can't be read, is empty, or isn't UTF-8.
     """
+    if path is None:
+        return otherwise()
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -111,6 +108,23 @@ def check_length(corpus: Corpus, *, batch_size: int, context: int) -> None:
                 f"the text {corpus.name!r} is too short: its {part} part has {len(data)} bytes "
                 f"and needs {needed} ({windows} x {context + 1})"
             )
+
+
+class Batches(NamedTuple):
+    """Random windows of a text, the same ones at the same index."""
+
+    text: UInt8[Array, " bytes"]
+    key: Array
+
+    def __call__(self, index: Array, size: int, length: int) -> Int[Array, "size length"]:
+        """Draw the batch at `index`: `size` windows of `length` bytes."""
+        key = jax.random.fold_in(self.key, index)
+        return sample_windows(self.text, key, batch_size=size, length=length)
+
+
+def batches(corpus: Corpus, seed: int) -> Batches:
+    """Return the batches of a corpus's training part."""
+    return Batches(jnp.asarray(corpus.train), jax.random.key(seed))
 
 
 def sample_windows(

@@ -1,23 +1,47 @@
 """A training loop in compiled chunks: one trace, whatever the number of steps."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
-from penalties_jax.recipes.runs import append_log, open_checkpoints, rewind_log
+from penalties_jax.recipes.runs import Run, append_log, open_checkpoints, rewind_log
 
 Metrics = dict[str, Array]
 Step = Callable[[Any, PyTree, Array], tuple[Any, Metrics]]
+Chunk = Callable[[Any, PyTree, int, int], tuple[Any, Metrics]]
 
 
-def compile_chunk(step: Step) -> Callable[[Any, PyTree, int, int], tuple[Any, Metrics]]:
+class State(NamedTuple):
+    """What an optimiser trains; of a sweep, with the members as the first axis of its leaves."""
+
+    parameters: Any
+    optimizer: optax.OptState
+
+
+def descend(optimizer: optax.GradientTransformation, state: State, gradient: Any) -> State:
+    """Take one step of the optimiser."""
+    updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
+    return State(optax.apply_updates(state.parameters, updates), optimizer_state)
+
+
+def split_members(tree: Any, counts: Mapping[str, int]) -> dict[str, Any]:
+    """Split the first axis of every leaf into groups, one after another."""
+
+    def part(first: int, last: int) -> Any:
+        return jax.tree.map(lambda leaf: leaf[first:last], tree)
+
+    ends = np.cumsum(list(counts.values())).tolist()
+    return {name: part(end - counts[name], end) for name, end in zip(counts, ends, strict=True)}
+
+
+def compile_chunk(step: Step) -> Chunk:
     """Compile a loop over `step(state, data, index) -> (state, metrics)`.
 
     Returns:
@@ -42,7 +66,7 @@ def compile_chunk(step: Step) -> Callable[[Any, PyTree, int, int], tuple[Any, Me
 
 
 def train(
-    chunk: Callable[[Any, PyTree, int, int], tuple[Any, Metrics]],
+    chunk: Chunk,
     state: Any,
     data: PyTree,
     *,
@@ -52,21 +76,10 @@ def train(
     title: str,
     record: Callable[[int, Any, Metrics], None] = lambda done, state, metrics: None,
 ) -> Any:
-    """Run the steps from `first` to `last` in chunks that end at multiples of `every`.
+    """Return the state after the steps from `first` to `last`, in chunks of `every` at most.
 
-    Args:
-        chunk: A compiled chunk of steps.
-        state: The state before the first step.
-        data: What the steps read.
-        first: The first step.
-        last: The step to stop before.
-        every: The length of a chunk.
-        title: The name of the progress bar, which shows the mean loss.
-        record: Called after each chunk with the number of steps done, the state, and the mean of
-            each metric over the chunk.
-
-    Returns:
-        The state after the last step.
+    Chunks end at multiples of `every`. After each, `record` is called with the number of steps
+    done, the state, and the mean of each metric over the chunk.
     """
     with tqdm(total=last, initial=first, desc=title, unit="step") as progress:
         while first < last:
@@ -80,45 +93,39 @@ def train(
 
 
 def train_run(
+    run: Run,
     step: Step,
     state: Any,
     data: PyTree,
     *,
-    folder: Path,
-    steps: int,
-    every: int,
-    title: str,
-    records: Callable[[Metrics], list[dict[str, Any]]],
+    members: Sequence[Mapping[str, Any]],
     placement: jax.sharding.Sharding | None = None,
 ) -> Any:
-    """Train in a run's folder: from its last checkpoint on, with a log and checkpoints.
+    """Return the state after a run's last step: from its last checkpoint on, logged and saved.
 
     Args:
-        step: As of `compile_chunk`.
+        run: Where, and how many steps.
+        step: As of `compile_chunk`; each of its metrics has one value for each member.
         state: The state before the first step.
         data: What the steps read.
-        folder: The folder of the run.
-        steps: The number of steps in all.
-        every: The number of steps between two lines of the log, and two checkpoints.
-        title: The name of the progress bar.
-        records: From the means over a chunk to its lines in the log.
+        members: What the log's line of each member begins with.
         placement: Where state and data are; None is the first device.
-
-    Returns:
-        The state after the last step.
     """
     # On a device by name, as what a checkpoint restores is: else resuming would be another program.
     state, data = jax.device_put((state, data), placement or jax.local_devices()[0])
-    with open_checkpoints(folder) as checkpoints:
+    with open_checkpoints(run.folder) as checkpoints:
         done = checkpoints.latest_step() or 0
         if done:
             state = checkpoints.restore(done, args=ocp.args.StandardRestore(state))
-        rewind_log(folder, done)
+        rewind_log(run.folder, done)
 
         def record(done: int, state: Any, metrics: Metrics) -> None:
-            append_log(
-                folder, [{"kind": "train", "step": done} | line for line in records(metrics)]
-            )
+            lines = [
+                {"kind": "train", "step": done, **member}
+                | {name: float(values[i]) for name, values in metrics.items()}
+                for i, member in enumerate(members)
+            ]
+            append_log(run.folder, lines)
             checkpoints.save(done, args=ocp.args.StandardSave(state))
 
         return train(
@@ -126,9 +133,9 @@ def train_run(
             state,
             data,
             first=done,
-            last=steps,
-            every=every,
-            title=title,
+            last=run.settings["steps"],
+            every=run.settings["log_every"],
+            title="train",
             record=record,
         )
 

@@ -11,7 +11,10 @@ from penalties_jax.recipes.cli import main
     [
         (["--help"], ["finetune", "sparsify"]),
         (["sparsify", "--help"], ["--targets", "--kind", "--resume", "--out"]),
-        (["finetune", "--help"], ["--kl-weights", "--resume", "--base-text", "--on", "--out"]),
+        (
+            ["finetune", "--help"],
+            ["--kl-weights", "--resume", "--overwrite", "--base-text", "--on", "--out"],
+        ),
     ],
 )
 def test_help(capsys, arguments, words):

@@ -1,21 +1,19 @@
-import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import yaml
 
 import penalties_jax as pj
-from penalties_jax.recipes import decompose, training
 from penalties_jax.recipes.cli import main
-from penalties_jax.recipes.decompose import LP, SMOOTH_L0, DecomposeConfig, Result
-from penalties_jax.recipes.decomposition import (
+from penalties_jax.recipes.decompose import DecomposeConfig, Result, sweep
+from penalties_jax.recipes.decompose.components import (
     Site,
     clean_run,
     faithfulness,
@@ -28,7 +26,11 @@ from penalties_jax.recipes.decomposition import (
     start,
     upper_leaky,
 )
-from penalties_jax.recipes.targets import ToyModel, train_toy_model
+from penalties_jax.recipes.decompose.config import LP, SMOOTH_L0
+from penalties_jax.recipes.decompose.results import IMAGES, frontier, matched
+from penalties_jax.recipes.decompose.targets import ToyModel, train_toy_model
+from penalties_jax.recipes.runs import read_log
+from penalties_jax.recipes.training import State
 
 SIZES = {"steps": 7, "log-every": 3, "seeds": 2, "components": 3}
 LM_SIZES = {"batch-size": 2, "pretrain-steps": 4, "width": 8, "layers": 1, "heads": 2, "context": 8}
@@ -47,32 +49,16 @@ def arguments(target, **sizes):
 TINY = arguments("lm", **LM_SIZES)
 
 
-def log(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A whole run, and the same as it was between logging step 6 and its checkpoint."""
-    folder, killed = tmp_path_factory.mktemp("run") / "out", tmp_path_factory.mktemp("killed")
-    append_log = training.append_log
-
-    def copy_at_step_6(folder, records):
-        append_log(folder, records)
-        if records[0]["step"] == 6:
-            shutil.copytree(folder, killed, dirs_exist_ok=True)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "append_log", copy_at_step_6)
-        main([*TINY, "--out", str(folder)])
-    return folder, killed
+def folders(run_and_kill):
+    return run_and_kill(TINY)
 
 
 @pytest.mark.slow
 def test_everything_is_written(folders):
     folder, _ = folders
     assert {path.name for path in folder.iterdir()} == {
-        *decompose.PRODUCTS, "config.yaml", "metrics.jsonl", "checkpoints", "pretrained",
+        *IMAGES, "report.html", "config.yaml", "metrics.jsonl", "checkpoints", "pretrained",
     }  # fmt: skip
     assert all(plot.stat().st_size < 200_000 for plot in folder.glob("*.png"))
     settings = yaml.safe_load((folder / "config.yaml").read_text())
@@ -84,7 +70,7 @@ def test_everything_is_written(folders):
 
 @pytest.mark.slow
 def test_log(folders):
-    records = log(folders[0])
+    records = read_log(folders[0])
     train = [record for record in records if record["kind"] == "train"]
     assert {record["step"] for record in train} == {3, 6, 7}
     assert len(train) == 3 * 6
@@ -108,7 +94,7 @@ def test_log(folders):
 def test_an_interrupted_run_continues_to_the_same_end(folders):
     folder, killed = folders
     main([*TINY, "--out", str(killed), "--resume"])
-    resumed, whole = log(killed), log(folder)
+    resumed, whole = read_log(killed), read_log(folder)
     assert len(resumed) == len(whole)
     for ours, theirs in zip(resumed, whole, strict=True):
         assert ours.keys() == theirs.keys()
@@ -157,7 +143,7 @@ def test_one_and_four_devices_agree(tmp_path):
             check=True,
             capture_output=True,
         )
-        logs.append([r for r in log(tmp_path / str(devices)) if r["kind"] == "train"])
+        logs.append([r for r in read_log(tmp_path / str(devices)) if r["kind"] == "train"])
     assert len(logs[0]) == len(logs[1]) == 5 * 3
     for one, four in zip(*logs, strict=True):
         for name, value in one.items():
@@ -271,17 +257,17 @@ def test_a_sweep_gives_the_numbers_of_single_runs(toy):
         target="tms", steps=5, components=4, batch_size=16, seeds=1, faithfulness_weight=1.0,
         lp_coefficients=(0.01, 0.1), smooth_l0_coefficients=(0.02,),
     )  # fmt: skip
-    optimizer = decompose.optax.adam(1e-2)
-    step = jax.jit(decompose.make_step(config, optimizer))
-    plain = decompose.penalties(config)
+    optimizer = optax.adam(1e-2)
+    step = jax.jit(sweep.sweep_step(config, optimizer))
+    plain = sweep.penalties(config)
     penalties = {
         LP: pj.stack([c * plain[LP] for c in (0.01, 0.1)]),
         SMOOTH_L0: pj.stack([0.02 * plain[SMOOTH_L0]]),
     }
     keys = jnp.stack([jax.random.key(i) for i in range(3)])
     sites = jax.vmap(lambda key: start(key, toy, 4))(keys)
-    shared = decompose.Shared(toy, penalties, keys, jax.random.key(9))
-    state = decompose.State(sites, jax.vmap(optimizer.init)(sites))
+    shared = sweep.Shared(toy, penalties, keys, jax.random.key(9))
+    state = State(sites, jax.vmap(optimizer.init)(sites))
     for index in range(5):
         state, _ = step(state, shared, index)
     for i, penalty in enumerate((0.01 * plain[LP], 0.1 * plain[LP], 0.02 * plain[SMOOTH_L0])):
@@ -302,7 +288,9 @@ def test_a_sweep_gives_the_numbers_of_single_runs(toy):
 
         for index in range(5):
             own, moments = single(own, moments, index)
-        for alone, swept in zip(jax.tree.leaves(own), jax.tree.leaves(state.sites), strict=True):
+        for alone, swept in zip(
+            jax.tree.leaves(own), jax.tree.leaves(state.parameters), strict=True
+        ):
             np.testing.assert_allclose(swept[i], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -314,9 +302,9 @@ def test_frontiers_at_matched_l0():
         result(LP, 1.0, 0, 4.0, 0.1), result(LP, 1.0, 1, 6.0, 0.1), result(LP, 2.0, 0, 1.0, 1.0),
         result(SMOOTH_L0, 1.0, 0, 3.0, 0.2), result(SMOOTH_L0, 2.0, 0, 2.0, 0.4),
     ]  # fmt: skip
-    assert decompose.frontier(results, LP, "distance") == [[(4.0, 0.1), (6.0, 0.1)], [(1.0, 1.0)]]
-    rows = decompose.matched(results, "distance", count=3)
+    assert frontier(results, LP, "distance") == [[(4.0, 0.1), (6.0, 0.1)], [(1.0, 1.0)]]
+    rows = matched(results, "distance", count=3)
     assert [row[0] for row in rows] == [2.0, 2.5, 3.0]
     np.testing.assert_allclose([row[1] for row in rows], 10 ** -np.array([0.25, 0.375, 0.5]))
     np.testing.assert_allclose([row[2] for row in rows], [0.4, 0.08**0.5, 0.2])
-    assert decompose.matched(results[:3] + results[4:], "distance") == []
+    assert matched(results[:3] + results[4:], "distance") == []

@@ -1,5 +1,4 @@
 import base64
-import json
 import re
 import shutil
 from pathlib import Path
@@ -11,8 +10,11 @@ import numpy as np
 import pytest
 import yaml
 
-from penalties_jax.recipes import finetune, training
+from penalties_jax.recipes import training
 from penalties_jax.recipes.cli import main
+from penalties_jax.recipes.finetune import FinetuneConfig
+from penalties_jax.recipes.finetune.job import make_objective
+from penalties_jax.recipes.runs import read_log
 
 WEIGHTS = ("0", "0.5", "5")
 SIZES = {
@@ -37,10 +39,6 @@ TINY = [
 ]
 
 
-def log(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 class Run(NamedTuple):
     """A whole run through the command.
 
@@ -56,24 +54,17 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder, killed = tmp_path_factory.mktemp("run") / "out", tmp_path_factory.mktemp("killed")
+def run(run_and_kill):
     chunks = []
-    compile_chunk, append_log = training.compile_chunk, training.append_log
+    compile_chunk = training.compile_chunk
 
     def keep_chunk(step):
         chunks.append(compile_chunk(step))
         return chunks[-1]
 
-    def copy_at_step_6(folder, records):
-        append_log(folder, records)
-        if records[0]["step"] == 6:
-            shutil.copytree(folder, killed, dirs_exist_ok=True)
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "compile_chunk", keep_chunk)
-        patch.setattr(training, "append_log", copy_at_step_6)
-        main([*TINY, "--out", str(folder)])
+        folder, killed = run_and_kill(TINY)
     [chunk] = chunks
     return Run(folder, killed, chunk)
 
@@ -102,7 +93,7 @@ def test_the_sweep_is_one_program(run):
 
 def test_log_has_a_line_for_each_weight_and_finite_numbers(run):
     folder = run.folder
-    records = log(folder)
+    records = read_log(folder)
     assert [(record["kind"], record["step"], record["kl_weight"]) for record in records] == [
         (kind, step, float(weight))
         for kind, step in (("train", 3), ("train", 6), ("train", 7), ("evaluation", 7))
@@ -118,7 +109,7 @@ def test_log_has_a_line_for_each_weight_and_finite_numbers(run):
 
 def test_a_larger_weight_is_nearer_the_base_model(run):
     folder = run.folder
-    kl = [record["kl"] for record in log(folder) if record["kind"] == "evaluation"]
+    kl = [record["kl"] for record in read_log(folder) if record["kind"] == "evaluation"]
     assert kl == sorted(kl, reverse=True)
     assert min(kl) > 0
 
@@ -137,11 +128,11 @@ def test_report_is_self_contained(run):
 def test_resuming_a_killed_run_gives_the_same_numbers(run, tmp_path, monkeypatch, capsys):
     shutil.copytree(run.killed, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(training, "compile_chunk", lambda step: run.chunk)
-    assert [record["step"] for record in log(tmp_path)] == [3, 3, 3, 6, 6, 6]
+    assert [record["step"] for record in read_log(tmp_path)] == [3, 3, 3, 6, 6, 6]
     assert not (tmp_path / "report.html").exists()
 
     main([*TINY, "--out", str(tmp_path), "--resume"])
-    for resumed, whole in zip(log(tmp_path), log(run.folder), strict=True):
+    for resumed, whole in zip(read_log(tmp_path), read_log(run.folder), strict=True):
         assert resumed.keys() == whole.keys()
         for name, value in whole.items():
             assert resumed[name] == (value if name == "kind" else pytest.approx(value, rel=1e-5))
@@ -150,23 +141,41 @@ def test_resuming_a_killed_run_gives_the_same_numbers(run, tmp_path, monkeypatch
 
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
-        main([*TINY, "--seed", "1", "--out", str(tmp_path), "--resume"])
-    assert "it was run with seed 0, not 1" in capsys.readouterr().err
+        main([*TINY, "--seed", "1", "--rank", "3", "--out", str(tmp_path), "--resume"])
+    assert "it was run with --seed 0, not 1; --rank 2, not 3\n" in capsys.readouterr().err
 
 
-def test_a_rerun_starts_over_and_keeps_the_pretrained_model(run, tmp_path, monkeypatch, capsys):
+def test_a_second_run_is_refused_and_touches_nothing(run, capsys):
+    def state():
+        return {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
+
+    before = state()
+    for options in ([], ["--seed", "1"]):
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match="2"):
+            main([*TINY, *options, "--out", str(run.folder)])
+        [line] = capsys.readouterr().err.splitlines()
+        assert "holds a finished run: --resume" in line
+        assert "--overwrite" in line
+        assert state() == before
+
+
+def test_overwriting_starts_over_and_keeps_the_pretrained_model(run, tmp_path, monkeypatch, capsys):
     shutil.copytree(run.folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "mine.png").touch()
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "train", interrupt)
     with pytest.raises(SystemExit, match="130"):
-        main([*TINY, "--out", str(tmp_path)])
+        main([*TINY, "--out", str(tmp_path), "--overwrite"])
     assert "--resume continues" in capsys.readouterr().err
-    assert log(tmp_path) == []
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "mine.png", "config.yaml", "metrics.jsonl", "checkpoints", "pretrained",
+    }  # fmt: skip
+    assert read_log(tmp_path) == []
     assert list((tmp_path / "checkpoints").iterdir()) == []
-    assert not (tmp_path / "report.html").exists()
     kept, before = (
         [path.name for path in (folder / "pretrained").iterdir()]
         for folder in (tmp_path, run.folder)
@@ -175,14 +184,14 @@ def test_a_rerun_starts_over_and_keeps_the_pretrained_model(run, tmp_path, monke
 
 
 def test_terms_are_those_with_a_weight():
-    assert set(finetune.make_objective(finetune.FinetuneConfig()).terms) == {"kl"}
-    config = finetune.FinetuneConfig(l1_weight=2.0, l2_weight=3.0, entropy_weight=4.0, on="probs")
+    assert set(make_objective(FinetuneConfig()).terms) == {"kl"}
+    config = FinetuneConfig(l1_weight=2.0, l2_weight=3.0, entropy_weight=4.0, on="probs")
     outputs = {
         "logits": jnp.zeros((1, 2, 256)),
         "reference_logits": jnp.zeros((1, 2, 256)),
         "targets": jnp.zeros((1, 2), int),
     }
-    _, metrics = jax.jit(finetune.make_objective(config))(outputs)
+    _, metrics = jax.jit(make_objective(config))(outputs)
     expected = {
         "loss": np.log(256),
         "kl": 0,
@@ -198,7 +207,7 @@ def test_terms_are_those_with_a_weight():
     assert {name: float(value) for name, value in metrics.items()} == pytest.approx(
         expected, rel=1e-5, abs=1e-9
     )
-    on_logprobs = finetune.make_objective(finetune.FinetuneConfig(l1_weight=1.0))
+    on_logprobs = make_objective(FinetuneConfig(l1_weight=1.0))
     np.testing.assert_allclose(jax.jit(on_logprobs)(outputs)[1]["l1"], np.log(256), rtol=1e-6)
 
 
@@ -214,7 +223,7 @@ def test_terms_are_those_with_a_weight():
         ("--l1-weight -0.1", "--l1-weight must be"),
         ("--kl-weights", "--kl-weights needs at least one"),
         ("--kl-weights 0 -1", "--kl-weights must be"),
-        ("--kl-weights 1 1", "--kl-weights must differ"),
+        ("--kl-weights 1 1", "--kl-weights needs at least one"),
         ("--width 10 --heads 4", "--width must be a multiple"),
         ("--on tokens", "--on"),
         ("--unknown 1", "--unknown"),
@@ -225,6 +234,7 @@ def test_terms_are_those_with_a_weight():
         ("--out {folder}/short", "can't write to the folder"),
         ("--out {folder}/short/below", "can't write to the folder"),
         ("--resume", "nothing to resume"),
+        ("--resume --overwrite", "give one of them"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, options, problem):

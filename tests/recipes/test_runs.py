@@ -1,30 +1,52 @@
 import dataclasses
-import math
+from pathlib import Path
 
 import pytest
 
 from penalties_jax.recipes import runs
+from penalties_jax.recipes.options import Options, UsageError
+
+IMAGES = ["plot.png"]
 
 
-@dataclasses.dataclass
-class Numbers:
-    steps: int = 1
-    kl_weights: tuple[float, ...] = (0.0, 1.0)
+@dataclasses.dataclass(frozen=True)
+class Job(Options):
+    text: Path | None = None
+    steps: int = 2
+    weights: tuple[float, ...] = (0.0, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("numbers", "problem"),
-    [
-        (Numbers(steps=0), "--steps must be a finite number above 0, not 0"),
-        (Numbers(kl_weights=(0.0, -1.0)), "--kl-weights must be .* 0 or above, not -1.0"),
-        (Numbers(kl_weights=(math.nan,)), "--kl-weights .* not nan"),
-        (Numbers(kl_weights=(math.inf,)), "--kl-weights .* not inf"),
-    ],
-)
-def test_check_numbers(numbers, problem):
-    runs.check_numbers(Numbers(), positive=["steps"], nonnegative=["kl_weights"])
-    with pytest.raises(runs.UsageError, match=problem):
-        runs.check_numbers(numbers, positive=["steps"], nonnegative=["kl_weights"])
+@dataclasses.dataclass(frozen=True)
+class OtherJob(Options):
+    steps: int = 2
+    rank: int = 8
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a file of the user's, and a finished run."""
+    runs.open_run(Job(out=tmp_path), IMAGES, text="a text")
+    for name in (
+        *("mine.txt", "plot.png.bak", "other.png", "pretrained/a"),
+        *("checkpoints/10/leaf", "metrics.jsonl", "plot.png", "report.html"),
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    return tmp_path
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(options, *, images=IMAGES):
+    """The one line that refuses, with nothing touched."""
+    before = contents(options.out)
+    with pytest.raises(UsageError) as error:
+        runs.open_run(options, images, text="a text")
+    assert contents(options.out) == before
+    return str(error.value)
 
 
 def test_write_file_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
@@ -40,39 +62,72 @@ def test_write_file_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "old")]
 
 
-def test_start_run_removes_only_what_a_run_wrote(tmp_path):
-    runs.start_run(tmp_path, {"seed": 0}, products=[])
-    for name in ("mine.txt", "report.html", "metrics.jsonl", "checkpoints/10/leaf", "pretrained/a"):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    runs.start_run(tmp_path, {"seed": 1}, products=["report.html"])
-    found = {path.name for path in tmp_path.iterdir()}
-    assert found == {"mine.txt", "pretrained", "config.yaml"}
-    runs.check_resumable(tmp_path, {"seed": 1})
+def test_settings_are_what_decides_the_numbers(tmp_path):
+    run = runs.open_run(Job(out=tmp_path / "new" / "run"), IMAGES, text="a text")
+    assert run.folder == tmp_path / "new" / "run"
+    assert run.settings["weights"] == [0.0, 1.0]
+    assert run.settings["text"] == "a text"
+    assert not run.settings.keys() & {"out", "resume", "overwrite"}
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_folder_with_a_run_is_refused(folder, seed):
+    message = refused(Job(out=folder, seed=seed))
+    assert "holds a finished run" in message
+    assert "--resume" in message
+    assert "--overwrite" in message
+    (folder / "report.html").unlink()
+    assert "holds an unfinished run" in refused(Job(out=folder, seed=seed))
+
+
+@pytest.mark.parametrize("option", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_run_of_another_job_is_refused(folder, option):
+    message = refused(OtherJob(out=folder, **option))
+    assert "not from a run of this kind: neither --resume nor --overwrite touches it" in message
+
+
+@pytest.mark.parametrize("option", [{}, {"resume": True}, {"overwrite": True}])
 @pytest.mark.parametrize("name", ["config.yaml", "checkpoints/model.npz", "report.html"])
-def test_start_run_refuses_a_folder_with_somebody_elses_files(tmp_path, name):
+def test_somebody_elses_files_are_refused(tmp_path, name, option):
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("theirs: 1")
-    with pytest.raises(runs.UsageError, match="not from a run of this kind; choose another --out"):
-        runs.start_run(tmp_path, {"seed": 1}, products=["report.html"])
-    assert path.read_text() == "theirs: 1"
+    path.write_text("theirs: [")
+    assert "choose another --out" in refused(Job(out=tmp_path, **option))
 
 
-def test_check_resumable_names_what_differs(tmp_path):
-    with pytest.raises(runs.UsageError, match="nothing to resume"):
-        runs.check_resumable(tmp_path, {})
-    runs.start_run(tmp_path, {"seed": 1, "steps": 2}, products=[])
-    with pytest.raises(runs.UsageError, match="it was run with steps 2, not 3"):
-        runs.check_resumable(tmp_path, {"seed": 1, "steps": 3})
-    with pytest.raises(runs.UsageError, match="it was run with steps 2, not None"):
-        runs.check_resumable(tmp_path, {"seed": 1})
-    (tmp_path / "config.yaml").write_text("a: [")
-    with pytest.raises(runs.UsageError, match="nothing to resume"):
-        runs.check_resumable(tmp_path, {})
+def test_other_files_are_nobodys_business(tmp_path):
+    (tmp_path / "mine.txt").touch()
+    runs.open_run(Job(out=tmp_path), IMAGES)
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.txt", "config.yaml"}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_overwriting_removes_what_a_run_wrote_and_nothing_else(folder, seed):
+    run = runs.open_run(Job(out=folder, seed=seed, overwrite=True), IMAGES, text="a text")
+    assert {path.name for path in folder.iterdir()} == {
+        "mine.txt", "plot.png.bak", "other.png", "pretrained", "config.yaml",
+    }  # fmt: skip
+    assert run == runs.open_run(Job(out=folder, seed=seed, resume=True), IMAGES, text="a text")
+
+
+def test_overwriting_nothing_starts(tmp_path):
+    runs.open_run(Job(out=tmp_path, overwrite=True), IMAGES)
+    assert (tmp_path / "config.yaml").exists()
+
+
+def test_a_run_that_wrote_its_settings_and_no_more_can_be_resumed(tmp_path):
+    assert "nothing to resume" in refused(Job(out=tmp_path, resume=True))
+    run = runs.open_run(Job(out=tmp_path), IMAGES, text="a text")
+    assert runs.open_run(Job(out=tmp_path, resume=True), IMAGES, text="a text") == run
+
+
+def test_resuming_names_everything_that_differs(folder):
+    message = refused(Job(out=folder, resume=True, seed=1, weights=(2.0,)))
+    assert message == (
+        f"can't resume {folder}: it was run with --seed 0, not 1; --weights [0.0, 1.0], not [2.0]"
+    )
+    with pytest.raises(UsageError, match="with --text a text, not another"):
+        runs.open_run(Job(out=folder, resume=True), IMAGES, text="another")
 
 
 def test_log_survives_a_line_cut_short_and_rewinds(tmp_path):

@@ -1,6 +1,4 @@
-import json
 import re
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +7,11 @@ import pytest
 import yaml
 from flax import nnx
 
-from penalties_jax.recipes import sparsify, training
 from penalties_jax.recipes.cli import main
-from penalties_jax.recipes.pretraining import Pretraining
-from penalties_jax.recipes.sparsify import DENSE, DUAL, SCHEDULE
+from penalties_jax.recipes.runs import read_log
+from penalties_jax.recipes.sparsify.config import DENSE, DUAL, SCHEDULE
+from penalties_jax.recipes.sparsify.model import SparseLanguageModel
+from penalties_jax.recipes.sparsify.results import IMAGES
 
 SIZES = {
     "steps": 7,
@@ -38,32 +37,16 @@ MEMBERS = [
 ]
 
 
-def log(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A whole run, and the same as it was between logging step 6 and its checkpoint."""
-    folder, killed = tmp_path_factory.mktemp("run") / "out", tmp_path_factory.mktemp("killed")
-    append_log = training.append_log
-
-    def copy_at_step_6(folder, records):
-        append_log(folder, records)
-        if records[0]["step"] == 6:
-            shutil.copytree(folder, killed, dirs_exist_ok=True)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "append_log", copy_at_step_6)
-        main([*TINY, "--out", str(folder)])
-    return folder, killed
+def folders(run_and_kill):
+    return run_and_kill(TINY)
 
 
 @pytest.mark.slow
 def test_everything_is_written(folders):
     folder, _ = folders
     assert {path.name for path in folder.iterdir()} == {
-        *sparsify.PRODUCTS, "config.yaml", "metrics.jsonl", "checkpoints", "pretrained",
+        *IMAGES, "report.html", "config.yaml", "metrics.jsonl", "checkpoints", "pretrained",
     }  # fmt: skip
     assert all(plot.stat().st_size < 200_000 for plot in folder.glob("*.png"))
     settings = yaml.safe_load((folder / "config.yaml").read_text())
@@ -75,7 +58,7 @@ def test_everything_is_written(folders):
 
 @pytest.mark.slow
 def test_log(folders):
-    records = log(folders[0])
+    records = read_log(folders[0])
     train = [record for record in records if record["kind"] == "train"]
     assert [(record["step"], record["member"]) for record in train] == [
         (step, member) for step in (3, 6, 7) for member in MEMBERS
@@ -100,7 +83,7 @@ def test_log(folders):
 def test_an_interrupted_run_continues_to_the_same_end(folders):
     folder, killed = folders
     main([*TINY, "--out", str(killed), "--resume"])
-    resumed, whole = log(killed), log(folder)
+    resumed, whole = read_log(killed), read_log(folder)
     assert len(resumed) == len(whole)
     for ours, theirs in zip(resumed, whole, strict=True):
         assert ours.keys() == theirs.keys()
@@ -135,8 +118,11 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, arguments, m
 
 
 @pytest.fixture(scope="module")
+@nnx.jit
 def model():
-    return sparsify.make_model(Pretraining(0, 16, 2, 2, 12, 1, 1, 1e-3))
+    model = SparseLanguageModel(width=16, layers=2, heads=2, context=12, rngs=nnx.Rngs(0))
+    model.eval()
+    return model
 
 
 @pytest.mark.slow

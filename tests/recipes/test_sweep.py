@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from penalties_jax.recipes.finetune import FinetuneConfig, make_objective
+from penalties_jax.recipes.finetune import FinetuneConfig
+from penalties_jax.recipes.finetune.job import make_objective
+from penalties_jax.recipes.finetune.sweep import evaluate, start_sweep, sweep_step
 from penalties_jax.recipes.language_model import LanguageModel
-from penalties_jax.recipes.sweep import evaluate, start_sweep, sweep_step
+from penalties_jax.recipes.text import Batches
 from penalties_jax.recipes.training import adam, compile_chunk
 
 pytestmark = pytest.mark.slow
@@ -25,7 +27,7 @@ def start(weights):
     return start_sweep(
         base,
         [OBJECTIVE.with_weight("kl", weight) for weight in weights],
-        jnp.arange(200, dtype=jnp.uint8) % 7,
+        Batches(jnp.arange(200, dtype=jnp.uint8) % 7, jax.random.key(0)),
         optimizer=OPTIMIZER,
         rank=2,
         seed=0,

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from penalties_jax.recipes import text
-from penalties_jax.recipes.runs import UsageError
+from penalties_jax.recipes.options import UsageError
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_read_text_refuses(tmp_path, content, problem):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UsageError, match=problem):
-        text.read_text(path)
+        text.read_text(path, text.help_topics)
 
 
 def test_check_length_names_the_part_that_is_short():

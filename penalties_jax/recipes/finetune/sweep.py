@@ -1,58 +1,33 @@
 """Fine-tune several members at once: one program, a stack of objectives and of adapters."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
 import penalties_jax as pj
 from penalties_jax.recipes.language_model import LanguageModel, mean_loss, with_adapters
-from penalties_jax.recipes.text import sample_windows
-from penalties_jax.recipes.training import Metrics, Step
-
-
-class Member(NamedTuple):
-    """What fine-tuning changes; stacked, its leaves have the members as their first axis.
-
-    Attributes:
-        adapters: The low-rank adapters, an `nnx.State`.
-        optimizer: The state of their optimiser.
-    """
-
-    adapters: Any
-    optimizer: optax.OptState
+from penalties_jax.recipes.text import Batches
+from penalties_jax.recipes.training import Metrics, State, Step, descend
 
 
 class Shared(NamedTuple):
-    """What fine-tuning reads, the same for all members but for the objectives.
+    """What fine-tuning reads: two models, split into graph and rest, and the stacked objectives.
 
-    Attributes:
-        base: The frozen base model, split into graph and parameters.
-        adapted: The model with adapters, split into graph and everything but the adapters.
-        objectives: The members' objectives, stacked.
-        text: The bytes to learn.
-        key: The random key of the batches.
+    The base model is whole, the adapted one without the adapters.
     """
 
     base: tuple[nnx.GraphDef, nnx.State]
     adapted: tuple[nnx.GraphDef, nnx.State]
     objectives: pj.Objective
-    text: UInt8[Array, " bytes"]
-    key: Array
+    batches: Batches
 
 
 class Scores(NamedTuple):
-    """Means over some windows of text, one for each member, in nats per byte.
-
-    Attributes:
-        base_loss: The cross-entropy of the base model, the same for all members.
-        loss: The cross-entropy of the member.
-        kl: KL(member || base model).
-    """
+    """Means over windows of text, in nats per byte: two cross-entropies, and KL(member || base)."""
 
     base_loss: Float[Array, " members"]
     loss: Float[Array, " members"]
@@ -62,25 +37,18 @@ class Scores(NamedTuple):
 def start_sweep(
     base: LanguageModel,
     objectives: Sequence[pj.Objective],
-    text: UInt8[Array, " bytes"],
+    batches: Batches,
     *,
     optimizer: optax.GradientTransformation,
     rank: int,
     seed: int,
-) -> tuple[Member, Shared]:
+) -> tuple[State, Shared]:
     """Return the stacked members before their first step, all alike, and what they share."""
     graph, adapters, rest = nnx.split(
         with_adapters(base, rank, rngs=nnx.Rngs(seed)), nnx.LoRAParam, ...
     )
-    member = Member(adapters, optimizer.init(adapters))
-    members = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(objectives)), member)
-    shared = Shared(
-        base=nnx.split(base),
-        adapted=(graph, rest),
-        objectives=pj.stack(objectives),
-        text=text,
-        key=jax.random.key(seed),
-    )
+    members = pj.stack([State(adapters, optimizer.init(adapters))] * len(objectives))
+    shared = Shared(nnx.split(base), (graph, rest), pj.stack(objectives), batches)
     return members, shared
 
 
@@ -93,13 +61,11 @@ def sweep_step(optimizer: optax.GradientTransformation, *, batch_size: int, leng
     where a divergence has gradient 0 at its minimum. Each has one value for each member.
     """
 
-    def step(members: Member, shared: Shared, index: Array) -> tuple[Member, Metrics]:
-        windows = sample_windows(
-            shared.text, jax.random.fold_in(shared.key, index), batch_size=batch_size, length=length
-        )
+    def step(members: State, shared: Shared, index: Array) -> tuple[State, Metrics]:
+        windows = shared.batches(index, batch_size, length)
         reference_logits = nnx.merge(*shared.base)(windows[:, :-1])
 
-        def update(member: Member, objective: pj.Objective) -> tuple[Member, Metrics]:
+        def update(member: State, objective: pj.Objective) -> tuple[State, Metrics]:
             def total(adapters):
                 outputs = {
                     "logits": _logits(shared, adapters, windows),
@@ -109,13 +75,10 @@ def sweep_step(optimizer: optax.GradientTransformation, *, batch_size: int, leng
                 value, metrics = objective(outputs, step=index)
                 return value, (metrics, outputs)
 
-            gradient, (metrics, outputs) = jax.grad(total, has_aux=True)(member.adapters)
-            updates, state = optimizer.update(gradient, member.optimizer, member.adapters)
+            gradient, (metrics, outputs) = jax.grad(total, has_aux=True)(member.parameters)
             norms = objective.grad_norms(outputs, step=index, wrt=("logits",))
-            return (
-                Member(optax.apply_updates(member.adapters, updates), state),
-                metrics | {f"gradient/{name}": norm for name, norm in norms.items()},
-            )
+            metrics |= {f"gradient/{name}": norm for name, norm in norms.items()}
+            return descend(optimizer, member, gradient), metrics
 
         return jax.vmap(update)(members, shared.objectives)
 
@@ -130,7 +93,7 @@ def _logits(
 
 
 @jax.jit
-def evaluate(members: Member, shared: Shared, windows: Int[Array, "windows length"]) -> Scores:
+def evaluate(members: State, shared: Shared, windows: Int[Array, "windows length"]) -> Scores:
     """Score every member, and the base model, on `windows`."""
 
     def score(window: Int[Array, " length"]) -> Scores:
@@ -145,7 +108,7 @@ def evaluate(members: Member, shared: Shared, windows: Int[Array, "windows lengt
                 kl=pj.kl_from_logits(logits, base_logits),
             )
 
-        return jax.vmap(member_score)(members.adapters)
+        return jax.vmap(member_score)(members.parameters)
 
     scores = jax.lax.map(score, windows, batch_size=16)
     return jax.tree.map(lambda values: values.mean(axis=0), scores)

@@ -20,26 +20,21 @@ from penalties_jax.recipes.language_model import LanguageModel
 from penalties_jax.recipes.text import sample_windows
 
 Apply = Callable[[str, Array], Array]
+STATIC = {"static": True}
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["weight", "bias"], meta_fields=["probability"]
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ToyModel:
     """relu(x W W^T + b): more features than hidden units, each active now and then.
 
-    Elhage et al. (2022), Toy models of superposition.
-
-    Attributes:
-        weight: The W, of shape [features, hidden].
-        bias: The b.
-        probability: With which a feature is active; it is then uniform in [0, 1].
+    W is the weight and b the bias. A feature is active with the given probability, and then uniform
+    in [0, 1]. Elhage et al. (2022), Toy models of superposition.
     """
 
     weight: Float[Array, "features hidden"]
     bias: Float[Array, " features"]
-    probability: float
+    probability: float = dataclasses.field(metadata=STATIC)
 
     @property
     def weights(self) -> dict[str, Array]:
@@ -68,28 +63,16 @@ class ToyModel:
         return jnp.mean(jnp.square(output - clean))
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["parameters", "text", "held_out"],
-    meta_fields=["graph", "context"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TextModel:
-    """The byte-level transformer, of which the feed-forward matrices are decomposed.
-
-    Attributes:
-        parameters: Those of the language model.
-        text: The bytes it reads.
-        held_out: Bytes that it is judged on.
-        graph: The rest of the language model.
-        context: The length of its inputs.
-    """
+    """The byte-level transformer, of which the feed-forward matrices are decomposed."""
 
     parameters: nnx.State
     text: UInt8[Array, " bytes"]
     held_out: UInt8[Array, " bytes"]
-    graph: nnx.GraphDef[LanguageModel]
-    context: int
+    graph: nnx.GraphDef[LanguageModel] = dataclasses.field(metadata=STATIC)
+    context: int = dataclasses.field(metadata=STATIC)
 
     @property
     def weights(self) -> dict[str, Array]:

@@ -5,7 +5,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from penalties_jax.nnx import SparseMoEResNetBKLayer
-from penalties_jax.recipes.language_model import BYTES, Attention
+from penalties_jax.recipes.language_model import Attention, LanguageModel
 
 # Gates start open: at this logit, and none of them near closing.
 OPEN = 2.0
@@ -31,25 +31,12 @@ class SparseBlock(nnx.Module):
         return attended + self.sparse(seen, mask=mask), seen
 
 
-class SparseLanguageModel(nnx.Module):
-    """A pre-norm transformer with sparse layers that predicts the next byte.
+class SparseLanguageModel(LanguageModel):
+    """The transformer of `LanguageModel` with sparse layers; an input has `context` bytes."""
 
-    Args:
-        width: The size of the residual stream, a multiple of `heads`.
-        layers: The number of blocks.
-        heads: The number of attention heads in each block.
-        context: The length of an input, in bytes. Positions are learnt.
-        rngs: The random keys of the initial parameters.
-    """
-
-    def __init__(self, *, width: int, layers: int, heads: int, context: int, rngs: nnx.Rngs):
-        self.bytes = nnx.Embed(BYTES, width, rngs=rngs)
-        self.positions = nnx.Embed(context, width, rngs=rngs)
-        self.blocks = nnx.List(
-            [SparseBlock(width, heads, context, rngs=rngs) for _ in range(layers)]
-        )
-        self.norm = nnx.RMSNorm(width, rngs=rngs)
-        self.head = nnx.Linear(width, BYTES, use_bias=False, rngs=rngs)
+    def make_block(self, width: int, heads: int, context: int, *, rngs: nnx.Rngs) -> SparseBlock:
+        """Return one of the blocks."""
+        return SparseBlock(width, heads, context, rngs=rngs)
 
     def __call__(
         self, text: Int[Array, "batch time"], *, dense: bool | Bool[Array, ""] = False

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float
 
 import penalties_jax as pj
-from penalties_jax.recipes.targets import Target
+from penalties_jax.recipes.decompose.targets import Target
 
 HIDDEN = 16
 LEAK = 0.01
@@ -48,10 +48,7 @@ Sites = dict[str, Site]
 class Losses(NamedTuple):
     """What a decomposition is trained by, unweighted.
 
-    Attributes:
-        faithfulness: The mean squared error of the summed components, over all weights.
-        reconstruction: The distance of the output under random masks from the clean one.
-        importances: The importances of each site, of which few should be above 0.
+    Reconstruction is the distance of the output under random masks from the clean one.
     """
 
     faithfulness: Float[Array, ""]
@@ -163,14 +160,7 @@ def losses(key: Array, target: Target, sites: Sites, inputs: Array) -> Losses:
 
 
 class Scores(NamedTuple):
-    """What a decomposition is judged by, on one batch.
-
-    Attributes:
-        l0: The mean number of components in use at a position, averaged over sites.
-        distance: That of the output with components scaled by their importance.
-        adversarial: The same under masks found by gradient ascent.
-        faithfulness: As in training.
-    """
+    """What a decomposition is judged by, on one batch; as in the `Result` of the job."""
 
     l0: Float[Array, ""]
     distance: Float[Array, ""]

@@ -1,0 +1,66 @@
+"""The options of fine-tuning."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from penalties_jax.recipes.options import Options, check_options
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig(Options):
+    """Fine-tune a small language model on new text under a KL penalty, for several weights at once.
+
+    Losses and KL are in nats per byte.
+    """
+
+    out: Path = Path("runs/finetune")
+    width: int = 96
+
+    base_text: Path | None = None
+    """A UTF-8 file to pretrain on; by default Python's own help topics."""
+
+    target_text: Path | None = None
+    """A UTF-8 file to fine-tune on; by default the source of the standard library."""
+
+    steps: int = 300
+    """Optimiser steps of fine-tuning."""
+
+    batch_size: int = 4
+    """Sequences in a batch of fine-tuning."""
+
+    learning_rate: float = 3e-3
+    """Adam's highest learning rate in fine-tuning."""
+
+    rank: int = 8
+    """The rank of the adapters."""
+
+    kl_weights: tuple[float, ...] = (0.0, 0.01, 0.1, 0.5, 1.0)
+    """The weights of KL(model || base model) to compare."""
+
+    l1_weight: float = 0.0
+    """The weight of an L1 term, the mean of abs(x)."""
+
+    l2_weight: float = 0.0
+    """The weight of an L2 term, the mean of x ** 2."""
+
+    on: Literal["logprobs", "probs"] = "logprobs"
+    """What the L1 and L2 terms act on (the L1 of probabilities is constant)."""
+
+    entropy_weight: float = 0.0
+    """The weight of a term that rewards the entropy of the predictions."""
+
+    pretrain_batch_size: int = 8
+    """Sequences in a batch of pretraining."""
+
+    pretrain_learning_rate: float = 3e-3
+    """Adam's highest learning rate in pretraining."""
+
+    evaluation_windows: int = 128
+    """Sequences of each held-out text to evaluate on, at most."""
+
+
+def check(config: FinetuneConfig) -> None:
+    """Refuse options that can't be run, as `check_options`."""
+    weights = ("kl_weights", "l1_weight", "l2_weight", "entropy_weight")
+    check_options(config, may_be_zero=weights)

@@ -1,0 +1,108 @@
+"""Fine-tuning from beginning to end."""
+
+from collections.abc import Mapping
+
+import jax
+from jaxtyping import Array
+
+import penalties_jax as pj
+from penalties_jax.recipes import text
+from penalties_jax.recipes.finetune.config import FinetuneConfig, check
+from penalties_jax.recipes.finetune.results import IMAGES, Result, report
+from penalties_jax.recipes.finetune.sweep import evaluate, start_sweep, sweep_step
+from penalties_jax.recipes.language_model import LanguageModel, mean_loss
+from penalties_jax.recipes.pretraining import pretrained
+from penalties_jax.recipes.report import write_results
+from penalties_jax.recipes.runs import Run, open_run, read_log
+from penalties_jax.recipes.training import adam, train_run
+
+
+def finetune(config: FinetuneConfig) -> list[Result]:
+    """Run the job: pretrain or load, fine-tune, evaluate, write everything under `config.out`.
+
+    Raises:
+        UsageError: If an option, a text or the folder can't be used. Nothing is written then.
+    """
+    check(config)
+    base = text.read_text(config.base_text, text.help_topics)
+    target = text.read_text(config.target_text, text.standard_library)
+    text.check_length(base, batch_size=config.pretrain_batch_size, context=config.context)
+    text.check_length(target, batch_size=config.batch_size, context=config.context)
+    run = open_run(config, IMAGES, base_text=base.describe(), target_text=target.describe())
+    results = _train_and_evaluate(config, run, base, target)
+    write_results(run, results, report(results, read_log(run.folder), base))
+    return results
+
+
+def make_objective(config: FinetuneConfig) -> pj.Objective:
+    """Return the objective with the terms that the config asks for, and the KL weight at 0."""
+    on = {"logprobs": log_probabilities, "probs": probabilities}[config.on]
+    optional = {
+        "l1": pj.Term(pj.L1(reduction="mean"), on=on, weight=config.l1_weight),
+        "l2": pj.Term(pj.L2(reduction="mean"), on=on, weight=config.l2_weight),
+        "entropy": pj.Term(
+            pj.Entropy(inputs="logits", maximize=True), on="logits", weight=config.entropy_weight
+        ),
+    }
+    kl = pj.KLDivergence(inputs="logits")
+    return pj.Objective(
+        loss=cross_entropy,
+        terms={"kl": pj.Term(kl, on=("logits", "reference_logits"), weight=0.0)}
+        | {name: term for name, term in optional.items() if term.weight},
+    )
+
+
+def cross_entropy(outputs: Mapping[str, Array]) -> Array:
+    """Return the model's mean loss, in nats per byte."""
+    return mean_loss(outputs["logits"], outputs["targets"])
+
+
+def log_probabilities(outputs: Mapping[str, Array]) -> Array:
+    """Return the model's log-probabilities."""
+    return jax.nn.log_softmax(outputs["logits"])
+
+
+def probabilities(outputs: Mapping[str, Array]) -> Array:
+    """Return the model's probabilities."""
+    return jax.nn.softmax(outputs["logits"])
+
+
+def _train_and_evaluate(
+    config: FinetuneConfig, run: Run, base_text: text.Corpus, target_text: text.Corpus
+) -> list[Result]:
+    base_model = pretrained(
+        LanguageModel,
+        config,
+        base_text,
+        batch_size=config.pretrain_batch_size,
+        learning_rate=config.pretrain_learning_rate,
+    )
+    optimizer = adam(config.learning_rate, config.steps)
+    objective = make_objective(config)
+    members, shared = start_sweep(
+        base_model,
+        [objective.with_weight("kl", weight) for weight in config.kl_weights],
+        text.batches(target_text, config.seed),
+        optimizer=optimizer,
+        rank=config.rank,
+        seed=config.seed,
+    )
+    members = train_run(
+        run,
+        sweep_step(optimizer, batch_size=config.batch_size, length=config.context + 1),
+        members,
+        shared,
+        members=[{"kl_weight": weight} for weight in config.kl_weights],
+    )
+    windows = [
+        text.spread_windows(
+            corpus.held_out, count=config.evaluation_windows, length=config.context + 1
+        )
+        for corpus in (target_text, base_text)
+    ]
+    target, base = (evaluate(members, shared, each) for each in windows)
+    columns = (target.base_loss, target.loss, base.base_loss, base.loss, base.kl)
+    return [
+        Result(weight, *(float(column[member]) for column in columns))
+        for member, weight in enumerate(config.kl_weights)
+    ]

@@ -1,0 +1,69 @@
+"""What fine-tuning is judged by, and its report."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from penalties_jax.recipes import plots
+from penalties_jax.recipes.report import Report
+from penalties_jax.recipes.text import Corpus, unigram_loss
+
+IMAGES = ADAPTATION, CURVES = "adaptation.png", "curves.png"
+
+
+class Result(NamedTuple):
+    """What fine-tuning with one KL weight did, on held-out text, in nats per byte.
+
+    Attributes:
+        kl_weight: The weight of KL(model || base model).
+        target_before: The loss of the base model on the target text.
+        target_after: The loss of the fine-tuned model there.
+        base_before: The loss of the base model on the base text.
+        base_after: The loss of the fine-tuned model there; its increase is the forgetting.
+        kl: KL(fine-tuned model || base model) on the base text.
+    """
+
+    kl_weight: float
+    target_before: float
+    target_after: float
+    base_before: float
+    base_after: float
+    kl: float
+
+
+def report(
+    results: Sequence[Result], records: Sequence[Mapping[str, Any]], base_text: Corpus
+) -> Report:
+    """Return the report of the results, and of the training records of the log."""
+    by_weight = sorted(results)
+    adaptation = plots.frontier(
+        [result.base_after - result.base_before for result in by_weight],
+        [result.target_before - result.target_after for result in by_weight],
+        labels=[f"KL weight {result.kl_weight:g}" for result in by_weight],
+        axes=(
+            "forgetting: rise of the loss on the base text, nats per byte",
+            "adaptation: fall of the loss on the target text, nats per byte",
+        ),
+    )
+    curves = plots.curves(
+        records,
+        panels={
+            "loss": "loss on the target text, nats per byte",
+            "kl": "KL to the base model, nats per byte",
+            "gradient/kl/weighted": "norm of the gradient of the weighted KL, in the logits",
+        },
+        by="kl_weight",
+        legend="KL weight",
+    )
+    names = ("target before", "target after", "base before", "base after", "KL to base")
+    rows = [[f"{result[0]:g}", *(f"{value:.4f}" for value in result[1:])] for result in results]
+    last = [record for record in records if record["step"] == records[-1]["step"]]
+    norms = [name for name in last[0] if name.startswith("gradient/")]
+    norm_rows = [[f"{r['kl_weight']:g}", *(f"{r[name]:.3g}" for name in norms)] for r in last]
+    norm_table = (("KL weight", *(name.removeprefix("gradient/") for name in norms)), norm_rows)
+    return Report(
+        template="finetune/report.html.jinja",
+        table=(("KL weight", *names), rows),
+        units="losses and KL in nats per byte, on held-out text",
+        images={ADAPTATION: adaptation, CURVES: curves},
+        values={"unigram": unigram_loss(base_text), "norms": norm_table},
+    )

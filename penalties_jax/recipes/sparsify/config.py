@@ -1,0 +1,75 @@
+"""The options of learning to skip, and the members that they ask for."""
+
+import dataclasses
+from pathlib import Path
+from typing import get_args
+
+from penalties_jax.functional.sparsity import Kind
+from penalties_jax.recipes.options import Options, UsageError, check_options
+
+GROUPS = DENSE, SCHEDULE, DUAL = "dense", "schedule", "dual ascent"
+
+
+@dataclasses.dataclass(frozen=True)
+class SparsifyConfig(Options):
+    """Train a small language model to skip a share of its work, by a schedule and by dual ascent.
+
+    Losses are in nats per byte.
+    """
+
+    out: Path = Path("runs/sparsify")
+    log_every: int = 10
+
+    text: Path | None = None
+    """A UTF-8 file to train on; by default Python's own help topics."""
+
+    targets: tuple[float, ...] = (0.2, 0.5, 0.7)
+    """The shares of positions to skip."""
+
+    kind: Kind = "adaptive"
+    """The sparsity loss of the schedule; dual ascent uses l1, the Lagrangian's own."""
+
+    sparsity_weight: float = 3.0
+    """The weight of the sparsity loss at the end of the schedule."""
+
+    warmup_fraction: float = 0.5
+    """The part of the steps in which the schedule raises target and weight."""
+
+    dual_step_size: float = 0.02
+    """What dual ascent adds to the weight in a step, times how far the rate is off its target."""
+
+    steps: int = 300
+    """Optimiser steps towards the targets."""
+
+    batch_size: int = 4
+    """Sequences in a batch."""
+
+    learning_rate: float = 2e-3
+    """Adam's highest learning rate towards the targets."""
+
+    pretrain_learning_rate: float = 3e-3
+    """Adam's highest learning rate of the dense model before."""
+
+    evaluation_windows: int = 128
+    """Sequences of the held-out text to evaluate on, at most."""
+
+
+def check(config: SparsifyConfig) -> None:
+    """Refuse options that can't be run.
+
+    Raises:
+        UsageError: As `check_options`; and if the kind is unknown, or a share above 1.
+    """
+    check_options(config, may_be_zero=("targets",))
+    if config.kind not in get_args(Kind):
+        raise UsageError(f"--kind must be one of {', '.join(get_args(Kind))}, not {config.kind}")
+    if config.width < 2:
+        raise UsageError(f"--width must be at least 2, not {config.width}")
+    if max(config.targets) > 1 or config.warmup_fraction > 1:
+        raise UsageError("--targets and --warmup-fraction must be at most 1")
+
+
+def members(config: SparsifyConfig) -> list[tuple[str, float]]:
+    """Return the group and the target of each member, group after group."""
+    targets = {DENSE: (0.0,), SCHEDULE: config.targets, DUAL: config.targets}
+    return [(name, target) for name in GROUPS for target in targets[name]]
