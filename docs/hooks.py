@@ -26,7 +26,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
 }
-LINKS = {**PAGES, "(docs/": "(", ".ipynb)": ".md)"}
+LINKS = {f"{path})": f"{uri})" for path, uri in PAGES.items()} | {"(docs/": "(", ".ipynb)": ".md)"}
 
 
 def on_files(files, config):
@@ -57,32 +57,35 @@ def on_page_markdown(markdown, **_):
 
 def _table(match):
     module = importlib.import_module(match["module"])
+    functions = {
+        name: value
+        for name, value in vars(module).items()
+        if name in module.__all__ and inspect.isfunction(value) and not name.startswith("prox_")
+    }
     configs = {name.lower(): name for name in pj.__all__ if isinstance(getattr(pj, name), type)}
-    columns = {"function": [], "config": [], "what it is": [], "proximal operator": []}
-    for name, function in vars(module).items():
-        if name not in pj.functional.__all__ or not inspect.isfunction(function):
-            continue
-        if function.__module__ != module.__name__ or name.startswith("prox_"):
-            continue
-        config = configs.get(name.removesuffix("_loss").replace("_", ""))
-        cells = (
-            f"`pj.{name}`",
-            config and f"`pj.{config}`",
-            inspect.getdoc(function).partition("\n\n")[0].replace("\n", " "),
-            hasattr(pj.functional, f"prox_{name}") and "yes",
-        )
-        for column, cell in zip(columns.values(), cells, strict=True):
-            column.append(cell or "")
+    names = [configs.get(name.removesuffix("_loss").replace("_", "")) for name in functions]
+    operators = [f"prox_{name}" in module.__all__ for name in functions]
+    columns = {
+        "function": [_link(name) for name in functions],
+        "config": [name and _link(name) for name in names],
+        "what it is": [_summary(function) for function in functions.values()],
+        "proximal operator": [present and "yes" for present in operators],
+    }
     columns = {header: column for header, column in columns.items() if any(column)}
     rows = [columns, ["---"] * len(columns), *zip(*columns.values(), strict=True)]
-    return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)
+    return "\n".join(f"| {' | '.join(cell or '' for cell in row)} |" for row in rows)
 
 
-def _cell(text):
-    """Bars of a formula, and others, that don't end the cell."""
-    parts = text.split("$")
-    parts[::2] = [part.replace("|", r"\|") for part in parts[::2]]
-    parts[1::2] = [part.replace("|", r"{\vert}") for part in parts[1::2]]
+def _link(name):
+    """To its entry in the reference."""
+    return f"[`pj.{name}`][{getattr(pj, name).__module__}.{name}]"
+
+
+def _summary(function):
+    """The first line of its docstring, with bars that don't end a cell of a table."""
+    parts = inspect.getdoc(function).partition("\n\n")[0].replace("\n", " ").split("$")
+    parts[::2] = [text.replace("|", r"\|") for text in parts[::2]]
+    parts[1::2] = [formula.replace("|", r"{\vert}") for formula in parts[1::2]]
     return "$".join(parts)
 
 
