@@ -1,13 +1,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LINT := .venv-lint
 RUNS ?= runs
+# jax 0.10 and jax 0.12: constraints.txt goes by the Python.
+PYTHONS ?= 3.11 3.13
 
 # Packages are installed without bytecode, most of which is never imported: who imports, writes it.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint notebooks docs bench bench-quick clean
+.PHONY: help demo test test-slow test-matrix lint notebooks docs bench bench-quick clean
 
 help:  ## show what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,10 +24,16 @@ test: $(VENV)/.test  ## set up, and run the tests
 test-slow: $(VENV)/.test  ## the tests that take minutes each: whole runs on several devices
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-lint: $(VENV)/.test  ## ruff and basedpyright
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/basedpyright
+test-matrix: $(PYTHONS:%=test-%)  ## the tests on the oldest and on the newest Python and jax
+
+# Where pyenv is, its python3.13 is there only for who asks for that version.
+test-3.%:
+	PYENV_VERSION=3.$* $(MAKE) test VENV=.venv-3.$* PYTHON=python3.$*
+
+lint: $(LINT)/.lint  ## ruff and basedpyright
+	$(LINT)/bin/ruff check .
+	$(LINT)/bin/ruff format --check .
+	$(LINT)/bin/basedpyright
 
 notebooks: $(VENV)/.notebooks  ## run the notebooks from top to bottom, and keep their outputs
 	$(BIN)/python -m nbconvert --to notebook --inplace --execute \
@@ -40,17 +49,24 @@ bench: $(VENV)/.bench  ## every benchmark: JSON and plots in benchmarks/results
 bench-quick: $(VENV)/.bench  ## the same on smaller arrays
 	$(BIN)/python -m benchmarks --quick
 
-clean:  ## remove the environment and all outputs
-	rm -rf $(VENV) $(RUNS) benchmarks/results site dist
+clean:  ## remove the environments and all outputs
+	rm -rf .venv .venv-* $(RUNS) benchmarks/results site dist
 
-$(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "penalties-jax needs Python 3.11 or newer; set PYTHON=/path/to/python3" >&2; exit 1; }
+$(BIN)/python $(LINT)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "penalties-jax needs Python 3.11 or newer: $(PYTHON) is older, or not there" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
-		|| { echo "this Python has no venv module; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+		|| { echo "$(PYTHON) has no venv module; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(@:/bin/python=)
 
-$(VENV)/.%: $(BIN)/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
+define INSTALL
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
 		-c constraints.txt -e '.[$*]'
 	@touch $@
+endef
+
+$(VENV)/.%: $(BIN)/python pyproject.toml constraints.txt
+	$(INSTALL)
+
+$(LINT)/.%: $(LINT)/bin/python pyproject.toml constraints.txt
+	$(INSTALL)

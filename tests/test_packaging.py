@@ -1,14 +1,17 @@
 """What is shipped: a wheel and an sdist that an empty environment installs."""
 
+import re
 import subprocess
 import sys
 import tarfile
 import venv
 import zipfile
+from datetime import date
 from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+import yaml
 
 import penalties_jax as pj
 
@@ -55,12 +58,30 @@ def test_sdist_holds_what_the_tests_need(built):
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"README.md", "LICENSE", "Makefile", "constraints.txt", "conftest.py"} <= names
     assert {"tests/test_packaging.py", "docs/index.md", "mkdocs.yml", ".ci/run"} <= names
+    assert {"CHANGELOG.md", "CONTRIBUTING.md", ".pre-commit-config.yaml"} <= names
     assert {"notebooks/01_penalties_by_eye.ipynb", "benchmarks/README.md"} <= names
     assert not [name for name in names if "__pycache__" in name or name.startswith("runs")]
 
 
 def test_metadata_passes_twine(built):
     run(sys.executable, "-m", "twine", "check", "--strict", *map(str, built))
+
+
+def test_version_is_that_of_the_newest_release_in_the_changelog():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    entries = re.findall("^## (.*)$", changelog, re.MULTILINE)
+    versions, dates = zip(*(entry.split(" - ") for entry in entries), strict=True)
+    assert versions[0] == pj.__version__
+    assert list(dates) == sorted(map(str, map(date.fromisoformat, dates)), reverse=True)
+
+
+def test_a_commit_runs_the_linters_of_make_lint():
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    hooks = [hook["entry"] for hook in repository["hooks"]]
+    recipe = (ROOT / "Makefile").read_text().replace("$(LINT)", ".venv-lint")
+    assert hooks == re.findall(
+        r"^\t(\.venv-lint/bin/(?:ruff|basedpyright).*)$", recipe, re.MULTILINE
+    )
 
 
 INSTALLED = """
