@@ -16,7 +16,7 @@ help:  ## show what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(VENV)/.recipes  ## set up, and fine-tune on real text with a KL penalty: plots and a report in runs/finetune
-	$(BIN)/penalties-jax finetune --out $(RUNS)/finetune $(ARGS)
+	$(BIN)/penalties-jax finetune --out $(RUNS)/finetune --overwrite $(ARGS)
 
 test: $(VENV)/.test  ## set up, and run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -149,15 +149,7 @@ def consistency(
             a, b, direction="symmetric", reduction=reduction, where=where, axis_name=axis_name
         )
     formula, axis = _DISTANCES[metric]
-    return evaluate(
-        formula,
-        (a, b),
-        {},
-        where=where,
-        axis=axis,
-        reduction=reduction,
-        axis_name=axis_name,
-    )
+    return evaluate(formula, (a, b), {}, reduction, where, axis_name, axis=axis)
 
 
 def gradient_penalty(

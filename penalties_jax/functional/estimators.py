@@ -53,14 +53,7 @@ def kl_estimate(
     """
     check_choice("estimator", estimator, Estimator)
     check_same_shape(log_p=log_p, log_q=log_q)
-    return evaluate(
-        _FORMULAS[estimator],
-        (log_p, log_q),
-        {},
-        where=where,
-        reduction=reduction,
-        axis_name=axis_name,
-    )
+    return evaluate(_FORMULAS[estimator], (log_p, log_q), {}, reduction, where, axis_name)
 
 
 def _k1(log_p, log_q):

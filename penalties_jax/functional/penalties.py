@@ -601,15 +601,7 @@ def _prox_group_lasso(v, t, *, axis):
 
 def _penalty(formula, x, weights, reduction, where, axis_name, **parameters):
     NONNEGATIVE.check(weights=weights)
-    return evaluate(
-        formula,
-        (x,),
-        parameters,
-        weights=weights,
-        where=where,
-        reduction=reduction,
-        axis_name=axis_name,
-    )
+    return evaluate(formula, (x,), parameters, reduction, where, axis_name, weights=weights)
 
 
 def _proximal(operator, v, t, **parameters):

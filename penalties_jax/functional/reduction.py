@@ -117,12 +117,12 @@ def evaluate(
     formula: Callable[..., Array],
     inputs: tuple[Array, ...],
     parameters: Mapping[str, Any],
+    reduction: str,
+    where: Any,
+    axis_name: AxisName | None,
     *,
     weights: Any = 1.0,
-    where: Any,
     axis: int | None = None,
-    reduction: str,
-    axis_name: AxisName | None,
 ) -> Any:
     """Reduces `weights * formula(*inputs, **parameters)`; the body of most public functions.
 
@@ -136,20 +136,17 @@ def evaluate(
             over that axis.
         inputs: Arrays of one shape.
         parameters: Numbers or arrays that broadcast to the inputs, by name; None is left out.
-        weights: A factor that broadcasts to the values.
+        reduction, axis_name: As in `reduce`.
         where: Mask that broadcasts to the values.
+        weights: A factor that broadcasts to the values.
         axis: The class axis, which the values don't have.
-        reduction: As in `reduce`.
-        axis_name: As in `reduce`.
     """
     check_choice("reduction", reduction, Reduction)
-    return _evaluate(
-        formula, inputs, parameters, weights, where, axis, reduction=reduction, axis_name=axis_name
-    )
+    return _evaluate(formula, inputs, parameters, reduction, where, axis_name, weights, axis)
 
 
-@partial(jax.jit, static_argnums=(0, 5), static_argnames=("reduction", "axis_name"))
-def _evaluate(formula, inputs, parameters, weights, where, axis, *, reduction, axis_name):
+@partial(jax.jit, static_argnames=("formula", "reduction", "axis_name", "axis"))
+def _evaluate(formula, inputs, parameters, reduction, where, axis_name, weights, axis):
     for x in inputs:
         if not isinstance(x, jax.Array):
             raise TypeError(

@@ -145,14 +145,9 @@ def sparsity_target_loss(
             # In a tree, an array is no list of targets for the layers.
             check_fits(jnp.shape(rate), target=target)
         rate, target = jnp.broadcast_arrays(*promote(rate, target))
-        value = evaluate(
-            _FORMULAS[kind],
-            (rate, target),
-            {"delta": delta} if kind in ("huber", "adaptive") else {},
-            where=where,
-            reduction="none" if reduction == "none" else "sum",
-            axis_name=axis_name,
-        )
+        parameters = {"delta": delta} if kind in ("huber", "adaptive") else {}
+        each = "none" if reduction == "none" else "sum"
+        value = evaluate(_FORMULAS[kind], (rate, target), parameters, each, where, axis_name)
         return value, count(rate.shape, where)
 
     pairs = list(map(loss, rates, spread(target, structure), spread(where, structure)))

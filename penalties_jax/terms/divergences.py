@@ -172,15 +172,7 @@ class KLEstimate(Reduced):
 
 def _surprise(log_p, *, maximize, reduction, where, axis_name):
     weight = -1.0 if maximize else 1.0
-    return evaluate(
-        jnp.negative,
-        (log_p,),
-        {},
-        weights=weight,
-        where=where,
-        reduction=reduction,
-        axis_name=axis_name,
-    )
+    return evaluate(jnp.negative, (log_p,), {}, reduction, where, axis_name, weights=weight)
 
 
 @config

@@ -38,18 +38,14 @@ class Reduced(Penalty):
                 "a mask is passed as where="
             )
         structure = jax.tree.structure(inputs[0], is_leaf=is_absent)
-        rows = list(zip(*(structure.flatten_up_to(tree) for tree in inputs), strict=True))
-        members, masks = self._members(structure), spread(where, structure)
+        rows = zip(*(structure.flatten_up_to(tree) for tree in inputs), strict=True)
+        leaves = list(zip(self._members(structure), rows, spread(where, structure), strict=True))
         if self.reduction == "none":
             return structure.unflatten(
                 row[0] if is_absent(row[0]) else member._of_arrays(row, mask, "none")
-                for member, row, mask in zip(members, rows, masks, strict=True)
+                for member, row, mask in leaves
             )
-        present = [
-            (member, row, mask)
-            for member, row, mask in zip(members, rows, masks, strict=True)
-            if not is_absent(row[0])
-        ]
+        present = [leaf for leaf in leaves if not is_absent(leaf[1][0])]
         totals = [member._of_arrays(row, mask, "sum") for member, row, mask in present]
         counts = [member._count(row[0], mask) for member, row, mask in present]
         return add_up(totals, counts, reduction=self.reduction, axis_name=self.axis_name)

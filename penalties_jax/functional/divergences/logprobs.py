@@ -143,16 +143,9 @@ def entropy(
     """
     POSITIVE.check(temperature=temperature)
     scale = entropy_scale(jnp.shape(log_p)[axis]) if normalize else 1.0
-    return evaluate(
-        _tempered_entropy,
-        (log_p,),
-        {"temperature": temperature},
-        weights=scale,
-        where=where,
-        axis=axis,
-        reduction=reduction,
-        axis_name=axis_name,
-    )
+    options = {"reduction": reduction, "where": where, "axis_name": axis_name}
+    parameters = {"temperature": temperature}
+    return evaluate(_tempered_entropy, (log_p,), parameters, weights=scale, axis=axis, **options)
 
 
 def entropy_scale(classes: int) -> float:
@@ -170,14 +163,9 @@ def _tempered_entropy(log_p, temperature, axis):
 def _of_pair(formula, log_p, log_q, axis, reduction, where, axis_name, **parameters):
     check_same_shape(log_p=log_p, log_q=log_q)
     formula.check(parameters)
+    inputs = (log_p, log_q)
     return evaluate(
-        _SumOfTerms(formula),
-        (log_p, log_q),
-        parameters,
-        where=where,
-        axis=axis,
-        reduction=reduction,
-        axis_name=axis_name,
+        _SumOfTerms(formula), inputs, parameters, reduction, where, axis_name, axis=axis
     )
 
 
