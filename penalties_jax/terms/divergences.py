@@ -1,7 +1,7 @@
 """Divergences and their estimates."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,11 @@ from penalties_jax.terms.reduced import Reduced, parameters_of
 __all__ = ["Entropy", "JSDivergence", "KLDivergence", "KLEstimate", "SampledEntropy"]
 
 Inputs = Literal["logprobs", "logits"]
+
+
+def by_input(*functions: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """The functions of a divergence by what they take, in the order of `Inputs`."""
+    return dict(zip(get_args(Inputs), functions, strict=True))
 
 
 @abstract
@@ -74,10 +79,7 @@ class KLDivergence(Divergence):
 
     direction: Direction = option(default="forward", choices=Direction)
 
-    _functions: ClassVar = {
-        "logprobs": functional.kl_divergence,
-        "logits": functional.kl_from_logits,
-    }
+    _functions = by_input(functional.kl_divergence, functional.kl_from_logits)
     _inputs = 2
     measured_as = "kl"
 
@@ -105,10 +107,7 @@ class JSDivergence(Divergence):
 
     mixture: Numeric = number(default=0.5, valid=UNIT)
 
-    _functions: ClassVar = {
-        "logprobs": functional.js_divergence,
-        "logits": functional.js_from_logits,
-    }
+    _functions = by_input(functional.js_divergence, functional.js_from_logits)
     _inputs = 2
 
 
@@ -131,10 +130,7 @@ class Entropy(Divergence):
     maximize: bool = option(default=False, kw_only=True)
     normalize: bool = option(default=False, kw_only=True)
 
-    _functions: ClassVar = {
-        "logprobs": functional.entropy,
-        "logits": functional.entropy_from_logits,
-    }
+    _functions = by_input(functional.entropy, functional.entropy_from_logits)
     measured_as = "entropy"
 
     def estimate(self) -> Penalty:
