@@ -41,6 +41,47 @@ def gradient(function, x, step=2e-4):
     return result
 
 
+# Formulas of numpy's arrays, in float64 or with as many digits as it takes.
+
+DIGITS = 200
+# The exponent of 2 in what stands for infinity and, negative, for a probability of 0.
+BEYOND = 10**60
+
+
+def precise(x):
+    """An array of mpmath's numbers, where infinity is a number beyond those of every dtype."""
+    numbers = [
+        mpmath.sign(value) * mpmath.ldexp(1, BEYOND) if np.isinf(value) else mpmath.mpf(value)
+        for value in np.ravel(np.asarray(x, np.float64)).tolist()
+    ]
+    return np.reshape(np.array(numbers, object), np.shape(x))
+
+
+def precisely(formula, *arrays):
+    """The values of a formula, in float64."""
+    with mpmath.workdps(DIGITS):
+        return np.asarray(formula(*map(precise, arrays))).astype(np.float64)
+
+
+def slope(formula, *arrays, argument=0, side=0):
+    """The derivative of an elementwise formula in one argument, by differences.
+
+    At a kink it is the mean of both sides', or the left (side = -1) or right (side = 1) one.
+    """
+    with mpmath.workdps(DIGITS):
+        arrays = [precise(x) for x in arrays]
+        x = arrays[argument]
+        h = mpmath.mpf(10) ** -40 * np.where(x == 0, mpmath.mpf(10) ** -40, abs(x))
+        ends = x - (h if side <= 0 else 0), x + (h if side >= 0 else 0)
+        below, above = (formula(*arrays[:argument], end, *arrays[argument + 1 :]) for end in ends)
+        return np.asarray((above - below) / (ends[1] - ends[0])).astype(np.float64)
+
+
+def log(x):
+    """The natural logarithm of floats or of mpmath's numbers."""
+    return np.log(x) if x.dtype != object else np.frompyfunc(mpmath.log, 1, 1)(x)
+
+
 # Divergences of one or many rows of log-probabilities, classes on the last axis.
 
 
