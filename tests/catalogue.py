@@ -2,10 +2,10 @@
 
 An entry names a function, its config and an oracle: the textbook's formula in numpy's terms, which
 takes float64 arrays, or the same as numbers of mpmath with 200 digits, and hyperparameters by name.
-Slopes, limits, minimisers and reductions follow from it by `Case`, an entry with the settings of one
-variant. Names, defaults and ranges of hyperparameters come from the signature and from the config's
-fields. The parametrised tests take their cases from the tables at the end, and test_catalogue.py
-finds whatever has no entry.
+Slopes, limits, minimisers and reductions follow from it by `Case`, an entry with the settings of
+one variant. Names, defaults and ranges of hyperparameters come from the signature and from the
+config's fields. The parametrised tests take their cases from the tables at the end, and
+test_catalogue.py finds whatever has no entry.
 """
 
 import dataclasses
@@ -110,8 +110,8 @@ def numbers_of(function):
 class Case:
     """A function with the settings of one variant, on arrays of shape [8, 3, 5].
 
-    `call(*inputs, **options)` is the function after `prepare`, which is log_softmax for functions of
-    log-probabilities, because their declared derivatives are those along normalised ones.
+    `call(*inputs, **options)` is the function after `prepare`: log_softmax for log-probabilities,
+    because their declared derivatives are those along normalised ones.
     """
 
     entry: Entry
@@ -266,7 +266,7 @@ class Case:
 
 
 def _square(x, center, clip, where):
-    if center == "mean":
+    if isinstance(center, str):
         center = (x * where).sum() / max(where.sum(), 1)
     distance = abs(x if center is None else x - center)
     return (distance if clip is None else np.minimum(distance, clip)) ** 2
@@ -510,13 +510,13 @@ GATES = [
 # The tables that tests take their cases from.
 
 
-def every(cases, slow=lambda case: False):
+def every(cases, argument="case", slow=lambda case: False):
     """Parametrises a test by cases, and leaves some of them to make test-slow."""
     marked = [
         pytest.param(case, id=name, marks=pytest.mark.slow if slow(case) else ())
         for name, case in cases.items()
     ]
-    return pytest.mark.parametrize("case", marked)
+    return pytest.mark.parametrize(argument, marked)
 
 
 def streamed_again(case):
@@ -552,6 +552,7 @@ def cases_of(*entries):
 
 CASES = cases_of(*PENALTIES, *DIVERGENCES, *CONSTRAINTS)
 REDUCED = only(lambda case: case.reduced, CASES)
+PENALTY_CASES = cases_of(*PENALTIES)
 STRUCTURES = first_of_each(lambda case: case.structure, REDUCED)
 # One of each function, for what does not depend on its options.
 FUNCTIONS = first_of_each(lambda case: (case.function, case.by_row), REDUCED)

@@ -79,7 +79,7 @@ def slope(formula, *arrays, argument=0, side=0):
 
 def log(x):
     """The natural logarithm of floats or of mpmath's numbers."""
-    return np.log(x) if x.dtype != object else np.frompyfunc(mpmath.log, 1, 1)(x)
+    return np.frompyfunc(mpmath.log, 1, 1)(x) if np.asarray(x).dtype == object else np.log(x)
 
 
 # Divergences of one or many rows of log-probabilities, classes on the last axis.
