@@ -254,8 +254,8 @@ class Case:
     def prox(self, v, t, **numbers):
         operator = getattr(F, f"prox_{self.entry.function.__name__}")
         wanted = inspect.signature(operator).parameters
-        settings = {name: x for name, x in (self.settings | numbers).items() if name in wanted}
-        return operator(v, t, **settings)
+        settings = self.settings | self.numbers | numbers
+        return operator(v, t, **{name: x for name, x in settings.items() if name in wanted})
 
     def config(self, **options):
         settings = {} if self.function is self.entry.function else {"inputs": "logits"}
