@@ -11,10 +11,12 @@ test_catalogue.py finds whatever has no entry.
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, get_args
 
 import jax
+import mpmath
 import numpy as np
 import pytest
 from jax.typing import ArrayLike
@@ -26,6 +28,7 @@ import penalties_jax.functional as F  # noqa: N812
 from tests import oracles
 from tests.oracles import log
 
+INF = math.inf
 SHAPE = (8, 3, 5)
 
 # A fact about every variant of an entry, or a function of the settings.
@@ -216,9 +219,7 @@ class Case:
     def entries(self, *inputs, where=None, **numbers):
         """The unreduced value in float64, where `call` is given the same inputs."""
         if isinstance(self.entry, Divergence):
-            temperature = numbers.pop("temperature", self.settings.get("temperature", 1.0))
-            inputs = [special.softmax(x / temperature, axis=-1) for x in inputs]
-            return self.formula(*inputs, **numbers).sum(-1)
+            return self.formula(*self.probabilities(inputs, **numbers), **numbers).sum(-1)
         if self.is_a("distributions"):
             inputs = [special.log_softmax(x, axis=-1) for x in inputs]
         return self.formula(*inputs, where=where, **numbers)
@@ -248,6 +249,60 @@ class Case:
             argument=0 if name is None else 1 + names.index(name),
             side=side,
         )
+
+    # Of a divergence.
+
+    def probabilities(self, logits, temperature=None, **_):
+        temperature = self.numbers.get("temperature", 1.0) if temperature is None else temperature
+        # A class that is absent everywhere contributes nothing.
+        return [np.maximum(special.softmax(x / temperature, axis=-1), 1e-300) for x in logits]
+
+    def gradients(self, *logits):
+        """Each row's gradient in its logits, by complex steps of the terms."""
+        inputs = self.probabilities(logits)
+        for i, p in enumerate(inputs):
+            stepped = [*inputs[:i], p * (1 + 1e-100j), *inputs[i + 1 :]]
+            slopes = self.formula(*stepped).imag / 1e-100
+            along = slopes - p * slopes.sum(-1, keepdims=True)
+            yield along / self.numbers.get("temperature", 1.0)
+
+    @property
+    def precise_numbers(self):
+        return {name: mpmath.mpf(x) for name, x in self.numbers.items()}
+
+    def exact_values(self, *log_probabilities):
+        """Each row's value, with all digits; a class of probability 0 has the limit."""
+        temperature = self.numbers.get("temperature")
+        absent = [np.isneginf(x) for x in log_probabilities]
+
+        def value(*rows):
+            p = [oracles.probabilities(x, temperature) for x in rows]
+            terms = self.formula(*p, **self.precise_numbers)
+            least, one = oracles.probabilities(oracles.precise([-INF, 0.0]))
+            pairs = {(0, 1): (least, one), (1, 0): (one, least)} if self.inputs == 2 else {}
+            for (i, j), pair in pairs.items():
+                # Terms are homogeneous: what is infinite beside a 1 is so beside any probability.
+                if self.formula(*pair, **self.precise_numbers) > mpmath.mpf(10) ** 40:
+                    terms = np.where(absent[i] & ~absent[j], mpmath.inf, terms)
+            return terms.sum(-1)
+
+        return oracles.precisely(value, *log_probabilities)
+
+    def exact_gradients(self, *logits):
+        """Each row's gradient in its logits, with all digits."""
+        temperature, h = self.numbers.get("temperature", 1.0), mpmath.mpf(10) ** -40
+
+        def gradient(*rows, i):
+            p = [oracles.probabilities(x, temperature) for x in rows]
+            above, below = (
+                self.formula(*p[:i], p[i] * (1 + step), *p[i + 1 :], **self.precise_numbers)
+                for step in (h, -h)
+            )
+            slopes = (above - below) / (2 * h)
+            return (slopes - p[i] * slopes.sum(-1, keepdims=True)) / temperature
+
+        for i in range(self.inputs):
+            yield oracles.precisely(functools.partial(gradient, i=i), *logits)
 
     # Its proximal operator, and its config.
 
@@ -395,6 +450,28 @@ DIVERGENCES = [
         variants={"": {}, "normalised": {"temperature": 0.7, "normalize": True}},
     ),
 ]
+
+
+# Rows of (log p, log q), four classes each, for all divergences.
+EDGE_ROWS = np.array(
+    [
+        ([0.0, -INF, -INF, -INF], [0.0, -INF, -INF, -INF]),  # the same one-hot
+        ([0.0, -INF, -INF, -INF], [-INF, 0.0, -INF, -INF]),  # disjoint
+        (np.log([0.5, 0.5, 0.0001, 0.0002])[[0, 2, 1, 3]], [-INF, -INF, 0.0, -INF]),
+        ([0.0, -INF, -INF, -INF], np.log([0.25] * 4)),  # p = 0
+        (np.log([0.25] * 4), [-INF, 0.0, -INF, -INF]),  # q = 0 where p > 0
+        ([*np.log([0.2, 0.8]), -INF, -INF], [*np.log([0.7, 0.3]), -INF, -INF]),  # p = q = 0
+        (np.log([0.1, 0.2, 0.3, 0.4]), np.log([0.4, 0.3, 0.2, 0.1])),
+        (np.log([0.1, 0.2, 0.3, 0.4]), np.log([0.1, 0.2, 0.3, 0.4])),
+        (np.log([0.1, 0.2, 0.3, 0.4]), np.log([0.100001, 0.199999, 0.3, 0.4])),
+        ([0.0, -1e30, -1e30, -INF], [*np.log([0.5, 0.25]), -1e30, *np.log([0.25])]),
+        ([*np.log([0.5, 0.5]), -1e30, -INF], [0.0, -1e30, -1e30, -1e30]),
+        ([0.0, -80.0, -100.0, -1000.0], [-1000.0, -100.0, 0.0, -80.0]),
+        ([-1e-30, -69.0, -200.0, -1e4], [-1e-30, -70.0, -1e4, -200.0]),
+        ([0.0, -20.0, -21.0, -22.0], [0.0, -20.5, -20.0, -25.0]),
+    ],
+    dtype=np.float32,
+).astype(np.float64)
 
 
 def _consistency(a, b, metric):
@@ -558,5 +635,6 @@ STRUCTURES = first_of_each(lambda case: case.structure, REDUCED)
 FUNCTIONS = first_of_each(lambda case: (case.function, case.by_row), REDUCED)
 SEPARABLE = only(lambda case: case.is_a("separable"), CASES)
 PROXIMAL = only(lambda case: case.is_a("proximal"), CASES)
+DIVERGENCE_CASES = cases_of(*DIVERGENCES)
 CONFIGS = only(lambda case: case.entry.config, CASES)
 GATE_CASES = cases_of(*GATES)

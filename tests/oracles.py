@@ -77,6 +77,17 @@ def slope(formula, *arrays, argument=0, side=0):
         return np.asarray((above - below) / (ends[1] - ends[0])).astype(np.float64)
 
 
+def probabilities(x, temperature=None):
+    """Those of log-probabilities, or of logits at a temperature; of -inf the least there is."""
+
+    def probability(x):
+        least = mpmath.ldexp(1, -BEYOND)
+        return least if x < -(mpmath.mpf(10) ** 40) else mpmath.exp(x / (temperature or 1))
+
+    p = np.frompyfunc(probability, 1, 1)(x)
+    return p if temperature is None else p / p.sum(-1, keepdims=True)
+
+
 def log(x):
     """The natural logarithm of floats or of mpmath's numbers."""
     return np.frompyfunc(mpmath.log, 1, 1)(x) if np.asarray(x).dtype == object else np.log(x)
