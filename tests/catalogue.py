@@ -126,6 +126,10 @@ class Case:
     def name(self):
         return "-".join(filter(None, (self.function.__name__, self.variant)))
 
+    def having(self, **settings):
+        """The same case with other settings."""
+        return dataclasses.replace(self, settings=self.settings | settings)
+
     def is_a(self, fact):
         """Whether an entry's fact, by its name, is true of this variant."""
         value = getattr(self.entry, fact, False)
@@ -251,6 +255,13 @@ class Case:
         )
 
     # Of a divergence.
+
+    @property
+    def of_log_probabilities(self):
+        """The same formula's function of log-probabilities."""
+        wanted = inspect.signature(self.entry.function).parameters
+        settings = {name: x for name, x in self.settings.items() if name in wanted}
+        return dataclasses.replace(self, function=self.entry.function, settings=settings)
 
     def probabilities(self, logits, temperature=None, **_):
         temperature = self.numbers.get("temperature", 1.0) if temperature is None else temperature

@@ -69,14 +69,18 @@ def assert_is_gradient(case, slopes, inputs, where):
 def test_value_and_gradient_under_a_mask(case, x64):
     """In float64, with NaN and infinities wherever the mask excludes."""
     inputs, mask = case.data(), case.mask()
+    # Those of a sum over single values are in test_penalties.py, at the edges too.
+    numbers = {} if case.is_a("separable") else case.numbers
 
     @quick_jit
-    def everything(inputs):
-        call = partial(case.raw, where=case.where(mask))
-        mean = jax.value_and_grad(partial(call, reduction="mean"), range(case.inputs))
-        return call(*inputs, reduction="none"), mean(*inputs)
+    def everything(inputs, numbers):
+        def call(inputs, numbers, reduction):
+            return case.raw(*inputs, **numbers, where=case.where(mask), reduction=reduction)
 
-    entries, (mean, slopes) = everything(poisoned(case, inputs, mask))
+        mean = jax.value_and_grad(partial(call, reduction="mean"), (0, 1))
+        return call(inputs, numbers, "none"), mean(inputs, numbers)
+
+    entries, (mean, (slopes, by_number)) = everything(poisoned(case, inputs, mask), numbers)
     slopes = tuple(map(np.asarray, slopes))
     assert entries.dtype == mean.dtype == slopes[0].dtype == np.float64
     close = {"rtol": 1e-12, "atol": 1e-14}
@@ -85,6 +89,12 @@ def test_value_and_gradient_under_a_mask(case, x64):
     assert all(np.all(slope[excluded(case, mask)] == 0) for slope in slopes)
     chained = (through(case, slope, x) for slope, x in zip(slopes, inputs, strict=True))
     assert_is_gradient(case, chained, inputs, mask)
+    for name, slope in by_number.items():
+
+        def total(number, name=name):
+            return case.reduced_entries(*inputs, reduction="mean", where=mask, **{name: number})
+
+        assert_close(slope, gradient(total, np.array(numbers[name])), rtol=1e-7, atol=1e-10)
 
 
 @every(FUNCTIONS, slow=streamed_again)
