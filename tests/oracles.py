@@ -93,6 +93,11 @@ def log(x):
     return np.frompyfunc(mpmath.log, 1, 1)(x) if np.asarray(x).dtype == object else np.log(x)
 
 
+def expm1(x):
+    """Exp(x) - 1 of floats or of mpmath's numbers."""
+    return np.frompyfunc(mpmath.expm1, 1, 1)(x) if np.asarray(x).dtype == object else np.expm1(x)
+
+
 # Divergences of one or many rows of log-probabilities, classes on the last axis.
 
 
@@ -151,10 +156,3 @@ def kl_gradient(log_p, log_q):
     present = np.isfinite(log_p) & np.isfinite(log_q)
     difference = np.where(present, log_p, 0.0) - np.where(present, log_q, 0.0)
     return np.where(present, p * (difference + 1), 0.0), -p
-
-
-def k3(log_ratio):
-    """Exact expm1(r) - r, elementwise."""
-    with mpmath.workdps(60):
-        exact = [float(mpmath.expm1(mpmath.mpf(float(r))) - float(r)) for r in np.ravel(log_ratio)]
-    return np.reshape(exact, np.shape(log_ratio))
