@@ -595,6 +595,28 @@ GATES = [
 ]
 
 
+# Public functions and configs that are none of these: the file that tests each, and why.
+OTHERS = {
+    "balanced_loss": ("functional/test_sparsity.py", "two losses, weighted"),
+    "gradient_penalty": ("functional/test_constraints.py", "it takes a callable"),
+    "importance_metrics": ("functional/test_importance.py", "a dict of numbers"),
+    "importance_minimality": ("functional/test_importance.py", "it takes a penalty"),
+    "interpolated_gradient_penalty": ("functional/test_constraints.py", "it takes a callable"),
+    "linear_cross_entropy": ("functional/test_linear.py", "it takes labels"),
+    "linear_distillation": ("functional/test_linear.py", "it takes labels"),
+    "resolvent_diagonal": ("functional/test_tridiagonal.py", "linear algebra"),
+    "sparsity_rate": ("functional/test_sparsity.py", "a measurement, of trees"),
+    "sparsity_target_loss": ("functional/test_sparsity.py", "it takes trees of rates"),
+    "straight_through": ("functional/test_gates.py", "how gates get their gradients"),
+    "AdaptiveSparsityScheduler": ("test_controllers.py", "a controller"),
+    "DualAscent": ("test_controllers.py", "a controller"),
+    "ImportanceMinimality": ("test_importance.py", "it takes a penalty"),
+    "Objective": ("test_objective.py", "made of terms"),
+    "SparsityTarget": ("test_sparsity_target.py", "its function takes trees of rates"),
+    "Term": ("test_objective.py", "made of a penalty"),
+}
+
+
 # The tables that tests take their cases from.
 
 
@@ -647,5 +669,9 @@ FUNCTIONS = first_of_each(lambda case: (case.function, case.by_row), REDUCED)
 SEPARABLE = only(lambda case: case.is_a("separable"), CASES)
 PROXIMAL = only(lambda case: case.is_a("proximal"), CASES)
 DIVERGENCE_CASES = cases_of(*DIVERGENCES)
-CONFIGS = only(lambda case: case.entry.config, CASES)
+CONFIGS = first_of_each(lambda case: case.structure, only(lambda case: case.entry.config, CASES))
 GATE_CASES = cases_of(*GATES)
+EXAMPLES = {name: case.config() for name, case in CONFIGS.items()} | {
+    "ImportanceMinimality": pj.ImportanceMinimality(pj.SmoothL0(gamma=0.5), beta=0.5),
+    "SparsityTarget": pj.SparsityTarget(target=0.5, kind="huber", delta=0.2),
+}

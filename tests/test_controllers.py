@@ -13,9 +13,8 @@ import pytest
 
 import penalties_jax as pj
 from penalties_jax.schedules import Controller, Setpoint, View
-from tests.configs import jit_once
-from tests.functional.cases import quick_jit
 from tests.oracles import assert_close
+from tests.programs import jit_once, quick_jit
 
 FRACTIONS = {
     "linear": lambda u: u,

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 import penalties_jax as pj
-from tests.configs import jit_once
 from tests.oracles import assert_close, gradient
+from tests.programs import jit_once
 
 FRACTIONS = {
     "linear": lambda u: u,

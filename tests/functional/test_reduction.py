@@ -231,7 +231,7 @@ def test_weights(case, x64):
 
 @every(only(lambda case: case.name in ("l1", "group_lasso"), FUNCTIONS))
 def test_weights_of_broadcast_shapes(case):
-    weights, (x,) = lattice(9, *case.mask_shape), case.data()
+    weights, (x,) = np.abs(lattice(9, *case.mask_shape)), case.data()
     entries = case.reduced_entries(x, reduction="none")
     for shaped in (weights[:1], weights[:, :1], weights[0], weights.flat[0]):
         assert_close(case.call(x, weights=shaped), (shaped * entries).sum(), atol=1e-5)
