@@ -13,7 +13,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import jax
 import mpmath
@@ -107,6 +107,15 @@ def numbers_of(function):
         for name, parameter in inspect.signature(function).parameters.items()
         if kinds <= set(get_args(parameter.annotation))
     }
+
+
+def choices_of(function):
+    """The options of a function that are one of a few words, and the words."""
+    annotations = {
+        name: parameter.annotation
+        for name, parameter in inspect.signature(function).parameters.items()
+    }
+    return {name: get_args(x) for name, x in annotations.items() if get_origin(x) is Literal}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -493,9 +502,10 @@ def _consistency(a, b, metric):
     return abs(a - b) if metric == "l1" else (a - b) ** 2
 
 
-def _orthogonality(x, mode, normalize):
-    """The last axis are the features; the Gram matrix entry by entry."""
-    rows = np.reshape(x, (-1, x.shape[-1]))
+def _orthogonality(x, mode, normalize, axis):
+    """By the Gram matrix of the rows, entry by entry."""
+    last = {"rows": x, "sequence": np.moveaxis(x, 1, 0), "vocabulary": np.moveaxis(x, -1, 0)}[axis]
+    rows = np.reshape(last, (-1, x.shape[-1]) if axis == "rows" else (len(last), -1))
     if normalize:
         lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
         rows = rows / np.where(lengths > 0, lengths, 1)
@@ -547,7 +557,8 @@ CONSTRAINTS = [
             f"{mode}{suffix}": {"mode": mode, "normalize": normalize}
             for mode in ("soft", "hard", "spectral")
             for normalize, suffix in ((True, ""), (False, "-as-it-is"))
-        },
+        }
+        | {f"hard-{axis}": {"mode": "hard", "axis": axis} for axis in ("sequence", "vocabulary")},
     ),
 ]
 

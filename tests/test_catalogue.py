@@ -21,6 +21,7 @@ from tests.catalogue import (
     OTHERS,
     PENALTIES,
     SEPARABLE,
+    choices_of,
     every,
 )
 from tests.oracles import assert_close, lattice
@@ -89,6 +90,16 @@ def test_an_oracle_takes_hyperparameters_of_the_function(entry):
     for case in entry.cases():
         wanted = list(inspect.signature(entry.oracle).parameters)[case.inputs :]
         assert {*wanted, *case.settings} <= {*case.parameters}
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.function.__name__)
+def test_variants_have_every_option(entry):
+    for name, words in choices_of(entry.function).items():
+        if name != "reduction":
+            settings = [case.parameters[name].default for case in entry.cases()]
+            settings += [case.settings.get(name) for case in entry.cases()]
+            missing = {*words} - {*settings}
+            assert not missing, f"no variant has {name}={sorted(missing)}"
 
 
 # The oracles themselves, where others have the same formula.

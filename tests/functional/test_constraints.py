@@ -9,35 +9,24 @@ import pytest
 
 import penalties_jax.functional as F  # noqa: N812
 from tests import oracles
-from tests.catalogue import CASES, INF, every, only
+from tests.catalogue import CASES, INF, choices_of, every, only
 from tests.oracles import as_float32, assert_close, gradient, lattice
 from tests.programs import quick_jit
 
 ORTHOGONALITY = only(lambda case: case.function is F.orthogonality, CASES)
 SOFT = ORTHOGONALITY["orthogonality-soft"]
 
-AXES = {
-    "rows": lambda x: x.reshape(-1, x.shape[-1]),
-    "sequence": lambda x: np.moveaxis(x, 1, 0).reshape(x.shape[1], -1),
-    "vocabulary": lambda x: np.moveaxis(x, -1, 0).reshape(x.shape[-1], -1),
-}
-MODES = sorted({case.settings["mode"] for case in ORTHOGONALITY.values()})
+MODES, AXES = map(choices_of(F.orthogonality).get, ("mode", "axis"))
 
 
 @every(ORTHOGONALITY)
 def test_orthogonality(case, x64):
     x = lattice(0, 2, 3, 4)
-    mode = case.settings["mode"]
-    for axis, rows in AXES.items() if mode == "hard" else [("rows", AXES["rows"])]:
-        value, slope = quick_jit(jax.value_and_grad(partial(case.raw, axis=axis)))(x)
-
-        def oracle(x, rows=rows):
-            return case.formula(rows(x))
-
-        assert value.shape == ()
-        assert value.dtype == jnp.float64
-        assert_close(value, oracle(x), rtol=1e-11)
-        assert_close(slope, gradient(oracle, x), rtol=1e-6, atol=1e-8)
+    value, slope = quick_jit(jax.value_and_grad(case.raw))(x)
+    assert value.shape == ()
+    assert value.dtype == jnp.float64
+    assert_close(value, case.formula(x), rtol=1e-11)
+    assert_close(slope, gradient(case.formula, x), rtol=1e-6, atol=1e-8)
 
 
 def test_orthogonality_second_derivative(x64):
@@ -333,10 +322,10 @@ def test_interpolated_gradient_penalty():
 
 ERRORS = {
     "mode": (lambda x: F.orthogonality(x, mode="firm"), MODES),
-    "axis": (lambda x: F.orthogonality(x, axis="columns"), tuple(AXES)),
+    "axis": (lambda x: F.orthogonality(x, axis="columns"), AXES),
     "metric": (
         lambda x: F.consistency(x, x, metric="l3"),
-        [case.settings["metric"] for case in CASES.values() if case.function is F.consistency],
+        choices_of(F.consistency)["metric"],
     ),
     "shapes": (
         lambda x: F.interpolated_gradient_penalty(jnp.sum, x, x[:1], jax.random.key(0)),

@@ -11,11 +11,11 @@ from scipy import special
 
 import penalties_jax.functional as F  # noqa: N812
 from tests import oracles
-from tests.catalogue import CASES, every, only
+from tests.catalogue import CASES, choices_of, every, only
 from tests.oracles import as_float32, assert_close, lattice
 
 ESTIMATES = only(lambda case: case.function is F.kl_estimate, CASES)
-ESTIMATORS = [case.settings["estimator"] for case in ESTIMATES.values()]
+ESTIMATORS = choices_of(F.kl_estimate)["estimator"]
 LOG_RATIOS = np.array([0.0, 1e-30, 1e-6, 1e-4, 1e-2, 0.3, 0.99, 1.01, 3.0, 20.0, 80.0, 100.0, 1e30])
 
 
