@@ -623,6 +623,7 @@ OTHERS = {
     "DualAscent": ("test_controllers.py", "a controller"),
     "ImportanceMinimality": ("test_importance.py", "it takes a penalty"),
     "Objective": ("test_objective.py", "made of terms"),
+    "SampledEntropy": ("test_terms.py", "the mean of what tokens are given"),
     "SparsityTarget": ("test_sparsity_target.py", "its function takes trees of rates"),
     "Term": ("test_objective.py", "made of a penalty"),
 }
@@ -684,5 +685,6 @@ CONFIGS = first_of_each(lambda case: case.structure, only(lambda case: case.entr
 GATE_CASES = cases_of(*GATES)
 EXAMPLES = {name: case.config() for name, case in CONFIGS.items()} | {
     "ImportanceMinimality": pj.ImportanceMinimality(pj.SmoothL0(gamma=0.5), beta=0.5),
+    "SampledEntropy": pj.SampledEntropy(maximize=True),
     "SparsityTarget": pj.SparsityTarget(target=0.5, kind="huber", delta=0.2),
 }

@@ -76,6 +76,15 @@ def test_options_of_divergences():
         chex.assert_trees_all_close(actual, expected, rtol=1e-6)
 
 
+def test_sampled_entropy():
+    log_p, mask = jnp.array([-1.0, -2.0, np.nan]), np.array([True, True, False])
+    for maximize, sign in ((False, 1.0), (True, -1.0)):
+        config = pj.SampledEntropy(maximize=maximize)
+        value, slope = jax.value_and_grad(lambda x, c=config: c(x, where=mask))(log_p)
+        assert_close(value, 1.5 * sign)
+        assert_close(slope, [-0.5 * sign, -0.5 * sign, 0])
+
+
 # Numbers are leaves, options are structure.
 
 
