@@ -73,8 +73,11 @@ CASES = {
     ),
     "smooth_l0": Case(pj.smooth_l0, lambda x, g: jnp.sum(x**2 / (x**2 + g**2)), 0.1),
     "huber": Case(pj.huber, _textbook_huber, 1.0),
-    # A power costs more than memory does: its time has no bar.
+    # Powers and logarithms cost more than memory does: their time has no bar.
     "lp": Case(pj.lp, lambda x, p: jnp.sum((jnp.abs(x) + EPS) ** p), 0.5, time_bar=None),
+    "log_sum": Case(
+        pj.log_sum, lambda x, eps: jnp.sum(jnp.log1p(jnp.abs(x) / eps)), 0.1, time_bar=None
+    ),
 }
 
 

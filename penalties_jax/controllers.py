@@ -24,9 +24,11 @@ __all__ = ["AdaptiveSparsityScheduler", "DualAscent", "SparsityControl"]
 
 
 class SparsityControl(NamedTuple):
-    """What a controller asks for: a target $t$ for the rate of skipped work, and its weight $w$.
+    """What a controller asks for, of shape [], or [n] of a controller with arrays for n layers.
 
-    Both are of shape [], or [n] of a controller with arrays for n layers.
+    Attributes:
+        target: What the rate of skipped work should be.
+        weight: The weight of the loss that pulls it there.
 
     Examples:
         >>> controller = pj.DualAscent(target=0.5, initial_weight=1.0)

@@ -41,6 +41,63 @@ def gradient(function, x, step=2e-4):
     return result
 
 
+# Formulas of numpy's arrays, in float64 or with as many digits as it takes.
+
+DIGITS = 200
+# The exponent of 2 in what stands for infinity and, negative, for a probability of 0.
+BEYOND = 10**60
+
+
+def precise(x):
+    """An array of mpmath's numbers, where infinity is a number beyond those of every dtype."""
+    numbers = [
+        mpmath.sign(value) * mpmath.ldexp(1, BEYOND) if np.isinf(value) else mpmath.mpf(value)
+        for value in np.ravel(np.asarray(x, np.float64)).tolist()
+    ]
+    return np.reshape(np.array(numbers, object), np.shape(x))
+
+
+def precisely(formula, *arrays):
+    """The values of a formula, in float64."""
+    with mpmath.workdps(DIGITS):
+        return np.asarray(formula(*map(precise, arrays))).astype(np.float64)
+
+
+def slope(formula, *arrays, argument=0, side=0):
+    """The derivative of an elementwise formula in one argument, by differences.
+
+    At a kink it is the mean of both sides', or the left (side = -1) or right (side = 1) one.
+    """
+    with mpmath.workdps(DIGITS):
+        arrays = [precise(x) for x in arrays]
+        x = arrays[argument]
+        h = mpmath.mpf(10) ** -40 * np.where(x == 0, mpmath.mpf(10) ** -40, abs(x))
+        ends = x - (h if side <= 0 else 0), x + (h if side >= 0 else 0)
+        below, above = (formula(*arrays[:argument], end, *arrays[argument + 1 :]) for end in ends)
+        return np.asarray((above - below) / (ends[1] - ends[0])).astype(np.float64)
+
+
+def probabilities(x, temperature=None):
+    """Those of log-probabilities, or of logits at a temperature; of -inf the least there is."""
+
+    def probability(x):
+        least = mpmath.ldexp(1, -BEYOND)
+        return least if x < -(mpmath.mpf(10) ** 40) else mpmath.exp(x / (temperature or 1))
+
+    p = np.frompyfunc(probability, 1, 1)(x)
+    return p if temperature is None else p / p.sum(-1, keepdims=True)
+
+
+def log(x):
+    """The natural logarithm of floats or of mpmath's numbers."""
+    return np.frompyfunc(mpmath.log, 1, 1)(x) if np.asarray(x).dtype == object else np.log(x)
+
+
+def expm1(x):
+    """Exp(x) - 1 of floats or of mpmath's numbers."""
+    return np.frompyfunc(mpmath.expm1, 1, 1)(x) if np.asarray(x).dtype == object else np.expm1(x)
+
+
 # Divergences of one or many rows of log-probabilities, classes on the last axis.
 
 
@@ -99,10 +156,3 @@ def kl_gradient(log_p, log_q):
     present = np.isfinite(log_p) & np.isfinite(log_q)
     difference = np.where(present, log_p, 0.0) - np.where(present, log_q, 0.0)
     return np.where(present, p * (difference + 1), 0.0), -p
-
-
-def k3(log_ratio):
-    """Exact expm1(r) - r, elementwise."""
-    with mpmath.workdps(60):
-        exact = [float(mpmath.expm1(mpmath.mpf(float(r))) - float(r)) for r in np.ravel(log_ratio)]
-    return np.reshape(exact, np.shape(log_ratio))

@@ -13,9 +13,9 @@ import pytest
 
 import penalties_jax as pj
 from penalties_jax.controllers import Controller, Setpoint, View
-from tests.configs import jit_once
-from tests.functional.cases import quick_jit
+from tests.catalogue import choices_of
 from tests.oracles import assert_close
+from tests.programs import jit_once, quick_jit
 
 FRACTIONS = {
     "linear": lambda u: u,
@@ -23,7 +23,7 @@ FRACTIONS = {
     "cubic": lambda u: 1 - (1 - u) ** 3,
     "quarters": lambda u: np.select([u < 0.25, u < 0.5, u < 0.75], [0, 0.33, 0.67], 1.0),
 }
-SHAPES = (*FRACTIONS, "exponential")
+SHAPES = choices_of(pj.anneal)["shape"]
 STEPS = np.arange(1_000)
 
 Adaptive = pj.AdaptiveSparsityScheduler

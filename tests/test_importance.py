@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import penalties_jax as pj
-from tests.configs import jit_once
 from tests.oracles import assert_close
+from tests.programs import jit_once
 
 SITES = {
     "a": np.random.default_rng(0).random((6, 5, 4)).astype(np.float32),

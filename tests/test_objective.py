@@ -12,8 +12,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import penalties_jax as pj
-from tests.configs import jit_once
 from tests.oracles import assert_close, lattice
+from tests.programs import jit_once
 
 MASK = np.arange(8) % 3 != 0
 OUTPUTS = {

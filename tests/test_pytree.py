@@ -11,10 +11,10 @@ import optax
 import pytest
 
 import penalties_jax as pj
-from tests.configs import EXAMPLES
+from tests.catalogue import EXAMPLES
 from tests.oracles import assert_close
 
-CONFIGS = {name: example.config for name, example in EXAMPLES.items()} | {
+CONFIGS = EXAMPLES | {
     "scaled": 0.1 * pj.L1(),
     "sum": pj.L1() + 2.0 * pj.SmoothL0(gamma=pj.anneal(1.0, 0.1, start=0, end=10)),
     "schedule": pj.anneal(1.0, 0.1, start=0, end=10, shape="cosine"),

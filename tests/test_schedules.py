@@ -9,8 +9,9 @@ import optax
 import pytest
 
 import penalties_jax as pj
-from tests.configs import jit_once
+from tests.catalogue import choices_of
 from tests.oracles import assert_close, gradient
+from tests.programs import jit_once
 
 FRACTIONS = {
     "linear": lambda u: u,
@@ -18,7 +19,7 @@ FRACTIONS = {
     "cubic": lambda u: 1 - (1 - u) ** 3,
     "quarters": lambda u: np.array([0, 0.33, 0.67, 1])[np.minimum((4 * u).astype(int), 3)],
 }
-SHAPES = (*FRACTIONS, "exponential")
+SHAPES = choices_of(pj.anneal)["shape"]
 STEPS = np.arange(1_001)
 
 every_shape = pytest.mark.parametrize("shape", SHAPES)

@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 import penalties_jax as pj
-from tests.configs import EXAMPLES
+from tests.catalogue import EXAMPLES, choices_of
 from tests.oracles import assert_close
 
-SHAPES = ("linear", "cosine", "exponential", "cubic", "quarters")
-CONFIGS = {name: example.config for name, example in EXAMPLES.items()} | {
+SHAPES = choices_of(pj.anneal)["shape"]
+CONFIGS = EXAMPLES | {
     **{shape: pj.anneal(1.0, 0.1, start=0, end=10, shape=shape) for shape in SHAPES},
     "fraction": pj.anneal_fraction(2, 0.4, total_steps=100, start_frac=0.1),
     "every option": pj.L2(center=1, clip=2.0, weights=3, reduction="mean", axis_name=("a", "b")),

@@ -10,11 +10,11 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import penalties_jax as pj
-from tests.configs import jit_once
-from tests.functional.cases import quick_jit
+from tests.catalogue import choices_of
 from tests.oracles import assert_close, gradient
+from tests.programs import jit_once, quick_jit
 
-KINDS = ("l2", "l1", "kl", "huber", "adaptive")
+KINDS = choices_of(pj.sparsity_target_loss)["kind"]
 REDUCTIONS = {"none": lambda x: x, "sum": np.sum, "mean": np.mean}
 
 every_kind = pytest.mark.parametrize("kind", KINDS)

@@ -14,8 +14,8 @@ from sklearn import linear_model
 from sklearn.datasets import load_diabetes
 
 import penalties_jax as pj
-from tests.configs import jit_once
 from tests.oracles import assert_close, lattice
+from tests.programs import jit_once
 
 PARAMS = {
     "kernel": lattice(0, 4, 3).astype(np.float32),

@@ -176,6 +176,7 @@ def prox_l2(
         >>> pj.prox_l2(jnp.array([3.0]), 1.0).tolist()
         [1.0]
     """
+    ANY.check(center=center)
     return _proximal(_shrink, v, t, center=center)
 
 

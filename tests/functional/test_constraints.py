@@ -1,6 +1,5 @@
 """Structural penalties against plain numpy loops, with their edges."""
 
-import math
 from functools import partial
 
 import jax
@@ -10,50 +9,24 @@ import pytest
 
 import penalties_jax.functional as F  # noqa: N812
 from tests import oracles
-from tests.functional.cases import quick_jit
+from tests.catalogue import CASES, INF, choices_of, every, only
 from tests.oracles import as_float32, assert_close, gradient, lattice
+from tests.programs import quick_jit
 
-INF = math.inf
+ORTHOGONALITY = only(lambda case: case.function is F.orthogonality, CASES)
+SOFT = ORTHOGONALITY["orthogonality-soft"]
 
-
-def gram_penalty(rows, mode, normalize):
-    """Orthogonality of the rows of a matrix, entry by entry of its Gram matrix."""
-    if normalize:
-        rows = [row / np.linalg.norm(row) if np.any(row) else row for row in rows]
-    gram = [[np.dot(one, two) for two in rows] for one in rows]
-    n = len(rows)
-    soft = sum(gram[i][j] ** 2 for i in range(n) for j in range(n) if i != j)
-    if mode == "soft":
-        return soft
-    if mode == "hard":
-        return soft + sum((gram[i][i] - 1) ** 2 for i in range(n))
-    return soft + (sum(gram[i][i] for i in range(n)) - n) ** 2
+MODES, AXES = map(choices_of(F.orthogonality).get, ("mode", "axis"))
 
 
-AXES = {
-    "rows": lambda x: x.reshape(-1, x.shape[-1]),
-    "sequence": lambda x: np.moveaxis(x, 1, 0).reshape(x.shape[1], -1),
-    "vocabulary": lambda x: np.moveaxis(x, -1, 0).reshape(x.shape[-1], -1),
-}
-MODES = ("soft", "hard", "spectral")
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("mode", MODES)
-def test_orthogonality(mode, normalize, x64):
+@every(ORTHOGONALITY)
+def test_orthogonality(case, x64):
     x = lattice(0, 2, 3, 4)
-    for axis, rows in AXES.items() if mode == "hard" else [("rows", AXES["rows"])]:
-        value, slope = quick_jit(
-            jax.value_and_grad(partial(F.orthogonality, mode=mode, normalize=normalize, axis=axis))
-        )(x)
-
-        def oracle(x, rows=rows):
-            return gram_penalty(rows(x), mode, normalize)
-
-        assert value.shape == ()
-        assert value.dtype == jnp.float64
-        assert_close(value, oracle(x), rtol=1e-11)
-        assert_close(slope, gradient(oracle, x), rtol=1e-6, atol=1e-8)
+    value, slope = quick_jit(jax.value_and_grad(case.raw))(x)
+    assert value.shape == ()
+    assert value.dtype == jnp.float64
+    assert_close(value, case.formula(x), rtol=1e-11)
+    assert_close(slope, gradient(case.formula, x), rtol=1e-6, atol=1e-8)
 
 
 def test_orthogonality_second_derivative(x64):
@@ -100,8 +73,8 @@ def test_orthogonality_maps_over_a_batch(x64):
     """Flattened rows make one Gram matrix; vmap makes one for each example."""
     x = lattice(3, 2, 3, 4)
     whole, mapped = quick_jit(lambda x: (F.orthogonality(x), jax.vmap(F.orthogonality)(x)))(x)
-    assert_close(whole, gram_penalty(AXES["rows"](x), "soft", True), rtol=1e-10)
-    assert_close(mapped, [gram_penalty(matrix, "soft", True) for matrix in x], rtol=1e-10)
+    assert_close(whole, SOFT.formula(x), rtol=1e-10)
+    assert_close(mapped, [SOFT.formula(matrix) for matrix in x], rtol=1e-10)
 
 
 def test_orthogonality_dtypes():
@@ -111,7 +84,7 @@ def test_orthogonality_dtypes():
         value, slope = call(jnp.asarray(x, dtype))
         assert value.dtype == jnp.float32
         assert slope.dtype == dtype
-        assert_close(value, gram_penalty(x, "soft", True), rtol=1e-5)
+        assert_close(value, SOFT.formula(x), rtol=1e-5)
     value = F.orthogonality(jnp.asarray([[1, 2], [3, -1]]), normalize=False)
     assert value.dtype == jnp.float32
     assert_close(value, 2.0)
@@ -349,8 +322,11 @@ def test_interpolated_gradient_penalty():
 
 ERRORS = {
     "mode": (lambda x: F.orthogonality(x, mode="firm"), MODES),
-    "axis": (lambda x: F.orthogonality(x, axis="columns"), tuple(AXES)),
-    "metric": (lambda x: F.consistency(x, x, metric="l3"), ("mse", "l1", "cosine", "kl")),
+    "axis": (lambda x: F.orthogonality(x, axis="columns"), AXES),
+    "metric": (
+        lambda x: F.consistency(x, x, metric="l3"),
+        choices_of(F.consistency)["metric"],
+    ),
     "shapes": (
         lambda x: F.interpolated_gradient_penalty(jnp.sum, x, x[:1], jax.random.key(0)),
         ("(2, 3)", "(1, 3)"),

@@ -1,6 +1,7 @@
 """Estimates of KL from sampled tokens: exact values, exact expectations, declared gradients."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,46 +11,39 @@ from scipy import special
 
 import penalties_jax.functional as F  # noqa: N812
 from tests import oracles
+from tests.catalogue import CASES, choices_of, every, only
 from tests.oracles import as_float32, assert_close, lattice
 
-ESTIMATORS = ("k1", "k2", "k3")
+ESTIMATES = only(lambda case: case.function is F.kl_estimate, CASES)
+ESTIMATORS = choices_of(F.kl_estimate)["estimator"]
 LOG_RATIOS = np.array([0.0, 1e-30, 1e-6, 1e-4, 1e-2, 0.3, 0.99, 1.01, 3.0, 20.0, 80.0, 100.0, 1e30])
 
 
-def exact(estimator, log_ratio):
-    return {"k1": -log_ratio, "k2": log_ratio**2 / 2, "k3": oracles.k3(log_ratio)}[estimator]
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_value_and_gradient_at_the_edges(estimator):
+@every(ESTIMATES)
+def test_value_and_gradient_at_the_edges(case):
     """Small ratios keep their digits; infinite ones give infinity, never NaN."""
     log_q = as_float32([*LOG_RATIOS, *-LOG_RATIOS])
     log_p = np.zeros_like(log_q)
 
     @jax.jit
     def everything(log_p, log_q):
-        def total(log_p, log_q):
-            return F.kl_estimate(log_p, log_q, estimator=estimator, reduction="sum")
-
-        slopes = jax.grad(total, (0, 1))
+        slopes = jax.grad(lambda *x: case.raw(*x, reduction="sum"), (0, 1))
         return (
-            F.kl_estimate(log_p, log_q, estimator=estimator, reduction="none"),
+            case.raw(log_p, log_q, reduction="none"),
             slopes(log_p, log_q),
             jax.jvp(lambda x: slopes(log_p, x)[1], (log_q,), (jnp.ones_like(log_q),))[1],
         )
 
     values, slopes, second = everything(log_p.astype(np.float32), log_q.astype(np.float32))
-    # mpmath has no infinity in exp(1e30): float64's will do there.
-    desired = np.array([exact(estimator, r) if r < 700 else 1e300 for r in log_q])
-    if estimator != "k3":
-        desired = exact(estimator, log_q)
+    desired = oracles.precisely(case.formula, log_p, log_q)
     assert_close(values, as_float32(desired), rtol=1e-5, atol=1e-37)
+    for argument, slope in enumerate(slopes):
+        desired = oracles.slope(case.formula, log_p, log_q, argument=argument)
+        assert_close(slope, as_float32(desired), rtol=2e-5, atol=1e-37)
     with np.errstate(over="ignore"):
-        slope = {"k1": -np.ones_like(log_q), "k2": log_q, "k3": np.expm1(log_q)}[estimator]
         curvature = {"k1": np.zeros_like(log_q), "k2": np.ones_like(log_q), "k3": np.exp(log_q)}
-    assert_close(slopes[1], as_float32(slope), rtol=2e-5, atol=1e-37)
-    assert_close(slopes[0], -as_float32(slope), rtol=2e-5, atol=1e-37)
-    assert_close(second, as_float32(curvature[estimator]), rtol=2e-5, atol=1e-7)
+    desired = as_float32(curvature[case.settings["estimator"]])
+    assert_close(second, desired, rtol=2e-5, atol=1e-7)
 
 
 def test_a_token_that_q_excludes():
@@ -101,12 +95,9 @@ def test_padding_may_hold_anything():
     log_p = jnp.asarray([-1.0, -math.inf, math.nan, -2.0, math.inf])
     log_q = jnp.asarray([-1.5, -math.inf, 0.0, math.nan, math.inf])
     where = jnp.asarray([True, False, False, False, False])
-    for estimator in ESTIMATORS:
-        value, slopes = jax.value_and_grad(
-            lambda p, q, estimator=estimator: F.kl_estimate(p, q, estimator=estimator, where=where),
-            (0, 1),
-        )(log_p, log_q)
-        assert_close(value, exact(estimator, np.array(-0.5)), rtol=1e-6)
+    for case in ESTIMATES.values():
+        value, slopes = jax.value_and_grad(partial(case.raw, where=where), (0, 1))(log_p, log_q)
+        assert_close(value, case.formula(np.array(-1.0), np.array(-1.5)), rtol=1e-6)
         assert all(np.all(np.asarray(slope)[1:] == 0) for slope in slopes)
         assert all(np.isfinite(slope).all() for slope in slopes)
 

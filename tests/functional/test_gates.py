@@ -11,18 +11,15 @@ import pytest
 from scipy import special, stats
 
 import penalties_jax.functional as F  # noqa: N812
+from tests.catalogue import GATE_CASES, every, only
 from tests.oracles import assert_close, gradient, lattice
 
 DRAWS = 1_000_000
 KEY = jax.random.key(0)
 LOGITS = np.arange(-4.0, 5.0)
-GATES = {
-    "logistic": F.logistic_gate,
-    "logistic-soft": partial(F.logistic_gate, hard=False),
-    "hard_concrete": F.hard_concrete_gate,
-    "top_k": lambda logits, key, **options: F.top_k_gate(logits, 2, key, **options),
-}
-every_gate = pytest.mark.parametrize("gate", GATES.values(), ids=GATES.keys())
+RANDOM = only(lambda case: case.is_a("random"), GATE_CASES)
+every_gate = every(RANDOM)
+every_case = every(GATE_CASES)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -134,33 +131,45 @@ def test_hard_concrete_gradients(key, x64):
         assert_close(gates, np.clip(1.5 * special.expit(logits) - 0.2, 0, 1), rtol=1e-12)
 
 
+@every_case
+def test_without_noise(case, x64):
+    """The oracle's gates, at any shape."""
+    for x in (lattice(3, 4, 6), lattice(4, 2, 3, 5)):
+        assert_close(case.raw(jnp.asarray(x), **case.without_noise), case.formula(x), rtol=1e-12)
+
+
 @every_gate
-def test_the_same_key_gives_the_same_gates(gate):
+def test_the_same_key_gives_the_same_gates(case):
     logits = jnp.zeros((50, 8))
-    again = [np.asarray(gate(logits, jax.random.key(seed))) for seed in (1, 1, 2)]
+    again = [np.asarray(case.raw(logits, key=jax.random.key(seed))) for seed in (1, 1, 2)]
     assert np.array_equal(again[0], again[1])
     assert not np.array_equal(again[0], again[2])
     assert not np.all(again[0] == again[0][:1])
-    evaluated = gate(logits, None)
+    evaluated = case.raw(logits, key=None)
     assert np.all(evaluated == evaluated[:1])
 
 
-@every_gate
-@pytest.mark.parametrize("key", [KEY, None], ids=["noise", "evaluation"])
-def test_jit_and_low_precision(gate, key):
+@every_case
+def test_jit_and_low_precision(case):
     logits = jnp.asarray(lattice(3, 4, 6), jnp.float32)
-    plain = gate(logits, key, temperature=0.7)
-    compiled = jax.jit(gate)(logits, key, temperature=jnp.asarray(0.7))
-    assert_close(compiled, plain, rtol=1e-6, atol=1e-7)
-    low = gate(logits.astype(jnp.bfloat16), key, temperature=0.7)
-    assert low.dtype == plain.dtype == jnp.float32
-    # The logits are exact in bfloat16, and the noise is drawn in float32.
-    assert_close(low, plain, rtol=1e-6, atol=1e-7)
-    assert gate(jnp.arange(4), key).dtype == jnp.float32
+    numbers = {name: 0.7 * x for name, x in case.numbers.items()}
+    for key in [{"key": KEY}, {"key": None}] if case.is_a("random") else [{}]:
+        plain = case.raw(logits, **key, **numbers)
+        traced = {name: jnp.asarray(x) for name, x in numbers.items()}
+        compiled = jax.jit(lambda x, key=key, **numbers: case.raw(x, **key, **numbers))
+        assert_close(compiled(logits, **traced), plain, rtol=1e-6, atol=1e-7)
+        low = case.raw(logits.astype(jnp.bfloat16), **key, **numbers)
+        assert low.dtype == plain.dtype == jnp.float32
+        # The logits are exact in bfloat16, and the noise is drawn in float32.
+        assert_close(low, plain, rtol=1e-6, atol=1e-7)
+        assert case.raw(jnp.arange(4), **key).dtype == jnp.float32
 
 
 @every_gate
-def test_vmap(gate):
+def test_vmap(case):
+    def gate(x, key):
+        return case.raw(x, key=key)
+
     logits = jnp.asarray(lattice(4, 3, 6), jnp.float32)
     keys = jax.random.split(KEY, 3)
     for mapped, alone in (
@@ -173,22 +182,23 @@ def test_vmap(gate):
     assert np.any(np.asarray(slopes) != 0)
 
 
-@every_gate
-def test_a_traced_temperature_does_not_retrace(gate):
+@every_case
+def test_a_traced_number_does_not_retrace(case):
+    """And eagerly, another number compiles nothing."""
     logits = jnp.asarray(lattice(5, 4), jnp.float32)
-    chex.clear_trace_counter()
-    call = jax.jit(chex.assert_max_traces(lambda t: gate(logits, KEY, temperature=t), n=1))
-    for temperature in (0.25, 0.5, 2.0):
-        traced = call(jnp.asarray(temperature))
-        assert_close(traced, gate(logits, KEY, temperature=temperature), rtol=1e-6, atol=1e-7)
+    key = {"key": KEY} if case.is_a("random") else {}
+    for name, number in case.numbers.items():
+        chex.clear_trace_counter()
 
+        def gate(number, name=name):
+            return case.raw(logits, **key, **{name: number})
 
-@every_gate
-def test_another_number_as_temperature_compiles_nothing(gate):
-    logits = jnp.asarray(lattice(5, 4), jnp.float32)
-    gate(logits, KEY, temperature=0.9)
-    with jax.no_tracing():
-        gate(logits, KEY, temperature=0.8)
+        call = jax.jit(chex.assert_max_traces(gate, n=1))
+        for factor in (0.5, 1.0, 2.0):
+            traced = call(jnp.asarray(factor * number))
+            assert_close(traced, gate(factor * number), rtol=1e-6, atol=1e-7)
+        with jax.no_tracing():
+            gate(0.75 * number)
 
 
 def test_a_temperature_for_each_feature(x64):
@@ -312,20 +322,19 @@ def test_straight_through():
         F.straight_through(hard, soft[:2])
 
 
-@pytest.mark.parametrize(
-    "call",
-    [*GATES.values(), lambda logits, key, **options: F.hard_concrete_l0(logits, **options)],
-    ids=[*GATES, "l0"],
-)
-def test_bad_temperatures(call):
+@every_case
+def test_bad_numbers(case):
     logits = jnp.zeros((4, 3))
-    for temperature in (0, -1.0, math.nan):
-        with pytest.raises(ValueError, match="temperature must be above 0"):
-            call(logits, KEY, temperature=temperature)
-    with pytest.raises(ValueError, match=r"temperature must broadcast.*\(4,\)"):
-        call(logits, KEY, temperature=jnp.ones(4))
-    with pytest.raises(TypeError, match="temperature is a schedule"):
-        call(logits, KEY, temperature=lambda step: 0.5)
+    for name in case.numbers:
+        call = partial(case.raw, logits, **case.without_noise)
+        # A threshold may be anything; the widths of the noise and of the kernel may not.
+        for number in (0, -1.0, math.nan) if name != "threshold" else ():
+            with pytest.raises(ValueError, match=f"{name} must be above 0"):
+                call(**{name: number})
+        with pytest.raises(ValueError, match=rf"{name} must broadcast.*\(4,\)"):
+            call(**{name: jnp.ones(4)})
+        with pytest.raises(TypeError, match=f"{name} is a schedule"):
+            call(**{name: lambda step: 0.5})
 
 
 def test_other_bad_input():
@@ -341,13 +350,3 @@ def test_other_bad_input():
             F.hard_concrete_gate(logits, KEY, stretch=stretch)
         with pytest.raises(ValueError, match="stretch"):
             F.hard_concrete_l0(logits, stretch=stretch)
-    for gate in (F.step_gate, F.jump_relu):
-        for bandwidth in (0, -0.1):
-            with pytest.raises(ValueError, match="bandwidth must be above 0"):
-                gate(logits, 1.0, bandwidth=bandwidth)
-        with pytest.raises(ValueError, match=r"threshold must broadcast.*\(4,\)"):
-            gate(logits, jnp.ones(4))
-        with pytest.raises(TypeError, match="threshold is a schedule"):
-            gate(logits, lambda step: 0.5)
-        with pytest.raises(TypeError, match="bandwidth is a schedule"):
-            gate(logits, 1.0, bandwidth=lambda step: 0.5)

@@ -14,8 +14,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import penalties_jax as pj
-from tests.functional.cases import quick_jit
 from tests.oracles import assert_close
+from tests.programs import quick_jit
 
 GAMMA, POWER, EPS = 0.5, 0.4, 1e-12
 

@@ -1,6 +1,8 @@
 """Divergences from hidden states, beside the same from logits in float64 and on one device."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,9 @@ from scipy import special
 
 import penalties_jax.functional as F  # noqa: N812
 from tests import oracles
-from tests.functional.cases import quick_jit
+from tests.catalogue import DIVERGENCE_CASES, every, first_of_each
 from tests.oracles import assert_close
+from tests.programs import quick_jit
 
 ROWS, WIDTH, OTHER, CLASSES = (16, 3), 6, 4, 40
 
@@ -29,18 +32,41 @@ def data(dtype=np.float32):
     return arrays, random.integers(0, CLASSES, size=ROWS), random.random(ROWS) < 0.7
 
 
-def kl(arrays, labels, **options):
-    hidden_p, kernel_p, bias_p, hidden_q, kernel_q, bias_q = arrays
-    return F.linear_kl(
-        hidden_p, kernel_p, hidden_q, kernel_q, bias_p=bias_p, bias_q=bias_q, **options
-    )
+class Head(NamedTuple):
+    """A function of hidden states and kernels, its value for each position, and its numbers."""
+
+    call: Callable[..., Any]
+    oracle: Callable[..., np.ndarray]
+    numbers: dict[str, float]
 
 
-def js(arrays, labels, **options):
+def head(case):
+    """That of a divergence, which has one pair of hidden states and a kernel for each input."""
+
+    def call(arrays, labels, **options):
+        pairs = [x for i in range(case.inputs) for x in arrays[3 * i : 3 * i + 2]]
+        names = ("bias_p", "bias_q") if case.inputs == 2 else ("bias",)
+        biases = {name: arrays[3 * i + 2] for i, name in enumerate(names)}
+        settings = case.settings | {"block_size": None}
+        return case.entry.of_hidden(*pairs, **biases, **(settings | options))
+
+    def oracle(arrays, labels, **numbers):
+        return case.entries(*logits(arrays)[: case.inputs], **numbers)
+
+    return Head(call, oracle, case.numbers)
+
+
+def logits(arrays):
     hidden_p, kernel_p, bias_p, hidden_q, kernel_q, bias_q = arrays
-    return F.linear_js(
-        hidden_p, kernel_p, hidden_q, kernel_q, bias_p=bias_p, bias_q=bias_q, mixture=0.3, **options
-    )
+    return hidden_p @ kernel_p + bias_p, hidden_q @ kernel_q + bias_q
+
+
+def logs(arrays, temperature=1.0):
+    return [special.log_softmax(z / temperature, axis=-1) for z in logits(arrays)]
+
+
+def chosen(log_p, labels):
+    return -np.take_along_axis(log_p, labels[..., None], -1)[..., 0]
 
 
 def cross_entropy(arrays, labels, **options):
@@ -57,29 +83,35 @@ def distillation(arrays, labels, **options):
     ).total  # fmt: skip
 
 
-def logs(arrays, temperature=1.0):
-    hidden_p, kernel_p, bias_p, hidden_q, kernel_q, bias_q = arrays
-    logits = hidden_p @ kernel_p + bias_p, hidden_q @ kernel_q + bias_q
-    return [special.log_softmax(z / temperature, axis=-1) for z in logits]
-
-
-def chosen(log_p, labels):
-    return -np.take_along_axis(log_p, labels[..., None], -1)[..., 0]
-
-
 def distilled(arrays, labels):
     p, q = logs(arrays, 2.0)
     both = (oracles.kl(p, q) + oracles.kl(q, p)) / 2
     return 0.7 * chosen(logs(arrays)[0], labels) + 0.3 * both
 
 
-CASES = {
-    "kl": (kl, lambda arrays, labels: oracles.kl(*logs(arrays))),
-    "js": (js, lambda arrays, labels: oracles.js(*logs(arrays), 0.3)),
-    "cross_entropy": (cross_entropy, lambda arrays, labels: chosen(logs(arrays)[0], labels)),
-    "distillation": (distillation, distilled),
+# Entropies have none yet.
+DIVERGENCES = {
+    case.entry.of_hidden.__name__: head(case)
+    for case in first_of_each(lambda case: case.function, DIVERGENCE_CASES).values()
+    if case.streamed and case.entry.of_hidden
 }
-every_case = pytest.mark.parametrize(("call", "oracle"), CASES.values(), ids=CASES.keys())
+HEADS = DIVERGENCES | {
+    "linear_cross_entropy": Head(
+        cross_entropy, lambda arrays, labels: chosen(logs(arrays)[0], labels), {}
+    ),
+    "linear_distillation": Head(distillation, distilled, {}),
+}
+kl = DIVERGENCES["linear_kl"].call
+every_head = every(HEADS, "head")
+# What is sharded is the one that is made of both kinds, and in make test-slow all of them.
+BOTH, *OTHERS = sorted(HEADS, key=lambda name: name != "linear_distillation")
+
+
+def sharded(names, *ways, others):
+    """Every way with the first head, and one way with the others."""
+    params = [pytest.param(HEADS[BOTH], *way, id="-".join([BOTH, *map(str, way)])) for way in ways]
+    params += [pytest.param(HEADS[x], *others, id=x, marks=pytest.mark.slow) for x in OTHERS]
+    return pytest.mark.parametrize(("head", *names), params)
 
 
 def reduced(values, mask, reduction):
@@ -101,7 +133,7 @@ def directional(function, arrays, directions, step=1e-5):
     return result
 
 
-@every_case
+@every_head
 @pytest.mark.parametrize(
     ("block_size", "reduction"),
     [
@@ -111,7 +143,7 @@ def directional(function, arrays, directions, step=1e-5):
         *(pytest.param(*case, marks=pytest.mark.slow) for case in ((None, "mean"), (2, "sum"))),
     ],
 )
-def test_value_and_gradients(call, oracle, reduction, block_size, x64):
+def test_value_and_gradients(head, reduction, block_size, x64):
     """Of hidden states, kernels and biases, with a mask, in blocks that don't divide the rows."""
     arrays, labels, mask = data(np.float64)
     weights = np.random.default_rng(1).normal(size=ROWS)
@@ -119,28 +151,36 @@ def test_value_and_gradients(call, oracle, reduction, block_size, x64):
     def total(values):
         return (weights * values).sum() if reduction == "none" else values
 
-    def ours(arrays):
-        return total(call(arrays, labels, where=mask, reduction=reduction, block_size=block_size))
+    def ours(arrays, numbers):
+        options = {"where": mask, "reduction": reduction, "block_size": block_size}
+        return total(head.call(arrays, labels, **options, **numbers))
 
-    def exact(arrays):
-        return total(reduced(oracle(arrays, labels), mask, reduction))
+    def exact(arrays, **numbers):
+        return total(reduced(head.oracle(arrays, labels, **numbers), mask, reduction))
 
-    value, slopes = quick_jit(jax.value_and_grad(ours))([jnp.asarray(x) for x in arrays])
+    value, (slopes, by_number) = quick_jit(jax.value_and_grad(ours, (0, 1)))(
+        [jnp.asarray(x) for x in arrays], head.numbers
+    )
     assert_close(value, exact(arrays), rtol=1e-10)
     directions = [np.random.default_rng(2).normal(size=x.shape) for x in arrays]
     along = [(slope * d).sum() for slope, d in zip(slopes, directions, strict=True)]
     assert_close(along, directional(exact, arrays, directions), rtol=1e-6, atol=1e-9)
+    for name, slope in by_number.items():
+        desired = oracles.gradient(
+            lambda number, name=name: exact(arrays, **{name: number}), np.array(head.numbers[name])
+        )
+        assert_close(slope, desired, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.slow
-@every_case
-def test_a_gradient_for_one_argument_is_that_of_all(call, oracle):
+@every_head
+def test_a_gradient_for_one_argument_is_that_of_all(head):
     """Whatever is differentiated, alone or together, in any order, inside of scan and remat."""
     arrays, labels, _ = data()
     arrays = [jnp.asarray(x) for x in arrays]
 
     def loss(*arrays):
-        return call(arrays, labels, block_size=2)
+        return head.call(arrays, labels, block_size=2)
 
     everything = quick_jit(jax.grad(loss, range(6)))(*arrays)
     for i in (3, 1, 0):
@@ -228,14 +268,14 @@ def test_an_excluded_position_may_hold_anything():
     assert all(np.isfinite(x).all() for x in (*found, by_temperature))
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_rows_sharded_under_jit(kind):
+@sharded(("kind",), (AxisType.Auto,), (AxisType.Explicit,), others=(AxisType.Explicit,))
+def test_rows_sharded_under_jit(head, kind):
     """The numbers of one device, with nothing gathered."""
     arrays, labels, mask = data()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
 
     def loss(arrays, labels, mask):
-        return distillation(arrays, labels, where=mask, block_size=2)
+        return head.call(arrays, labels, where=mask, block_size=2)
 
     value, slopes = quick_jit(jax.value_and_grad(loss))(arrays, labels, mask)
     specs = [P("data"), P(), P(), P("data"), P(), P()]
@@ -271,9 +311,8 @@ def test_kernels_sharded_on_explicit_axes(kernel):
         assert_close(slope, desired, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.slow)])
-def test_rows_and_classes_sharded(reduction, check_vma):
+@sharded(("reduction", "check_vma"), ("mean", False), ("mean", True), others=("none", True))
+def test_rows_and_classes_sharded(head, reduction, check_vma):
     """Rows over one mesh axis, the classes of kernels and biases over another."""
     arrays, labels, mask = data()
     mesh = jax.make_mesh((2, 4), ("rows", "classes"), axis_types=(AxisType.Auto,) * 2)
@@ -281,7 +320,7 @@ def test_rows_and_classes_sharded(reduction, check_vma):
     names = {"class_axis_name": "classes"} | ({"axis_name": "rows"} if reduction == "mean" else {})
     kernels = [P("rows"), P(None, "classes"), P("classes")]
     sharded = jax.shard_map(
-        lambda arrays, labels, mask: distillation(arrays, labels, where=mask, **options, **names),
+        lambda arrays, labels, mask: head.call(arrays, labels, where=mask, **options, **names),
         mesh=mesh,
         in_specs=(kernels * 2, P("rows"), P("rows")),
         out_specs=P() if reduction == "mean" else P("rows"),
@@ -291,7 +330,7 @@ def test_rows_and_classes_sharded(reduction, check_vma):
     def total(function, arrays):
         return jnp.sum(jnp.sin(function(arrays, labels, mask)))
 
-    plain = partial(total, lambda arrays, labels, mask: distillation(
+    plain = partial(total, lambda arrays, labels, mask: head.call(
         arrays, labels, where=mask, **options
     ))  # fmt: skip
     value, slopes = quick_jit(jax.value_and_grad(plain))(arrays)

@@ -1,5 +1,6 @@
-"""What every function shares: reduction, masks, dtypes, transformations, errors."""
+"""What every function shares: reduction, masks, dtypes, transformations, signatures, errors."""
 
+import dataclasses
 import inspect
 import pickle
 from functools import partial
@@ -13,12 +14,25 @@ from hypothesis import strategies as st
 from scipy import special
 
 import penalties_jax.functional as F  # noqa: N812
-from tests.functional.cases import CASES, FUNCTIONS, PENALTIES, SHAPE, quick_jit
+from tests.catalogue import (
+    CASES,
+    FUNCTIONS,
+    GATE_CASES,
+    SHAPE,
+    STRUCTURES,
+    Penalty,
+    every,
+    first_of_each,
+    numbers_of,
+    only,
+    streamed_again,
+)
 from tests.oracles import assert_close, gradient, lattice
+from tests.programs import quick_jit
 
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-every_function = pytest.mark.parametrize("case", FUNCTIONS.values(), ids=FUNCTIONS.keys())
-every_penalty = pytest.mark.parametrize("case", PENALTIES.values(), ids=PENALTIES.keys())
+every_case = every(STRUCTURES)
+every_function = every(FUNCTIONS)
+every_penalty = every(only(lambda case: isinstance(case.entry, Penalty), STRUCTURES))
 properties = hypothesis.settings(deadline=None, max_examples=10, derandomize=True, database=None)
 
 
@@ -28,14 +42,14 @@ def excluded(case, mask):
 
 
 def poisoned(case, inputs, mask):
-    """What `case.function` takes, with NaN, inf and -inf in turn wherever it is excluded."""
+    """What `case.raw` takes, with NaN, inf and -inf in turn wherever it is excluded."""
     poison = np.resize((np.nan, np.inf, -np.inf), SHAPE)
     return tuple(np.where(excluded(case, mask), poison, case.prepare(x)) for x in inputs)
 
 
 def through(case, slope, x):
     """The gradient in what `prepare` took, from that in what it gave: the chain rule."""
-    if case.prepare is not jax.nn.log_softmax:
+    if not case.normalised:
         return slope
     return slope - special.softmax(x, axis=-1) * slope.sum(-1, keepdims=True)
 
@@ -46,7 +60,7 @@ def assert_is_gradient(case, slopes, inputs, where):
 
         def total(x, position=position):
             moved = (*inputs[:position], x, *inputs[position + 1 :])
-            return case.reduced(*moved, reduction="mean", where=where)
+            return case.reduced_entries(*moved, reduction="mean", where=where)
 
         assert_close(slope, gradient(total, x), rtol=1e-6, atol=1e-9)
 
@@ -55,32 +69,42 @@ def assert_is_gradient(case, slopes, inputs, where):
 def test_value_and_gradient_under_a_mask(case, x64):
     """In float64, with NaN and infinities wherever the mask excludes."""
     inputs, mask = case.data(), case.mask()
+    # Those of a sum over single values are in test_penalties.py, at the edges too.
+    numbers = {} if case.is_a("separable") else case.numbers
 
     @quick_jit
-    def everything(inputs):
-        call = partial(case.function, where=case.where(mask))
-        mean = jax.value_and_grad(partial(call, reduction="mean"), range(case.inputs))
-        return call(*inputs, reduction="none"), mean(*inputs)
+    def everything(inputs, numbers):
+        def call(inputs, numbers, reduction):
+            return case.raw(*inputs, **numbers, where=case.where(mask), reduction=reduction)
 
-    entries, (mean, slopes) = everything(poisoned(case, inputs, mask))
+        mean = jax.value_and_grad(partial(call, reduction="mean"), (0, 1))
+        return call(inputs, numbers, "none"), mean(inputs, numbers)
+
+    entries, (mean, (slopes, by_number)) = everything(poisoned(case, inputs, mask), numbers)
     slopes = tuple(map(np.asarray, slopes))
     assert entries.dtype == mean.dtype == slopes[0].dtype == np.float64
     close = {"rtol": 1e-12, "atol": 1e-14}
-    assert_close(entries, case.reduced(*inputs, reduction="none", where=mask), **close)
-    assert_close(mean, case.reduced(*inputs, reduction="mean", where=mask), **close)
+    assert_close(entries, case.reduced_entries(*inputs, reduction="none", where=mask), **close)
+    assert_close(mean, case.reduced_entries(*inputs, reduction="mean", where=mask), **close)
     assert all(np.all(slope[excluded(case, mask)] == 0) for slope in slopes)
     chained = (through(case, slope, x) for slope, x in zip(slopes, inputs, strict=True))
     assert_is_gradient(case, chained, inputs, mask)
+    for name, slope in by_number.items():
+
+        def total(number, name=name):
+            return case.reduced_entries(*inputs, reduction="mean", where=mask, **{name: number})
+
+        assert_close(slope, gradient(total, np.array(numbers[name])), rtol=1e-7, atol=1e-10)
 
 
-@every_function
+@every(FUNCTIONS, slow=streamed_again)
 def test_nothing_included_is_exactly_zero(case):
     nowhere = np.zeros(case.mask_shape, bool)
     arguments = tuple(x.astype(np.float32) for x in poisoned(case, case.data(), nowhere))
 
     @quick_jit
     def everything(*arguments):
-        call = partial(case.function, where=case.where(nowhere))
+        call = partial(case.raw, where=case.where(nowhere))
         return (
             call(*arguments, reduction="none"),
             call(*arguments, reduction="sum"),
@@ -98,9 +122,9 @@ def test_no_entries_at_all_is_zero(case):
     @quick_jit
     def everything(*inputs):
         return (
-            case.function(*inputs, reduction="none"),
-            case.function(*inputs, reduction="sum"),
-            jax.value_and_grad(lambda *x: case.function(*x, reduction="mean"))(*inputs),
+            case.raw(*inputs, reduction="none"),
+            case.raw(*inputs, reduction="sum"),
+            jax.value_and_grad(lambda *x: case.raw(*x, reduction="mean"))(*inputs),
         )
 
     entries, total, (mean, slope) = everything(*inputs)
@@ -109,15 +133,14 @@ def test_no_entries_at_all_is_zero(case):
     assert slope.shape == inputs[0].shape
 
 
-@pytest.mark.parametrize("name", ["l2-mean", "group_lasso", "kl", "k3", "output_magnitude"])
-def test_masks_of_broadcast_shapes(name):
-    case = FUNCTIONS[name]
+@every(first_of_each(lambda case: (type(case.entry), case.by_row, case.inputs), FUNCTIONS))
+def test_masks_of_broadcast_shapes(case):
     call = quick_jit(lambda *x, where: case.call(*x, reduction="mean", where=where))
     for shape in ((), (1,), (SHAPE[len(case.mask_shape) - 1],), (8,) + (1,) * len(SHAPE[1:])):
         mask = np.random.default_rng(3).random(shape[-len(case.mask_shape) :]) < 0.7
         full = np.broadcast_to(mask, case.mask_shape)
         actual = call(*case.data(), where=case.where(mask) if mask.shape else mask)
-        desired = case.reduced(*case.data(), reduction="mean", where=full)
+        desired = case.reduced_entries(*case.data(), reduction="mean", where=full)
         assert_close(actual, desired, rtol=1e-5, atol=1e-6)
 
 
@@ -126,18 +149,18 @@ def test_a_python_bool_is_a_mask(mask):
     assert F.l1(jnp.ones(3), where=mask) == 3.0 * mask
 
 
-@every_function
+@every(FUNCTIONS, slow=streamed_again)
 def test_half_precision_is_float32_inside(case):
     """The value of half-precision input is that of the same numbers in float32."""
     calls = quick_jit(
         lambda *x: (
-            case.function(*x, reduction="none"),
-            jax.value_and_grad(lambda *x: case.function(*x, reduction="mean"))(*x),
+            case.raw(*x, reduction="none"),
+            jax.value_and_grad(lambda *x: case.raw(*x, reduction="mean"))(*x),
         )
     )
     prepared = tuple(case.prepare(x.astype(np.float32)) for x in case.data())
     mean = calls(*prepared)[1][0]
-    assert_close(mean, case.reduced(*case.data(), reduction="mean"), atol=1e-6)
+    assert_close(mean, case.reduced_entries(*case.data(), reduction="mean"), atol=1e-6)
     for dtype in (jnp.float16, jnp.bfloat16):
         half = tuple(x.astype(dtype) for x in prepared)
         entries, (mean, slope) = calls(*half)
@@ -149,17 +172,17 @@ def test_half_precision_is_float32_inside(case):
         assert_close(slope, exact_slope, rtol=float(jnp.finfo(dtype).eps), atol=1e-7)
 
 
-@every_function
+@every(FUNCTIONS, slow=streamed_again)
 @pytest.mark.parametrize("dtype", ["int8", "int64"])
 def test_integers_become_float32(case, dtype):
     """Log-probabilities too, where they happen to be integers: 0 is the logarithm of 1."""
     values = np.random.default_rng(0).integers(-3, 4, size=(case.inputs, *SHAPE))
-    if case.prepare is jax.nn.log_softmax:
+    if case.normalised:
         values[:] = 0
     with jax.enable_x64(dtype == "int64"):
-        result = case.function(*(jnp.asarray(x, dtype) for x in values), reduction="mean")
+        result = case.raw(*(jnp.asarray(x, dtype) for x in values), reduction="mean")
         assert result.dtype == jnp.float32
-    exact = case.function(*values.astype(np.float32), reduction="mean")
+    exact = case.raw(*values.astype(np.float32), reduction="mean")
     assert_close(result, exact, rtol=1e-6)
 
 
@@ -181,7 +204,7 @@ def test_half_precision_accumulates_in_float32():
 @every_penalty
 def test_weights(case, x64):
     (x,), mask, weights = case.data(), case.mask(), lattice(9, *case.mask_shape)
-    entries = case.reduced(x, reduction="none", where=mask)
+    entries = case.reduced_entries(x, reduction="none", where=mask)
 
     @quick_jit
     def everything(weights):
@@ -206,11 +229,10 @@ def test_weights(case, x64):
         assert_close(mean_slope, entries / mask.sum(), rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["l1", "group_lasso"])
-def test_weights_of_broadcast_shapes(name):
-    case = PENALTIES[name]
+@every(only(lambda case: case.name in ("l1", "group_lasso"), FUNCTIONS))
+def test_weights_of_broadcast_shapes(case):
     weights, (x,) = np.abs(lattice(9, *case.mask_shape)), case.data()
-    entries = case.reduced(x, reduction="none")
+    entries = case.reduced_entries(x, reduction="none")
     for shaped in (weights[:1], weights[:, :1], weights[0], weights.flat[0]):
         assert_close(case.call(x, weights=shaped), (shaped * entries).sum(), atol=1e-5)
     slope = jax.grad(lambda weight: case.call(x, weights=weight, reduction="mean"))(1.0)
@@ -242,7 +264,7 @@ def test_composes_with_transformations(case, x64):
         return (
             jax.value_and_grad(scanned)(pair),
             jax.vmap(jax.value_and_grad(total))(*pair),
-            None if case.once else twice(along),
+            None if case.streamed else twice(along),
         )
 
     def twice(along):
@@ -255,7 +277,7 @@ def test_composes_with_transformations(case, x64):
     values, slopes = zip(
         *(value_and_slopes(*(x[index] for x in pair)) for index in range(2)), strict=True
     )
-    assert_close(values[0], case.reduced(*inputs, reduction="mean"), rtol=1e-12, atol=1e-14)
+    assert_close(values[0], case.reduced_entries(*inputs, reduction="mean"), rtol=1e-12, atol=1e-14)
     assert_is_gradient(case, slopes[0], inputs, None)
     slopes = [slope for slope, *_ in slopes]
     tight = {"rtol": 1e-9, "atol": 1e-12}
@@ -263,7 +285,7 @@ def test_composes_with_transformations(case, x64):
     assert_close(scanned[1][0], slopes, **tight)
     assert_close(mapped[0], values, **tight)
     assert_close(mapped[1], slopes, **tight)
-    if case.once:
+    if case.streamed:
         with pytest.raises(ValueError, match="reverse-mode"):
             jax.grad(lambda x: jax.grad(total)(x, *inputs[1:]).sum())(inputs[0])
         return
@@ -293,8 +315,8 @@ def test_masking_is_dropping(case):
         arrays = tuple(jnp.where(column, case.prepare(x), jnp.nan)[order] for x in inputs)
         where = case.where(mask[order])
         return (
-            case.function(*arrays, reduction="sum", where=where),
-            case.function(*arrays, reduction="mean", where=where),
+            case.raw(*arrays, reduction="sum", where=where),
+            case.raw(*arrays, reduction="mean", where=where),
         )
 
     @properties
@@ -306,7 +328,7 @@ def test_masking_is_dropping(case):
         sum_, mean = masked(keep, np.array(order))
         data = tuple(x.astype(np.float64) for x in inputs)
         for actual, reduction in ((sum_, "sum"), (mean, "mean")):
-            dropped = case.reduced(*data, reduction=reduction, where=rows)
+            dropped = case.reduced_entries(*data, reduction=reduction, where=rows)
             assert_close(actual, dropped, rtol=1e-5, atol=1e-6)
 
     holds()
@@ -338,76 +360,61 @@ def test_weights_that_do_not_fit_show_both_shapes(case, shape):
     assert str(case.mask_shape) in str(raised.value)
 
 
-@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.inputs == 2])
-def test_inputs_that_disagree_show_both_shapes(name):
+@every(only(lambda case: case.inputs == 2, STRUCTURES))
+def test_inputs_that_disagree_show_both_shapes(case):
     with pytest.raises(ValueError, match=r"\(2, 5\)") as raised:
-        CASES[name].call(jnp.zeros((2, 5)), jnp.zeros((2, 4)))
+        case.call(jnp.zeros((2, 5)), jnp.zeros((2, 4)))
     assert "(2, 4)" in str(raised.value)
     # Shapes that would broadcast do not agree either.
     with pytest.raises(ValueError, match=r"\(1, 5\)"):
-        CASES[name].call(jnp.zeros((2, 5)), jnp.zeros((1, 5)))
+        case.call(jnp.zeros((2, 5)), jnp.zeros((1, 5)))
 
 
-PENALTY = "*weights=1.0 *reduction='sum' *where=None *axis_name=None"
-DIVERGENCE = "*reduction='mean' *where=None *axis_name=None"
-SIGNATURES = {
-    F.l1: "x " + PENALTY,
-    F.l2: "x *center=None *clip=None " + PENALTY,
-    F.elastic_net: "x *l1_ratio=0.5 " + PENALTY,
-    F.lp: "x p *eps=1e-12 " + PENALTY,
-    F.smooth_l0: "x gamma *normalize_at_one=False " + PENALTY,
-    F.huber: "x delta=1.0 " + PENALTY,
-    F.group_lasso: "x *axis " + PENALTY,
-    F.kl_divergence: "log_p log_q *direction='forward' *axis=-1 " + DIVERGENCE,
-    F.js_divergence: "log_p log_q *mixture=0.5 *axis=-1 " + DIVERGENCE,
-    F.entropy: "log_p *temperature=1.0 *normalize=False *axis=-1 " + DIVERGENCE,
-    F.kl_estimate: "log_p log_q *estimator='k3' " + DIVERGENCE,
-    F.consistency: "a b *metric='mse' " + DIVERGENCE,
-    F.output_magnitude: "x *target=1.0 *axis=None " + DIVERGENCE,
-    F.orthogonality: "x *mode='soft' *normalize=True *axis='rows'",
-    F.gradient_penalty: "f x *target_norm=1.0",
-    F.interpolated_gradient_penalty: "f a b key *target_norm=1.0",
-    F.prox_l1: "v t",
-    F.prox_l2: "v t *center=0.0",
-    F.prox_elastic_net: "v t *l1_ratio=0.5",
-    F.prox_huber: "v t *delta=1.0",
-    F.prox_group_lasso: "v t *axis",
-}
+# Signatures.
+
+SHARED = {"reduction": "mean", "where": None, "axis_name": None}
 
 
-@pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__name__)
-def test_signatures(function):
-    def text(parameter):
-        default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
-        return "*" * (parameter.kind is parameter.KEYWORD_ONLY) + parameter.name + default
+@every(first_of_each(lambda case: case.function, CASES | GATE_CASES))
+def test_signatures(case):
+    """Plain functions, whose options are keywords, the shared ones the same everywhere."""
+    assert inspect.isfunction(case.function)
+    assert pickle.loads(pickle.dumps(case.function)) is case.function
+    shared = SHARED
+    if isinstance(case.entry, Penalty):
+        shared = {"weights": 1.0} | SHARED | {"reduction": "sum"}
+    found = {name: case.parameters[name] for name in shared if case.reduced}
+    for name, parameter in found.items():
+        assert parameter.kind is parameter.KEYWORD_ONLY
+        assert parameter.default == shared[name], name
+    assert set(case.parameters) & {*SHARED, "weights"} == set(found)
 
-    assert inspect.isfunction(function)
-    assert pickle.loads(pickle.dumps(function)) is function
-    assert function.__doc__
-    found = set(map(text, inspect.signature(function).parameters.values()))
-    assert found == set(SIGNATURES[function].split())
+
+@every(first_of_each(lambda case: case.function, only(lambda case: case.entry.config, CASES)))
+def test_a_config_has_what_its_functions_take(case):
+    """By the same names, in the same order, with the same defaults."""
+    fields = {field.name: field for field in dataclasses.fields(case.entry.config)}
+    options = list(case.parameters)[case.inputs :]
+    assert {*options} - {*fields} <= {"where"}
+    positional = [name for name, field in fields.items() if not field.kw_only]
+    assert [name for name in options if name in positional] == positional
+    for name in set(options) - {"where"}:
+        ours, theirs = fields[name].default, case.parameters[name].default
+        unset = inspect.Parameter.empty if ours is dataclasses.MISSING else ours
+        # A config of log-probabilities has None for an option of logits.
+        assert unset == theirs or (unset is None and case.streamed), name
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda x, h: F.l1(x, weights=h),
-        lambda x, h: F.l2(x, center=h, clip=h),
-        lambda x, h: F.elastic_net(x, l1_ratio=h),
-        lambda x, h: F.lp(x, h, eps=h),
-        lambda x, h: F.smooth_l0(x, h),
-        lambda x, h: F.huber(x, h),
-        lambda x, h: F.js_divergence(x, x, mixture=h),
-        lambda x, h: F.entropy(x, temperature=h),
-        lambda x, h: F.output_magnitude(x, target=h),
-        lambda x, h: F.prox_elastic_net(x, h, l1_ratio=h),
-        lambda x, h: F.prox_huber(x, h, delta=h),
-    ],
-)
-def test_hyperparameters_are_traced(call, caplog):
+@every(first_of_each(lambda case: (case.function, *case.numbers), CASES | GATE_CASES))
+def test_hyperparameters_are_traced(case, caplog):
     """A new number compiles nothing new, also when the function is called outside jit."""
-    x = jnp.linspace(-1.0, 1.0, 6)
-    call(x, 0.5)
+    inputs = [np.float32(x) for x in case.data(shape=(2, 3))]
+    names = [*case.numbers, *(name for name in numbers_of(case.function) if name == "weights")]
+
+    def call(number):
+        return case.raw(*inputs, **case.without_noise, **dict.fromkeys(names, number))
+
+    call(0.5)
     with jax.log_compiles(), caplog.at_level("WARNING"):
-        call(x, 0.25)
+        call(0.25)
     assert not caplog.records

@@ -11,11 +11,25 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import penalties_jax.functional as F  # noqa: N812
-from tests.functional.cases import CASES, FUNCTIONS, quick_jit
+from tests.catalogue import (
+    FUNCTIONS,
+    STRUCTURES,
+    every,
+    first_of_each,
+    only,
+    streamed_again,
+)
 from tests.oracles import assert_close, gradient, lattice
+from tests.programs import quick_jit
 
 MEMBERS = 8
-every_function = pytest.mark.parametrize("case", FUNCTIONS.values(), ids=FUNCTIONS.keys())
+# Those whose sum over the batch is more than a sum of members' sums, and one that is not.
+SUMMED = only(lambda case: case.name in ("l1", "l2-mean", "kl_divergence"), FUNCTIONS)
+# With one of each kind: of entries, rows and groups, of one input and of two.
+KINDS = SUMMED | first_of_each(
+    lambda case: (type(case.entry), case.by_row, case.inputs),
+    only(lambda case: not case.streamed, FUNCTIONS),
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +50,7 @@ def exact(case, reduction, scale, inputs, mask):
 
     def value(scales, first):
         scaled = [scales[:, None, None] * x for x in (first, *inputs[1:])]
-        return case.reduced(*scaled, reduction=reduction, where=mask)
+        return case.reduced_entries(*scaled, reduction=reduction, where=mask)
 
     scales = np.full(MEMBERS, scale)
     return (
@@ -47,15 +61,17 @@ def exact(case, reduction, scale, inputs, mask):
 
 
 @pytest.mark.parametrize(
-    ("name", "reduction"),
-    [*((name, "mean") for name in FUNCTIONS), ("l1", "sum"), ("l2-mean", "sum"), ("kl", "sum")],
+    ("case", "reduction"),
+    [
+        *(pytest.param(case, "mean", id=name) for name, case in FUNCTIONS.items()),
+        *(pytest.param(case, "sum", id=f"{name}-sum") for name, case in SUMMED.items()),
+    ],
 )
-def test_gradient_table(name, reduction, mesh, x64):
+def test_gradient_table(case, reduction, mesh, x64):
     """Every row: outside, inside with and without check_vma, and vmap with a named axis.
 
     The scale is a replicated parameter; the inputs and their masks are sharded.
     """
-    case = FUNCTIONS[name]
     inputs, mask, scale = case.data(2), uneven(case), 0.75
 
     def loss(scale, first, rest, mask):
@@ -98,7 +114,7 @@ def test_gradient_table(name, reduction, mesh, x64):
         assert_close(data_slope, MEMBERS * data, **close)
 
 
-@every_function
+@every(FUNCTIONS, slow=streamed_again)
 def test_sum_mean_and_none_are_of_the_global_batch(case, mesh):
     """With no mask, with one for each member, and with one that all share."""
     exact_inputs = case.data(3)
@@ -114,8 +130,7 @@ def test_sum_mean_and_none_are_of_the_global_batch(case, mesh):
         reduced = [[call(mask, name) for mask in (None, own, shared)] for name in ("sum", "mean")]
         return reduced, call(own, "none")
 
-    unchecked = case in map(FUNCTIONS.get, ("l1", "l2-mean", "group_lasso", "kl"))
-    for check_vma in (True, False) if unchecked else (True,):
+    for check_vma in (True, False) if case.name in KINDS else (True,):
         sharded = jax.shard_map(
             everything,
             mesh=mesh,
@@ -124,11 +139,13 @@ def test_sum_mean_and_none_are_of_the_global_batch(case, mesh):
             check_vma=check_vma,
         )
         reduced, entries = quick_jit(sharded)(inputs, own, shared)
-        assert_close(entries, case.reduced(*exact_inputs, reduction="none", where=own), atol=1e-6)
+        assert_close(
+            entries, case.reduced_entries(*exact_inputs, reduction="none", where=own), atol=1e-6
+        )
         for reduction, values in zip(("sum", "mean"), reduced, strict=True):
             for value, mask in zip(values, (None, own, shared), strict=True):
                 full = mask if mask is None else np.broadcast_to(mask, case.mask_shape)
-                desired = case.reduced(*exact_inputs, reduction=reduction, where=full)
+                desired = case.reduced_entries(*exact_inputs, reduction=reduction, where=full)
                 assert_close(value, desired, rtol=1e-5, atol=1e-5)
 
 
@@ -230,10 +247,9 @@ def test_output_magnitude_of_everything_is_of_the_global_batch(mesh, x64):
         assert_close(data_slope, data, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["l1", "l2-mean", "group_lasso", "kl", "k3", "output_magnitude"])
-def test_any_split_of_the_batch_gives_the_same_number(name):
+@every(KINDS)
+def test_any_split_of_the_batch_gives_the_same_number(case):
     """Property: members' masks may be anything; the mean is never a mean of means."""
-    case = FUNCTIONS[name]
     inputs = tuple(x.astype(np.float32) for x in case.data(9))
 
     @quick_jit
@@ -258,19 +274,13 @@ def test_any_split_of_the_batch_gives_the_same_number(name):
     holds()
 
 
-SHARDED = ["l1", "l2", "l2-mean", "elastic_net", "lp", "smooth_l0", "huber", "group_lasso"]
-SHARDED += ["kl", "kl-symmetric", "js", "entropy"]
-SHARDED += ["kl_from_logits", "kl_from_logits-symmetric", "js_from_logits", "entropy_from_logits"]
-
-
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("name", SHARDED)
-def test_sharded_arrays_are_never_gathered(name, kind):
+@every(STRUCTURES, slow=lambda case: case.name not in FUNCTIONS)
+def test_sharded_arrays_are_never_gathered(case, kind):
     """Value and gradient of arrays sharded along two axes, masked, in one compiled program.
 
     Groups and classes lie along the axis that is not sharded.
     """
-    case = CASES[name]
     grid = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
     spec = P("data", "model") if len(case.mask_shape) == 2 else P("data", None, "model")
     inputs = tuple(lattice(i, 8, 4, 6).astype(np.float32) for i in range(case.inputs))
@@ -287,5 +297,7 @@ def test_sharded_arrays_are_never_gathered(name, kind):
     assert "all-to-all" not in text
     value, slopes = compiled(*placed)
     exact_inputs = [x.astype(np.float64) for x in inputs]
-    assert_close(value, case.reduced(*exact_inputs, reduction="mean", where=mask), atol=1e-6)
+    assert_close(
+        value, case.reduced_entries(*exact_inputs, reduction="mean", where=mask), atol=1e-6
+    )
     assert all(s.sharding.is_equivalent_to(placed[0][0].sharding, 3) for s in slopes)

@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 from scipy.special import xlogy
 
 import penalties_jax.functional as F  # noqa: N812
+from tests.catalogue import choices_of
 from tests.oracles import as_float32, assert_close, gradient
 
-KINDS = ("l2", "l1", "kl", "huber", "adaptive")
+KINDS = choices_of(F.sparsity_target_loss)["kind"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 # Exact in float32, and off the kinks at the target and at a distance of delta.
 RATES = (2 * np.arange(1, 31, 2) + 1) / 64

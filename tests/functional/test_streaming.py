@@ -1,4 +1,4 @@
-"""Divergences from logits: accuracy, edges, blocks, devices and memory; the rest is in cases.py."""
+"""Divergences from logits: accuracy, edges, blocks, devices and memory."""
 
 import math
 from functools import partial
@@ -13,51 +13,23 @@ from scipy import special
 
 import penalties_jax.functional as F  # noqa: N812
 from tests import oracles
-from tests.functional.cases import quick_jit
-from tests.oracles import assert_close, gradient
+from tests.catalogue import (
+    DIVERGENCE_CASES,
+    EDGE_ROWS,
+    INF,
+    every,
+    first_of_each,
+    only,
+    streamed_again,
+)
+from tests.oracles import as_float32, assert_close, gradient
+from tests.programs import quick_jit
 
-INF = math.inf
-DIRECTIONS = ("forward", "reverse", "symmetric")
-
-CALLS = {
-    **{d: (partial(F.kl_from_logits, direction=d), 2) for d in DIRECTIONS},
-    "js": (F.js_from_logits, 2),
-    "js-mixture": (partial(F.js_from_logits, mixture=0.2), 2),
-    "entropy": (F.entropy_from_logits, 1),
-}
-every_call = pytest.mark.parametrize(("call", "inputs"), CALLS.values(), ids=CALLS.keys())
-
-
-def exact(name, *logits, temperature=1.0):
-    """Each row's divergence in float64, and its gradients in the logits, by formula."""
-    logs = [special.log_softmax(np.asarray(z, np.float64) / temperature, axis=-1) for z in logits]
-    p = [np.exp(log) for log in logs]
-
-    def kl(a, b):
-        value = oracles.kl(logs[a], logs[b])
-        gap = np.where(p[a] > 0, logs[a] - np.where(p[a] > 0, logs[b], 0), 0)
-        slopes = {a: p[a] * (gap - value[..., None]), b: p[b] - p[a]}
-        return value, [slopes[0], slopes[1]]
-
-    if name == "entropy":
-        value = oracles.entropy(logs[0])
-        slopes = [-p[0] * (np.where(p[0] > 0, logs[0], 0) + value[..., None])]
-    elif name in ("forward", "reverse"):
-        value, slopes = kl(0, 1) if name == "forward" else kl(1, 0)
-    elif name == "symmetric":
-        sides = kl(0, 1), kl(1, 0)
-        value = (sides[0][0] + sides[1][0]) / 2
-        slopes = [(x + y) / 2 for x, y in zip(sides[0][1], sides[1][1], strict=True)]
-    else:
-        b = 0.2 if name == "js-mixture" else 0.5
-        value = oracles.js(*logs, b)
-        m = b * p[0] + (1 - b) * p[1]
-        parts = [
-            weight * x * np.where(x > 0, np.log(np.where(x > 0, x, 1) / np.where(x > 0, m, 1)), 0)
-            for weight, x in zip((b, 1 - b), p, strict=True)
-        ]
-        slopes = [s - x * s.sum(-1, keepdims=True) for s, x in zip(parts, p, strict=True)]
-    return value, [s / temperature for s in slopes]
+STREAMED = only(lambda case: case.streamed, DIVERGENCE_CASES)
+STRUCTURES = first_of_each(lambda case: case.structure, STREAMED)
+FUNCTIONS = first_of_each(lambda case: case.function, STREAMED)
+KL = STREAMED["kl_from_logits"]
+every_structure = every(STRUCTURES)
 
 
 def rows(classes, noise, count=4, seed=0):
@@ -69,23 +41,23 @@ def rows(classes, noise, count=4, seed=0):
     return p.astype(np.float32), q.astype(np.float32)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@every(STREAMED)
 @pytest.mark.parametrize(("temperature", "block_size"), [(1.0, None), (0.5, 3), (3.0, 1)])
-def test_value_and_gradients(name, temperature, block_size):
-    call, inputs = CALLS[name]
-    logits = rows(1_000, 1.0)[:inputs]
+def test_value_and_gradients(case, temperature, block_size):
+    """Weighted row by row, at temperatures and in blocks that don't divide the rows."""
+    case = case.having(temperature=temperature, block_size=block_size)
+    logits = rows(1_000, 1.0)[: case.inputs]
     weights = np.linspace(-1, 2, 4).astype(np.float32)
-    options = {"temperature": temperature, "block_size": block_size, "reduction": "none"}
 
     @quick_jit
     def everything(*logits):
-        value, pullback = jax.vjp(partial(call, **options), *logits)
+        value, pullback = jax.vjp(partial(case.raw, reduction="none"), *logits)
         return value, pullback(weights)
 
-    value, slopes = exact(name, *logits, temperature=temperature)
     ours, found = everything(*logits)
-    assert_close(ours, value, rtol=3e-6)
-    for slope, desired in zip(found, slopes, strict=True):
+    logits = [x.astype(np.float64) for x in logits]
+    assert_close(ours, case.entries(*logits), rtol=3e-6)
+    for slope, desired in zip(found, case.gradients(*logits), strict=True):
         assert_close(slope, weights[:, None] * desired, rtol=1e-4, atol=1e-8)
 
 
@@ -115,15 +87,16 @@ def test_accuracy_by_the_true_divergence(classes, count, dtype):
     b = a + noises[:, None, None] * random.normal(size=a.shape)
     a, b = (jnp.asarray(x, dtype) for x in (a, b))
     logits = [np.asarray(x).astype(np.float64) for x in (a, b)]
-    for name in (*DIRECTIONS, "js"):
-        value, slopes = exact(name, *logits)
-        ours = np.asarray(CALLS[name][0](a, b, reduction="none"))
+    for name, case in only(lambda case: case.inputs == 2, STRUCTURES).items():
+        value, slopes = case.entries(*logits), case.gradients(*logits)
+        ours = np.asarray(case.raw(a, b, block_size=None, reduction="none"))
         assert np.all(ours >= 0)
         some = value > 0
         error = np.abs(ours[some] / value[some] - 1)
         assert np.all(error <= required(value[some])), (name, error, value[some])
         if dtype == jnp.float32:
-            found = jax.grad(lambda *x, name=name: CALLS[name][0](*x, reduction="sum"), (0, 1))
+            total = partial(case.raw, block_size=None, reduction="sum")
+            found = jax.grad(total, (0, 1))
             for slope, desired in zip(found(a, b), slopes, strict=True):
                 size = np.linalg.norm(desired, axis=-1)
                 error = np.linalg.norm(np.asarray(slope) - desired, axis=-1) / size
@@ -141,29 +114,31 @@ EDGES = {
 }
 
 
-@every_call
-def test_edges_are_those_of_the_log_probability_functions(call, inputs):
+@every_structure
+def test_edges_are_those_of_the_log_probability_functions(case):
     """Value and pullback, also where the value is infinite; no NaN anywhere."""
-    logits = [jnp.array(x) for x in zip(*EDGES.values(), strict=True)][:inputs]
-    plain = {F.kl_from_logits: F.kl_divergence, F.js_from_logits: F.js_divergence}
-    function = getattr(call, "func", call)
-    from_logs = partial(plain.get(function, F.entropy), **getattr(call, "keywords", {}))
-
-    def ours(*logits):
-        return call(*logits, reduction="none")
-
-    def theirs(*logits):
-        return from_logs(*map(jax.nn.log_softmax, logits), reduction="none")
+    others = zip(*EDGES.values(), strict=True)
+    logits = [
+        np.vstack([rows, np.pad(np.array(other), ((0, 0), (0, 1)), constant_values=-INF)])
+        for rows, other in zip(EDGE_ROWS.swapaxes(0, 1), others, strict=True)
+    ][: case.inputs]
 
     def everything(function, *logits):
-        value, pullback = jax.vjp(function, *logits)
-        return value, pullback(jnp.ones(len(EDGES)))
+        value, pullback = jax.vjp(partial(function, reduction="none"), *logits)
+        return value, pullback(jnp.ones(len(value)))
 
-    value, slopes = quick_jit(partial(everything, ours))(*logits)
-    desired, pulled = quick_jit(partial(everything, theirs))(*logits)
+    @quick_jit
+    def both(*logits):
+        return everything(case.raw, *logits), everything(case.of_log_probabilities.call, *logits)
+
+    (value, slopes), (desired, pulled) = both(*(jnp.asarray(x, jnp.float32) for x in logits))
+    exact = case.exact_values(*logits)
+    assert_close(value, as_float32(exact), rtol=1e-5, atol=1e-7)
     assert_close(value, desired, rtol=2e-6, atol=1e-7)
-    for slope, expected in zip(slopes, pulled, strict=True):
+    finite = np.isfinite(exact)
+    for slope, expected, true in zip(slopes, pulled, case.exact_gradients(*logits), strict=True):
         assert_close(slope, expected, rtol=1e-5, atol=1e-6)
+        assert_close(np.asarray(slope)[finite], as_float32(true)[finite], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.3, 7.0])
@@ -200,23 +175,8 @@ def test_slopes_of_extreme_mixtures(mixture):
         assert_close(slope, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
-def test_derivatives_in_temperature_and_mixture(x64):
+def test_a_temperature_for_each_position_and_a_sweep(x64):
     p, q = (x.astype(np.float64) for x in rows(7, 1.0, count=3))
-
-    def ours(numbers):
-        temperature, mixture = numbers
-        js = F.js_from_logits(p, q, mixture=mixture, temperature=temperature, block_size=2)
-        kl = F.kl_from_logits(p, q, temperature=temperature)
-        return js + kl + F.entropy_from_logits(p, temperature=temperature)
-
-    def oracle(numbers):
-        logs = [special.log_softmax(x / numbers[0], axis=-1) for x in (p, q)]
-        rows = oracles.js(*logs, numbers[1]) + oracles.kl(*logs) + oracles.entropy(logs[0])
-        return rows.mean()
-
-    numbers = np.array([1.7, 0.3])
-    assert_close(quick_jit(jax.grad(ours))(numbers), gradient(oracle, numbers), rtol=1e-7)
-    # One temperature for each position, and a sweep of temperatures.
     each = jnp.array([0.5, 1.0, 2.0])
 
     def swept(p, q, each):
@@ -227,19 +187,20 @@ def test_derivatives_in_temperature_and_mixture(x64):
     value, slopes = quick_jit(swept)(p, q, each)
     assert_close(value, oracles.kl(*logs).mean(), rtol=1e-12)
     for t, slope in zip(each, slopes, strict=True):
-        along = gradient(lambda t: exact("forward", p, q, temperature=t[0])[0].mean(), [t])
-        assert_close(slope, along[0], rtol=1e-7)
+        along = gradient(lambda t: KL.entries(p, q, temperature=t).mean(), t)
+        assert_close(slope, along, rtol=1e-7)
 
 
-@every_call
-def test_an_excluded_position_may_hold_anything(call, inputs):
-    logits = [np.array(x) for x in rows(6, 1.0, count=3)[:inputs]]
+@every(FUNCTIONS, slow=streamed_again)
+def test_an_excluded_position_may_hold_anything(case):
+    inputs = range(case.inputs)
+    logits = [np.array(x) for x in rows(6, 1.0, count=3)[: case.inputs]]
     mask = np.array([True, False, True])
     kept = [x[mask] for x in logits]
-    value, slopes = quick_jit(jax.value_and_grad(call, range(inputs)))(*kept)
+    value, slopes = quick_jit(jax.value_and_grad(case.raw, inputs))(*kept)
     for x in logits:
         x[1] = [np.nan, INF, -INF, 0, 1, np.nan]
-    excluding = jax.value_and_grad(partial(call, where=mask, block_size=2), range(inputs))
+    excluding = jax.value_and_grad(partial(case.raw, where=mask), inputs)
     masked, found = quick_jit(excluding)(*logits)
     assert_close(masked, value, rtol=1e-6)
     for slope, desired in zip(found, slopes, strict=True):
@@ -253,7 +214,7 @@ def test_positions_of_any_number_and_blocks_that_do_not_divide_them(shape, block
     random = np.random.default_rng(0)
     p, q = (random.normal(size=shape).astype(np.float32) for _ in range(2))
     ours = F.kl_from_logits(p, q, block_size=block_size, reduction="none")
-    assert_close(ours, exact("forward", p, q)[0], rtol=1e-5)
+    assert_close(ours, KL.entries(*(x.astype(np.float64) for x in (p, q))), rtol=1e-5)
 
 
 def test_mapped_over_one_input_only():
@@ -276,16 +237,18 @@ def test_mapped_twice_along_any_axis():
     p = random.normal(size=(4, 3, 5)).astype(np.float32)
     q = random.normal(size=(4, 5, 6)).astype(np.float32)
     pairs = jax.vmap(jax.vmap(F.kl_from_logits, (None, 2)), (1, None))
-    desired = exact("forward", p[:, :, None], np.moveaxis(q, 2, 1)[:, None])[0].mean(0)
-    assert_close(pairs(p, q), desired, rtol=1e-5)
+    found = pairs(p, q)
+    p, q = p[:, :, None].astype(np.float64), np.moveaxis(q, 2, 1)[:, None].astype(np.float64)
+    desired = KL.entries(*np.broadcast_arrays(p, q)).mean(0)
+    assert_close(found, desired, rtol=1e-5)
 
 
-@every_call
-def test_temporaries_are_a_few_blocks(call, inputs):
+@every(FUNCTIONS)
+def test_temporaries_are_a_few_blocks(case):
     """At most a tenth of the logits, in blocks of 4 rows on each of the devices there may be."""
     shape = jax.ShapeDtypeStruct((4096, 1024), jnp.float32)
-    for function in (call, jax.grad(call)):
-        program = jax.jit(partial(function, block_size=4)).lower(*[shape] * inputs).compile()
+    for function in (case.raw, jax.grad(case.raw)):
+        program = jax.jit(partial(function, block_size=4)).lower(*[shape] * case.inputs).compile()
         assert program.memory_analysis().temp_size_in_bytes < 0.1 * 4096 * 1024 * 4
 
 
@@ -305,33 +268,33 @@ def test_a_half_precision_gradient_has_the_dtype_of_the_logits():
     value, slope = jax.value_and_grad(F.kl_from_logits)(p, q)
     assert (value.dtype, slope.dtype) == (jnp.float32, jnp.bfloat16)
     wide = [np.asarray(x).astype(np.float64) for x in (p, q)]
-    assert_close(slope, exact("forward", *wide)[1][0] / 4, rtol=1e-2, atol=1e-9)
+    assert_close(slope, next(KL.gradients(*wide)) / 4, rtol=1e-2, atol=1e-9)
 
 
-SHARDED = [(name, True) for name in ("forward", "symmetric", "js", "entropy")]
-
-
-@pytest.mark.parametrize(("name", "check_vma"), [*SHARDED, ("forward", False)])
-def test_classes_sharded_over_devices(name, check_vma):
+@every(STRUCTURES, slow=lambda case: case.name not in FUNCTIONS)
+def test_classes_sharded_over_devices(case):
     """Rows over one mesh axis, classes over another: the numbers of one device."""
-    call, inputs = CALLS[name]
     mesh = jax.make_mesh((2, 4), ("rows", "classes"), axis_types=(AxisType.Auto,) * 2)
-    logits = rows(64, 1.0, count=6)[:inputs]
+    logits = rows(64, 1.0, count=6)[: case.inputs]
     mask = np.array([True, True, False, True, False, True])
-    named = partial(call, block_size=2, axis_name="rows", class_axis_name="classes")
-    whole = jax.value_and_grad(lambda t, *x: call(*x, where=mask, temperature=t), range(inputs + 1))
-    sharded = jax.shard_map(
-        lambda mask, t, *x: named(*x, where=mask, temperature=t),
-        mesh=mesh,
-        in_specs=(P("rows"), P(), *[P("rows", "classes")] * inputs),
-        out_specs=P(),
-        check_vma=check_vma,
+    named = partial(case.raw, axis_name="rows", class_axis_name="classes")
+    arguments = range(1, case.inputs + 2)
+    whole = jax.value_and_grad(
+        lambda mask, t, *x: case.raw(*x, where=mask, temperature=t), arguments
     )
-    desired, slopes = quick_jit(whole)(1.3, *logits)
-    ours, found = quick_jit(jax.value_and_grad(sharded, range(1, inputs + 2)))(mask, 1.3, *logits)
-    assert_close(ours, desired, rtol=1e-5)
-    for slope, expected in zip(found, slopes, strict=True):
-        assert_close(slope, expected, rtol=1e-4, atol=1e-7)
+    desired, slopes = quick_jit(whole)(mask, 1.3, *logits)
+    for check_vma in (True, False) if case is KL else (True,):
+        sharded = jax.shard_map(
+            lambda mask, t, *x: named(*x, where=mask, temperature=t),
+            mesh=mesh,
+            in_specs=(P("rows"), P(), *[P("rows", "classes")] * case.inputs),
+            out_specs=P(),
+            check_vma=check_vma,
+        )
+        ours, found = quick_jit(jax.value_and_grad(sharded, arguments))(mask, 1.3, *logits)
+        assert_close(ours, desired, rtol=1e-5)
+        for slope, expected in zip(found, slopes, strict=True):
+            assert_close(slope, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_normalised_entropy_of_sharded_classes():

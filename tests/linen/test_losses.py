@@ -7,8 +7,8 @@ import pytest
 from flax import linen as nn
 
 import penalties_jax as pj
-from tests.configs import jit_once
 from tests.oracles import assert_close, lattice
+from tests.programs import jit_once
 
 X = jnp.asarray(lattice(0, 2, 3), jnp.float32)
 

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of functional/."""
+"""Fixtures of all tests."""
 
 import jax
 import pytest

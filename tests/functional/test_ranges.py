@@ -1,0 +1,53 @@
+"""A plain number out of its range raises in the function and in the config, in the same words."""
+
+import dataclasses
+import math
+import re
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import penalties_jax.functional as F  # noqa: N812
+from tests.catalogue import CASES, PROXIMAL, every, first_of_each, numbers_of, only
+
+NUMBERS = (-1, -0.5, 0, 0.0, 1.5, np.float32(-2), math.nan)
+
+
+def ranges_of(case, function):
+    """The ranges that the config's fields have, of the numbers that a function takes."""
+    ranges = {
+        field.name: field.metadata["valid"]
+        for field in dataclasses.fields(case.entry.config)
+        if "valid" in field.metadata
+    }
+    return {name: ranges[name] for name in numbers_of(function) if name in ranges}
+
+
+def assert_checked(call, name, valid):
+    """Raises for plain numbers that are out of range, and reads no array."""
+    for number in NUMBERS:
+        if not valid.contains(number):
+            message = re.escape(f"{name} must be {valid.description}, got {number!r}")
+            with pytest.raises(ValueError, match=message):
+                call(**{name: number})
+            call(**{name: jnp.float32(number)})
+
+
+@every(first_of_each(lambda case: case.function, only(lambda case: case.entry.config, CASES)))
+def test_functions_and_configs_have_the_same_ranges(case):
+    inputs = [np.float32(case.prepare(x)) for x in case.data(shape=(2, 3))]
+    for name, valid in ranges_of(case, case.function).items():
+        assert_checked(partial(case.raw, *inputs), name, valid)
+        assert_checked(case.config, name, valid)
+
+
+@every(first_of_each(lambda case: case.function, PROXIMAL))
+def test_proximal_operators_have_the_ranges_of_their_penalties(case):
+    """And the step, which is times the weight, that of the weight."""
+    ranges = ranges_of(case, getattr(F, f"prox_{case.function.__name__}"))
+    for name, valid in ranges.items():
+        assert_checked(partial(case.prox, jnp.ones((2, 3)), 0.5), name, valid)
+    nonnegative = ranges_of(case, case.function)["weights"]
+    assert_checked(partial(case.prox, jnp.ones((2, 3))), "t", nonnegative)
