@@ -83,7 +83,7 @@ def test_hyperparameters_as_arrays(case):
     """One for each row of points."""
     v, around = np.float32([2.0, -2.0, 0.3]), np.float32([0.5, 1.0, 1.5])
     for name, number in case.numbers.items():
-        array = np.clip(number * around, None, 1 if name == "l1_ratio" else None)
+        array = jnp.clip(number * around, None, 1 if name == "l1_ratio" else None)
         desired = [case.prox(v, 0.5, **{name: each}) for each in array]
         rows = case.prox(np.stack([v, v, v]), 0.5, **{name: array[:, None]})
         assert_close(rows, desired, rtol=1e-6)
