@@ -185,23 +185,25 @@ def _js_term(x, b):
     return jnp.where((b == 0) | (b == 1), 0, b * term_p + c * term_q)
 
 
-def _to_mixture(p, d, b, c):
-    """P log(m / p), 0 at p = 0."""
-    return jnp.where(p == 0, 0, p * _log_mixture(jnp.where(p == 0, 0, d), b, c))
+def _to_mixture(weight, p, d, b, c):
+    """Weight x p log(m / p), 0 at p = 0."""
+    return jnp.where(p == 0, 0, weight * p * _log_mixture(jnp.where(p == 0, 0, d), b, c))
 
 
 def _js_slope_p(x, b):
-    return jnp.where(b == 0, 0, -b * _to_mixture(x.probabilities[0], x.ratio, b, 1 - b))
+    p, _ = x.probabilities
+    return jnp.where(b == 0, 0, _to_mixture(-b, p, x.ratio, b, 1 - b))
 
 
 def _js_slope_q(x, b):
-    return jnp.where(b == 1, 0, -(1 - b) * _to_mixture(x.probabilities[1], -x.ratio, 1 - b, b))
+    _, q = x.probabilities
+    return jnp.where(b == 1, 0, _to_mixture(b - 1, q, -x.ratio, 1 - b, b))
 
 
 def _js_slope_b(x, b):
     """The term of KL(P||M) - KL(Q||M): what m gains cancels in the sum over classes."""
     p, q = x.probabilities
-    return _to_mixture(q, -x.ratio, 1 - b, b) - _to_mixture(p, x.ratio, b, 1 - b)
+    return _to_mixture(1, q, -x.ratio, 1 - b, b) - _to_mixture(1, p, x.ratio, b, 1 - b)
 
 
 JS = Formula(_js_term, (_js_slope_p, _js_slope_q), (Parameter("mixture", _js_slope_b, UNIT),))
