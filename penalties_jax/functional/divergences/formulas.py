@@ -22,12 +22,14 @@ class Distributions(NamedTuple):
 
     Attributes:
         probabilities: Of each distribution.
-        ratio: The log-ratio log q - log p of two, 0 where both are 0; log p of one.
-        label: Which class is the label, for a cross entropy.
+        logs: Their logarithms.
+        ratio: Of two, log q - log p, 0 where both are 0.
+        label: Of one, which class is the label, for a cross entropy.
     """
 
     probabilities: tuple[Float[Array, "*rows C"], ...]
-    ratio: Float[Array, "*rows C"]
+    logs: tuple[Float[Array, "*rows C"], ...]
+    ratio: Any = None
     label: Bool[Array, "*rows C"] | None = None
 
 
@@ -125,7 +127,7 @@ def _kl_centred_q(x):
 
 def _swapped(function):
     def swapped(x):
-        return function(Distributions(x.probabilities[::-1], -x.ratio))
+        return function(Distributions(x.probabilities[::-1], x.logs[::-1], -x.ratio))
 
     return swapped
 
@@ -213,18 +215,18 @@ JS = Formula(_js_term, (_js_slope_p, _js_slope_q), (Parameter("mixture", _js_slo
 
 
 def _surprise(x):
-    (p,) = x.probabilities
-    return -p * jnp.where(p == 0, 0, x.ratio)
+    (p,), (log_p,) = x.probabilities, x.logs
+    return -p * jnp.where(p == 0, 0, log_p)
 
 
 def _surprise_slope(x):
-    (p,) = x.probabilities
-    return -p * (jnp.where(p == 0, 0, x.ratio) + 1)
+    (p,), (log_p,) = x.probabilities, x.logs
+    return -p * (jnp.where(p == 0, 0, log_p) + 1)
 
 
 ENTROPY = Formula(_surprise, (_surprise_slope,), centred=(_surprise,))
 
 CROSS_ENTROPY = Formula(
-    lambda x: jnp.where(x.label, -x.ratio, 0),
-    (lambda x: jnp.where(x.label, -jnp.ones_like(x.ratio), 0),),
+    lambda x: jnp.where(x.label, -x.logs[0], 0),
+    (lambda x: jnp.where(x.label, -jnp.ones_like(x.logs[0]), 0),),
 )

@@ -192,10 +192,10 @@ class _SumOfTerms(NamedTuple):
         return jnp.sum(declared(*logs, *numbers), axis)
 
 
-def _distributions(log_p, *log_q):
-    if not log_q:
-        return Distributions((jnp.exp(log_p),), log_p)
-    (log_q,) = log_q
+def _distributions(*logs):
+    probabilities = tuple(map(jnp.exp, logs))
+    if len(logs) == 1:
+        return Distributions(probabilities, logs)
+    log_p, log_q = logs
     neither = jnp.isneginf(log_p) & jnp.isneginf(log_q)
-    ratio = jnp.where(neither, 0, log_q - log_p)
-    return Distributions((jnp.exp(log_p), jnp.exp(log_q)), ratio)
+    return Distributions(probabilities, logs, jnp.where(neither, 0, log_q - log_p))

@@ -234,10 +234,7 @@ def _statistics(formula, class_axis_name, wanted, rows):
         s - p * total(s, by_temperature)[..., None]
         for s, p in zip(slopes, x.probabilities, strict=True)
     ]
-    towards = sum(
-        jnp.where(g == 0, 0, g * _log_probabilities(z, temperature, normaliser))
-        for g, z, normaliser in zip(gradients, logits, normalisers, strict=True)
-    )
+    towards = sum(jnp.where(g == 0, 0, g * log) for g, log in zip(gradients, x.logs, strict=True))
     statistics = Statistics(
         normalisers=normalisers,
         slope_sums=tuple(map(total, slopes, wanted.logits)),
@@ -277,19 +274,19 @@ def _normaliser(z, temperature, class_axis_name):
 
 def _distributions(rows, class_axis_name, normalisers):
     temperature, logits = rows.parameters[0], promote(*rows.logits)
-    probabilities = tuple(
-        _probabilities(z, temperature, n) for z, n in zip(logits, normalisers, strict=True)
-    )
+    pairs = list(zip(logits, normalisers, strict=True))
+    probabilities = tuple(_probabilities(z, temperature, n) for z, n in pairs)
+    logs = tuple(_log_probabilities(z, temperature, n) for z, n in pairs)
     if len(logits) == 1:
-        log_p = _log_probabilities(logits[0], temperature, normalisers[0])
-        return Distributions(probabilities, log_p, _label(rows, class_axis_name))
+        return Distributions(probabilities, logs, label=_label(rows, class_axis_name))
     (z_p, z_q), (n_p, n_q) = logits, normalisers
     # Of near logits the difference is exact, and so is that of the normalisers, but for rounding
     # of the size of their difference.
     shift = (n_q.peak - n_p.peak)[..., None] / temperature + jnp.log(n_q.total / n_p.total)[
         ..., None
     ]
-    return Distributions(probabilities, jnp.where(z_p == z_q, 0, z_q - z_p) / temperature - shift)
+    ratio = jnp.where(z_p == z_q, 0, z_q - z_p) / temperature - shift
+    return Distributions(probabilities, logs, ratio)
 
 
 def _label(rows, class_axis_name):
