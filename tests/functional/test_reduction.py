@@ -65,7 +65,7 @@ def assert_is_gradient(case, slopes, inputs, where):
         assert_close(slope, gradient(total, x), rtol=1e-6, atol=1e-9)
 
 
-@every_case
+@every(STRUCTURES, slow=lambda case: case.streamed and case.name not in FUNCTIONS)
 def test_value_and_gradient_under_a_mask(case, x64):
     """In float64, with NaN and infinities wherever the mask excludes."""
     inputs, mask = case.data(), case.mask()
@@ -150,7 +150,8 @@ def test_a_python_bool_is_a_mask(mask):
 
 
 @every(FUNCTIONS, slow=streamed_again)
-def test_half_precision_is_float32_inside(case):
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
+def test_half_precision_is_float32_inside(case, dtype):
     """The value of half-precision input is that of the same numbers in float32."""
     calls = quick_jit(
         lambda *x: (
@@ -161,15 +162,14 @@ def test_half_precision_is_float32_inside(case):
     prepared = tuple(case.prepare(x.astype(np.float32)) for x in case.data())
     mean = calls(*prepared)[1][0]
     assert_close(mean, case.reduced_entries(*case.data(), reduction="mean"), atol=1e-6)
-    for dtype in (jnp.float16, jnp.bfloat16):
-        half = tuple(x.astype(dtype) for x in prepared)
-        entries, (mean, slope) = calls(*half)
-        assert entries.dtype == mean.dtype == jnp.float32
-        assert slope.dtype == dtype
-        exact_entries, (exact_mean, exact_slope) = calls(*(x.astype(np.float32) for x in half))
-        assert_close(entries, exact_entries, rtol=1e-6, atol=1e-7)
-        assert_close(mean, exact_mean, rtol=1e-6, atol=1e-7)
-        assert_close(slope, exact_slope, rtol=float(jnp.finfo(dtype).eps), atol=1e-7)
+    half = tuple(x.astype(dtype) for x in prepared)
+    entries, (mean, slope) = calls(*half)
+    assert entries.dtype == mean.dtype == jnp.float32
+    assert slope.dtype == dtype
+    exact_entries, (exact_mean, exact_slope) = calls(*(x.astype(np.float32) for x in half))
+    assert_close(entries, exact_entries, rtol=1e-6, atol=1e-7)
+    assert_close(mean, exact_mean, rtol=1e-6, atol=1e-7)
+    assert_close(slope, exact_slope, rtol=float(jnp.finfo(dtype).eps), atol=1e-7)
 
 
 @every(FUNCTIONS, slow=streamed_again)
@@ -239,7 +239,7 @@ def test_weights_of_broadcast_shapes(case):
     assert_close(slope, entries.mean())
 
 
-@every_function
+@every(FUNCTIONS, slow=streamed_again)
 def test_composes_with_transformations(case, x64):
     """Jit, vmap, scan, remat, jvp and second derivatives, in one compiled program."""
 

@@ -63,7 +63,12 @@ def exact(case, reduction, scale, inputs, mask):
 @pytest.mark.parametrize(
     ("case", "reduction"),
     [
-        *(pytest.param(case, "mean", id=name) for name, case in FUNCTIONS.items()),
+        *(
+            pytest.param(
+                case, "mean", id=name, marks=pytest.mark.slow if streamed_again(case) else ()
+            )
+            for name, case in FUNCTIONS.items()
+        ),
         *(pytest.param(case, "sum", id=f"{name}-sum") for name, case in SUMMED.items()),
     ],
 )
@@ -275,7 +280,7 @@ def test_any_split_of_the_batch_gives_the_same_number(case):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@every(STRUCTURES, slow=lambda case: case.name not in FUNCTIONS)
+@every(STRUCTURES, slow=lambda case: streamed_again(case) or case.name not in FUNCTIONS)
 def test_sharded_arrays_are_never_gathered(case, kind):
     """Value and gradient of arrays sharded along two axes, masked, in one compiled program.
 

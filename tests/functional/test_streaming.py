@@ -41,7 +41,7 @@ def rows(classes, noise, count=4, seed=0):
     return p.astype(np.float32), q.astype(np.float32)
 
 
-@every(STREAMED)
+@every_structure
 @pytest.mark.parametrize(("temperature", "block_size"), [(1.0, None), (0.5, 3), (3.0, 1)])
 def test_value_and_gradients(case, temperature, block_size):
     """Weighted row by row, at temperatures and in blocks that don't divide the rows."""
@@ -243,7 +243,7 @@ def test_mapped_twice_along_any_axis():
     assert_close(found, desired, rtol=1e-5)
 
 
-@every(FUNCTIONS)
+@every(FUNCTIONS, slow=streamed_again)
 def test_temporaries_are_a_few_blocks(case):
     """At most a tenth of the logits, in blocks of 4 rows on each of the devices there may be."""
     shape = jax.ShapeDtypeStruct((4096, 1024), jnp.float32)
