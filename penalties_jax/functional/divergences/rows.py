@@ -102,7 +102,7 @@ def divergence_of_logits(
     logits: tuple[Any, ...],
     options: Options,
     *,
-    scale: float = 1.0,
+    scale: ArrayLike = 1.0,
     **parameters: ArrayLike,
 ) -> Float[Array, "..."]:
     """A formula of the softmax of logits [*positions, C], reduced and times `scale`.
