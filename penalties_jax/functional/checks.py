@@ -1,5 +1,6 @@
 """What may come in: ranges of numbers, choices, shapes, masks, and what counts as an array."""
 
+import math
 import numbers
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, get_args
@@ -33,6 +34,7 @@ BELOW_ZERO = Range("below 0", lambda value: value < 0)
 ABOVE_ONE = Range("above 1", lambda value: value > 1)
 AT_LEAST_ONE = Range("at least 1", lambda value: value >= 1)
 UNIT = Range("in [0, 1]", lambda value: 0 <= value <= 1)
+FINITE = Range("finite", math.isfinite)
 ANY = Range("not NaN", lambda value: value == value)
 
 

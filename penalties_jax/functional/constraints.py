@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from penalties_jax.functional.checks import (
-    ANY,
+    FINITE,
     check_choice,
     check_fits,
     check_same_shape,
@@ -179,6 +179,7 @@ def gradient_penalty(
         >>> float(pj.gradient_penalty(lambda x: 3 * x.sum(), jnp.ones((2, 1))))
         4.0
     """
+    FINITE.check(target_norm=target_norm)
 
     def score(example):
         value = f(example)
@@ -248,7 +249,7 @@ def output_magnitude(
         4.0
     """
     check_choice("reduction", reduction, Reduction)
-    ANY.check(target=target)
+    FINITE.check(target=target)
     return _output_magnitude(
         x, target, axis=axis, reduction=reduction, where=where, axis_name=axis_name
     )

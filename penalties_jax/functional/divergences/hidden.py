@@ -7,7 +7,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from penalties_jax.functional.checks import check_choice, check_fits
+from penalties_jax.functional.checks import FINITE, check_choice, check_fits
 from penalties_jax.functional.divergences.formulas import CROSS_ENTROPY, JS, KL, Direction
 from penalties_jax.functional.divergences.heads import Head, Part, divergence_of_heads, sum_of_parts
 from penalties_jax.functional.divergences.rows import Options
@@ -241,6 +241,7 @@ def linear_distillation(
     """
     check_choice("direction", direction, Direction)
     weights = {"kl_weight": kl_weight, "cross_entropy_weight": cross_entropy_weight}
+    FINITE.check(**weights)
     check_fits(jnp.shape(labels) if reduction == "none" else (), **weights)
     heads = Head(hidden_p, kernel_p, bias_p), Head(hidden_q, kernel_q, bias_q)
     options = Options(block_size, reduction, where, axis_name, class_axis_name)
