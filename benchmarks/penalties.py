@@ -73,6 +73,9 @@ CASES = {
     ),
     "smooth_l0": Case(pj.smooth_l0, lambda x, g: jnp.sum(x**2 / (x**2 + g**2)), 0.1),
     "huber": Case(pj.huber, _textbook_huber, 1.0),
+    "mcp": Case(
+        pj.mcp, lambda x, g: jnp.sum(jnp.where(abs(x) < g, abs(x) - x**2 / 2 / g, g / 2)), 3.0
+    ),
     # Powers and logarithms cost more than memory does: their time has no bar.
     "lp": Case(pj.lp, lambda x, p: jnp.sum((jnp.abs(x) + EPS) ** p), 0.5, time_bar=None),
     "log_sum": Case(

@@ -418,6 +418,16 @@ PENALTIES = [
         proximal=True,
     ),
     Penalty(
+        F.mcp,
+        pj.MCP,
+        lambda x, gamma, lam: np.where(
+            abs(x) <= gamma * lam, lam * abs(x) - x**2 / (2 * gamma), gamma * lam**2 / 2
+        ),
+        variants={"": {"gamma": 1.5, "lam": 0.7}, "wide": {"gamma": 3.0}},
+        convex=False,
+        proximal=True,
+    ),
+    Penalty(
         F.group_lasso,
         pj.GroupLasso,
         lambda x: np.linalg.norm(x, axis=-1),

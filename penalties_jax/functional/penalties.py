@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from penalties_jax.functional.checks import (
+    ABOVE_ONE,
     ANY,
     NONNEGATIVE,
     POSITIVE,
@@ -38,11 +39,13 @@ __all__ = [
     "l2",
     "log_sum",
     "lp",
+    "mcp",
     "prox_elastic_net",
     "prox_group_lasso",
     "prox_huber",
     "prox_l1",
     "prox_l2",
+    "prox_mcp",
     "smooth_l0",
 ]
 
@@ -513,6 +516,76 @@ def huber_loss(x: Float[Array, "..."], delta: Float[Array, "..."]) -> Float[Arra
     magnitude = jnp.abs(x)
     inside = jnp.minimum(magnitude, delta)
     return inside * (magnitude - inside / 2)
+
+
+def mcp(
+    x: Float[Array, "..."],
+    gamma: ArrayLike,
+    lam: ArrayLike = 1.0,
+    *,
+    weights: ArrayLike = 1.0,
+    reduction: Reduction = "sum",
+    where: Bool[Array, "..."] | None = None,
+    axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""MCP: $\lambda |x_i| - x_i^2 / (2 \gamma)$ for $|x_i| \le \gamma \lambda$, then constant.
+
+    The minimax concave penalty, whose slope falls to 0, so that large entries are not shrunk.
+
+    Args:
+        x, weights, reduction, where, axis_name: As in `pj.l1`; so are result and errors.
+        gamma: The $\gamma$, above 1: the larger, the nearer to $\lambda |x_i|$.
+        lam: The $\lambda$, at least 0, in the units of `x`.
+
+    References:
+        Zhang (2010), Nearly unbiased variable selection under minimax concave penalty.
+
+    Examples:
+        >>> float(pj.mcp(jnp.array([1.0, -5.0]), gamma=2.0))
+        1.75
+    """
+    ABOVE_ONE.check(gamma=gamma)
+    NONNEGATIVE.check(lam=lam)
+    return _penalty(_mcp, x, weights, reduction, where, axis_name, gamma=gamma, lam=lam)
+
+
+def prox_mcp(
+    v: Float[Array, "..."], t: ArrayLike, *, gamma: ArrayLike, lam: ArrayLike = 1.0
+) -> Float[Array, "..."]:
+    r"""The soft threshold at $t \lambda$, over $1 - t / \gamma$, up to $\gamma \lambda$; beyond, v.
+
+    For $t \ge \gamma$ it is v where $|v| > \lambda \sqrt{t \gamma}$, else 0.
+
+    Args:
+        v, t: As in `pj.prox_l1`; so are result and errors.
+        gamma, lam: As in `pj.mcp`.
+
+    Examples:
+        >>> pj.prox_mcp(jnp.array([0.5, 1.5, 3.0]), 1.0, gamma=2.0).tolist()
+        [0.0, 1.0, 3.0]
+    """
+    ABOVE_ONE.check(gamma=gamma)
+    NONNEGATIVE.check(lam=lam)
+    return _proximal(_firm_threshold, v, t, gamma=gamma, lam=lam)
+
+
+def _firm_threshold(v, t, gamma, lam):
+    convex = t < gamma
+    # Of rounding, where the divisor is near 0, there is more than v itself.
+    shrunk = _soft_threshold(v, t * lam) / jnp.where(convex, 1 - t / gamma, 1)
+    shrunk = jnp.clip(shrunk, -jnp.abs(v), jnp.abs(v))
+    kept = jnp.abs(v) > lam * jnp.where(convex, gamma, jnp.sqrt(t * gamma))
+    return jnp.where(kept, v, jnp.where(convex, shrunk, 0))
+
+
+@elementwise_derivatives(
+    lambda x, gamma, lam: jnp.sign(x) * jnp.maximum(lam - jnp.abs(x) / gamma, 0),
+    lambda x, gamma, lam: jnp.square(jnp.minimum(absolute(x) / gamma, lam)) / 2,
+    lambda x, gamma, lam: jnp.minimum(absolute(x), gamma * lam),
+)
+def _mcp(x, gamma, lam):
+    inside = jnp.minimum(jnp.abs(x), gamma * lam)
+    return inside * (lam - inside / (2 * gamma))
 
 
 def group_lasso(

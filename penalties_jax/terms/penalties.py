@@ -10,13 +10,13 @@ from jaxtyping import Array, PyTree
 
 from penalties_jax import functional
 from penalties_jax._pytree import config, number, option
-from penalties_jax.functional.checks import NONNEGATIVE, POSITIVE, UNIT
+from penalties_jax.functional.checks import ABOVE_ONE, NONNEGATIVE, POSITIVE, UNIT
 from penalties_jax.functional.derivatives import Axis
 from penalties_jax.functional.reduction import count
 from penalties_jax.terms.base import Numeric, Penalty
 from penalties_jax.terms.reduced import Separable, Weighted
 
-__all__ = ["L1", "L2", "ElasticNet", "GroupLasso", "Huber", "LogSum", "Lp", "SmoothL0"]
+__all__ = ["L1", "L2", "MCP", "ElasticNet", "GroupLasso", "Huber", "LogSum", "Lp", "SmoothL0"]
 
 
 @config
@@ -166,6 +166,26 @@ class Huber(Separable):
 
     _function = staticmethod(functional.huber)
     _prox = staticmethod(functional.prox_huber)
+
+
+@config
+class MCP(Separable):
+    """The minimax concave penalty: `pj.mcp` as a config.
+
+    Attributes:
+        gamma, lam: As in `pj.mcp`.
+        weights, reduction, axis_name: As in `pj.L1`.
+
+    Examples:
+        >>> float(pj.MCP(gamma=2.0)(jnp.array([1.0, -5.0])))
+        1.75
+    """
+
+    gamma: Numeric = number(valid=ABOVE_ONE)
+    lam: Numeric = number(default=1.0, valid=NONNEGATIVE)
+
+    _function = staticmethod(functional.mcp)
+    _prox = staticmethod(functional.prox_mcp)
 
 
 @config
