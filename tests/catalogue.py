@@ -473,6 +473,18 @@ DIVERGENCES = [
         variants={"": {"mixture": 0.2}, "even": {}, "other": {"mixture": 0.75}},
     ),
     Divergence(
+        F.alpha_divergence,
+        pj.AlphaDivergence,
+        lambda p, q, alpha: (
+            (alpha * p + (1 - alpha) * q - p**alpha * q ** (1 - alpha)) / (alpha * (1 - alpha))
+            if alpha not in (0, 1)
+            else _kl(p, q, "forward" if alpha else "reverse")
+        ),
+        F.alpha_from_logits,
+        of_hidden=F.linear_alpha,
+        variants={str(alpha): {"alpha": alpha} for alpha in (0.3, 1.0, 0.0, 2.0, -0.6)},
+    ),
+    Divergence(
         F.entropy,
         pj.Entropy,
         lambda p, normalize: -p * log(p) / (np.log(p.shape[-1]) if normalize else 1),

@@ -8,14 +8,21 @@ import jax.numpy as jnp
 
 from penalties_jax import functional
 from penalties_jax._pytree import abstract, config, fields, number, option
-from penalties_jax.functional.checks import POSITIVE, UNIT, check_block_size
+from penalties_jax.functional.checks import FINITE, POSITIVE, UNIT, check_block_size
 from penalties_jax.functional.divergences.formulas import Direction
 from penalties_jax.functional.estimators import Estimator
 from penalties_jax.functional.reduction import AxisName, Reduction, evaluate
 from penalties_jax.terms.base import Numeric, Penalty
 from penalties_jax.terms.reduced import Reduced, parameters_of
 
-__all__ = ["Entropy", "JSDivergence", "KLDivergence", "KLEstimate", "SampledEntropy"]
+__all__ = [
+    "AlphaDivergence",
+    "Entropy",
+    "JSDivergence",
+    "KLDivergence",
+    "KLEstimate",
+    "SampledEntropy",
+]
 
 Inputs = Literal["logprobs", "logits"]
 
@@ -108,6 +115,26 @@ class JSDivergence(Divergence):
     mixture: Numeric = number(default=0.5, valid=UNIT)
 
     _functions = by_input(functional.js_divergence, functional.js_from_logits)
+    _inputs = 2
+
+
+@config
+class AlphaDivergence(Divergence):
+    r"""The alpha divergence: `pj.alpha_divergence` as a config.
+
+    Attributes:
+        alpha: As in `pj.alpha_divergence`.
+        inputs, temperature, block_size, class_axis_name, axis, reduction, axis_name: As in
+            `pj.KLDivergence`.
+
+    Examples:
+        >>> round(float(pj.AlphaDivergence(alpha=0.0)(*jnp.log(jnp.array([[0.5], [1.0]])))), 4)
+        0.1931
+    """
+
+    alpha: Numeric = number(valid=FINITE)
+
+    _functions = by_input(functional.alpha_divergence, functional.alpha_from_logits)
     _inputs = 2
 
 

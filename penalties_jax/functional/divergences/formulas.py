@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from penalties_jax.functional.checks import UNIT, Range
+from penalties_jax.functional.checks import FINITE, UNIT, Range
 from penalties_jax.functional.derivatives import elementwise_derivatives
 
 Direction = Literal["forward", "reverse", "symmetric"]
 
-# A log-ratio whose exponential still is a number.
-LARGE = 60.0
+# A log-ratio whose exponential still is a number, and one that stands for infinity.
+LARGE, MOST = 60.0, 1e18
 
 
 class Distributions(NamedTuple):
@@ -209,6 +209,64 @@ def _js_slope_b(x, b):
 
 
 JS = Formula(_js_term, (_js_slope_p, _js_slope_q), (Parameter("mixture", _js_slope_b, UNIT),))
+
+
+def _alpha_near(d, b):
+    """The term over p d^2, and its derivative in b: d^k goes with the sum of b^j up to j = k."""
+    power, each, each_slope, total, slope = 1.0, 1.0, 0.0, 0.0, 0.0
+    for k in range(18):
+        total += each * (1 / math.factorial(k + 2))
+        slope += each_slope * (1 / math.factorial(k + 2))
+        power *= d
+        each, each_slope = power + b * d * each, d * (each + b * each_slope)
+    return total, slope
+
+
+def _moved_b(log_p, d, b):
+    t = b * d
+    small = jnp.abs(t) < 1
+    near = jnp.exp(log_p + t) * jnp.square(d) * _alpha_near(jnp.where(small, -t, 0), 0.0)[0]
+    far = jnp.exp(log_p) + jnp.exp(log_p + t) * (t - 1)
+    return jnp.where(small, near, far / jnp.square(jnp.where(small, 1, b)))
+
+
+@elementwise_derivatives(lambda *x: -_alpha_slope(*x), lambda l, d, b: jnp.exp(l + b * d), _moved_b)
+def _moved(log_p, d, b):
+    """What p^a q^b is above p, over b; it tends to p d."""
+    p, t, divisor = jnp.exp(log_p), b * d, jnp.where(b == 0, 1, b)
+    near = p * jnp.where(b == 0, d, jnp.expm1(t) / divisor)
+    return jnp.where(jnp.abs(t) < 1, near, (jnp.exp(log_p + t) - p) / divisor)
+
+
+def _alpha(x, a):
+    """The term of (a p + b q - p^a q^b) / (a b), and its derivative in a; swapped for a < 1/2."""
+    swap = a < 0.5
+    p, q = (jnp.where(swap, *pair) for pair in (x.probabilities[::-1], x.probabilities))
+    log_p, ratio = jnp.where(swap, *x.logs[::-1]), jnp.where(swap, -x.ratio, x.ratio)
+    a, b = (jnp.where(swap, *pair) for pair in ((1 - a, a), (a, 1 - a)))
+    d = jnp.nan_to_num(ratio, nan=jnp.nan, posinf=MOST, neginf=-MOST)
+    near = jnp.maximum(1, jnp.abs(b)) * jnp.abs(d) < 1
+    size, size_slope = (p * jnp.square(d) * y for y in _alpha_near(jnp.where(near, d, 0), b))
+    far = (q - p - jnp.where(jnp.isneginf(ratio) & (b <= 0), -jnp.inf, _moved(log_p, d, b))) / a
+    far_slope = jnp.where(jnp.isinf(far), 0, (_moved_b(log_p, d, b) - far) / a)
+    return jnp.where(near, size, far), (1 - 2 * swap) * jnp.where(near, -size_slope, far_slope)
+
+
+def _alpha_slope(log_p, ratio, b) -> Array:
+    """-p times e^(b d) - 1 over b, which is taken to be 1 where it is infinite: as for KL."""
+    d = jnp.nan_to_num(ratio, nan=jnp.nan, posinf=MOST, neginf=-MOST)
+    infinite = (jnp.isneginf(ratio) & (b <= 0)) | jnp.isinf(_moved(log_p, d, b))
+    return -jnp.where(infinite, jnp.exp(log_p), _moved(log_p, jnp.where(infinite, 0, d), b))
+
+
+ALPHA = Formula(
+    lambda x, a: _alpha(x, a)[0],
+    (
+        lambda x, a: _alpha_slope(x.logs[0], x.ratio, 1 - a),
+        lambda x, a: _alpha_slope(x.logs[1], -x.ratio, a),
+    ),
+    (Parameter("alpha", lambda x, a: _alpha(x, a)[1], FINITE),),
+)
 
 
 # Of one distribution.

@@ -8,13 +8,14 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from penalties_jax.functional.checks import FINITE, check_choice, check_fits
-from penalties_jax.functional.divergences.formulas import CROSS_ENTROPY, JS, KL, Direction
+from penalties_jax.functional.divergences.formulas import ALPHA, CROSS_ENTROPY, JS, KL, Direction
 from penalties_jax.functional.divergences.heads import Head, Part, divergence_of_heads, sum_of_parts
 from penalties_jax.functional.divergences.rows import Options
 from penalties_jax.functional.reduction import AxisName, Reduction
 
 __all__ = [
     "DistillationLoss",
+    "linear_alpha",
     "linear_cross_entropy",
     "linear_distillation",
     "linear_js",
@@ -139,6 +140,38 @@ def linear_js(
     heads = Head(hidden_p, kernel_p, bias_p), Head(hidden_q, kernel_q, bias_q)
     options = Options(block_size, reduction, where, axis_name, class_axis_name)
     return divergence_of_heads(JS, heads, options, temperature=temperature, mixture=mixture)
+
+
+def linear_alpha(
+    hidden_p: Float[Array, "*positions D"],
+    kernel_p: Float[Array, "D C"],
+    hidden_q: Float[Array, "*positions E"],
+    kernel_q: Float[Array, "E C"],
+    alpha: ArrayLike,
+    *,
+    bias_p: Float[Array, " C"] | None = None,
+    bias_q: Float[Array, " C"] | None = None,
+    temperature: ArrayLike = 1.0,
+    block_size: int | None = None,
+    reduction: Reduction = "mean",
+    where: Bool[Array, "*positions"] | None = None,
+    axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""The alpha divergence of $h_p W_p + b_p$ and $h_q W_q + b_q$, streamed as `pj.linear_kl`.
+
+    Args:
+        hidden_p, kernel_p, hidden_q, kernel_q, bias_p, bias_q: As in `pj.linear_kl`.
+        temperature, block_size, reduction, class_axis_name: As in `pj.linear_kl`.
+        alpha, where, axis_name: As in `pj.alpha_divergence`; so are result and errors.
+
+    Examples:
+        >>> float(pj.linear_alpha(jnp.ones((3, 1)), jnp.eye(1), jnp.ones((3, 1)), jnp.eye(1), 1.0))
+        0.0
+    """
+    heads = Head(hidden_p, kernel_p, bias_p), Head(hidden_q, kernel_q, bias_q)
+    options = Options(block_size, reduction, where, axis_name, class_axis_name)
+    return divergence_of_heads(ALPHA, heads, options, temperature=temperature, alpha=alpha)
 
 
 def linear_cross_entropy(

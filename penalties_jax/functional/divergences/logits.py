@@ -5,12 +5,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from penalties_jax.functional.checks import arrays_of_classes, check_choice
-from penalties_jax.functional.divergences.formulas import ENTROPY, JS, KL, Direction
+from penalties_jax.functional.divergences.formulas import ALPHA, ENTROPY, JS, KL, Direction
 from penalties_jax.functional.divergences.logprobs import entropy_scale
 from penalties_jax.functional.divergences.rows import Options, divergence_of_logits
 from penalties_jax.functional.reduction import AxisName, Reduction
 
-__all__ = ["entropy_from_logits", "js_from_logits", "kl_from_logits"]
+__all__ = ["alpha_from_logits", "entropy_from_logits", "js_from_logits", "kl_from_logits"]
 
 
 def kl_from_logits(
@@ -98,6 +98,33 @@ def js_from_logits(
     return divergence_of_logits(
         JS, (logits_p, logits_q), options, temperature=temperature, mixture=mixture
     )
+
+
+def alpha_from_logits(
+    logits_p: Float[Array, "*positions C"],
+    logits_q: Float[Array, "*positions C"],
+    alpha: ArrayLike,
+    *,
+    temperature: ArrayLike = 1.0,
+    block_size: int | None = None,
+    reduction: Reduction = "mean",
+    where: Bool[Array, "*positions"] | None = None,
+    axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""The alpha divergence of $\mathrm{softmax}(\text{logits} / T)$, as `pj.alpha_divergence`.
+
+    Args:
+        logits_p, logits_q, temperature, block_size, class_axis_name: As in `pj.kl_from_logits`.
+        alpha, reduction, where, axis_name: As in `pj.alpha_divergence`; so are result and errors.
+
+    Examples:
+        >>> round(float(pj.alpha_from_logits(jnp.array([0.0, 1.0]), jnp.zeros(2), 1.0)), 4)
+        0.1109
+    """
+    options = Options(block_size, reduction, where, axis_name, class_axis_name)
+    parameters = {"temperature": temperature, "alpha": alpha}
+    return divergence_of_logits(ALPHA, (logits_p, logits_q), options, **parameters)
 
 
 def entropy_from_logits(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 from penalties_jax.functional.checks import POSITIVE, check_choice, check_same_shape
 from penalties_jax.functional.derivatives import elementwise_derivatives
 from penalties_jax.functional.divergences.formulas import (
+    ALPHA,
     ENTROPY,
     JS,
     KL,
@@ -21,7 +22,7 @@ from penalties_jax.functional.divergences.formulas import (
 )
 from penalties_jax.functional.reduction import AxisName, Reduction, evaluate
 
-__all__ = ["entropy", "js_divergence", "kl_divergence"]
+__all__ = ["alpha_divergence", "entropy", "js_divergence", "kl_divergence"]
 
 
 def kl_divergence(
@@ -111,6 +112,37 @@ def js_divergence(
         0.6931
     """
     return _of_pair(JS, log_p, log_q, axis, reduction, where, axis_name, mixture=mixture)
+
+
+def alpha_divergence(
+    log_p: Float[Array, "..."],
+    log_q: Float[Array, "..."],
+    alpha: ArrayLike,
+    *,
+    axis: int = -1,
+    reduction: Reduction = "mean",
+    where: Bool[Array, "..."] | None = None,
+    axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""The alpha divergence: $(1 - \sum_c p_c^\alpha q_c^{1 - \alpha}) / (\alpha (1 - \alpha))$.
+
+    KL(P||Q) at 1, KL(Q||P) at 0, in nats; Hellinger's $4 (1 - \sum_c \sqrt{p_c q_c})$ at 1/2, half
+    the chi-square at 2. A class with p = 0 < q contributes $q / \alpha$, one with q = 0 < p
+    $p / (1 - \alpha)$; inf for $\alpha \le 0$ and $\alpha \ge 1$, with a finite gradient.
+
+    Args:
+        log_p, log_q, axis, reduction, where, axis_name: As in `pj.kl_divergence`; so are result and
+            errors.
+        alpha: The $\alpha$, any real number, or an array that broadcasts to `log_p`.
+
+    References:
+        Minka (2005), Divergence measures and message passing.
+
+    Examples:
+        >>> round(float(pj.alpha_divergence(*jnp.log(jnp.array([[0.75, 0.25], [0.5, 0.5]])), 2)), 4)
+        0.125
+    """
+    return _of_pair(ALPHA, log_p, log_q, axis, reduction, where, axis_name, alpha=alpha)
 
 
 def entropy(
