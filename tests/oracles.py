@@ -94,8 +94,14 @@ def log(x):
 
 
 def expm1(x):
-    """Exp(x) - 1 of floats or of mpmath's numbers."""
-    return np.frompyfunc(mpmath.expm1, 1, 1)(x) if np.asarray(x).dtype == object else np.expm1(x)
+    """Exp(x) - 1 of floats or of mpmath's numbers, for which infinity is 2^(10^60)."""
+    return np.frompyfunc(_expm1, 1, 1)(x) if np.asarray(x).dtype == object else np.expm1(x)
+
+
+def _expm1(x):
+    if x > mpmath.mpf(10) ** 40:
+        raise OverflowError("an oracle's exponential grows without bound at infinity: rearrange it")
+    return mpmath.expm1(x) if x > -(mpmath.mpf(10) ** 40) else mpmath.mpf(-1)
 
 
 # Divergences of one or many rows of log-probabilities, classes on the last axis.

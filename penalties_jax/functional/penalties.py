@@ -323,7 +323,8 @@ def _power_p_slope(x, p, eps):
 def _power_eps_slope(x, p, eps):
     base = absolute(x) + eps
     positive = base > 0
-    return jnp.where(positive, p * _raise(jnp.where(positive, base, 1), p - 1), 0)
+    slope = p * _raise(jnp.where(positive, base, 1), p - 1)
+    return jnp.where(positive | (p == 1), slope, 0)
 
 
 @elementwise_derivatives(_power_slope, _power_p_slope, _power_eps_slope)
@@ -432,8 +433,8 @@ def _log_slope(x, eps):
 
 
 def _log_eps_slope(x, eps):
-    magnitude = absolute(x)
-    return -magnitude / (eps * (eps + magnitude))
+    magnitude = jnp.minimum(absolute(x), jnp.finfo(x.dtype).max / 2)
+    return -magnitude / (eps + magnitude) / eps
 
 
 @elementwise_derivatives(_log_slope, _log_eps_slope)
