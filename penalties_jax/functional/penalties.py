@@ -536,7 +536,7 @@ def mcp(
     Args:
         x, weights, reduction, where, axis_name: As in `pj.l1`; so are result and errors.
         gamma: The $\gamma$, above 1: the larger, the nearer to $\lambda |x_i|$.
-        lam: The $\lambda$, at least 0, in the units of `x`.
+        lam: The $\lambda$, at least 0, in the units of `x`; a weight scales the value alone.
 
     References:
         Zhang (2010), Nearly unbiased variable selection under minimax concave penalty.
