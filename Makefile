@@ -22,7 +22,7 @@ test: $(VENV)/.test  ## set up, and run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(VENV)/.test  ## the tests that take minutes each: whole runs on several devices
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow -n auto --dist loadfile $(ARGS)
 
 test-matrix: $(PYTHONS:%=test-%)  ## the tests on the oldest and on the newest Python and jax
 
