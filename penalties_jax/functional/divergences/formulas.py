@@ -188,8 +188,8 @@ def _js_term(x, b):
 
 
 def _to_mixture(weight, p, d, b, c):
-    """Weight x p log(m / p), 0 at p = 0."""
-    return jnp.where(p == 0, 0, weight * p * _log_mixture(jnp.where(p == 0, 0, d), b, c))
+    """Weight x p log(m / p), 0 at p = 0, where the ratio is infinite."""
+    return weight * p * _log_mixture(jnp.minimum(d, MOST), b, c)
 
 
 def _js_slope_p(x, b):
