@@ -51,10 +51,11 @@ class Divergence(Reduced):
         check_block_size(self.block_size, f"{name}.block_size")
         takers = {kind: parameters_of(function) for kind, function in self._functions.items()}
         for field in fields(self):
-            value = getattr(self, field.name)
-            given = value is not None if field.default is None else value != field.default
             kinds = [kind for kind, taken in takers.items() if field.name in taken]
-            if kinds and self.inputs not in kinds and given:
+            if not kinds or self.inputs in kinds:
+                continue
+            value = getattr(self, field.name)
+            if value is not None if field.default is None else value != field.default:
                 raise ValueError(f"{name}.{field.name} needs inputs={kinds[0]!r}, got {value!r}")
 
     @property
