@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from penalties_jax.functional.checks import ANY, Range, check_choice
+from penalties_jax.functional.checks import ANY, Range, check_choice, holds_array
 
 Class = TypeVar("Class", bound=type)
 Tree = TypeVar("Tree")
@@ -266,8 +266,8 @@ def _checked_number(label, value, field):
         valid.check_all(label, number, ends)
         if isinstance(number, numbers.Integral):
             return float(number)
-        if callable(number) and not is_schedule(number):
+        if callable(number) and not is_schedule(number) and not holds_array(number):
             return BareSchedule(number, label)
         return number
 
-    return jax.tree.map(check, value, is_leaf=is_schedule)
+    return jax.tree.map(check, value, is_leaf=lambda x: is_schedule(x) or holds_array(x))

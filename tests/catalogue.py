@@ -109,6 +109,20 @@ def numbers_of(function):
     }
 
 
+def arrays_of(function):
+    """The names of what a function is of: arrays that have to be given."""
+    kinds = {
+        name: get_args(parameter.annotation)
+        for name, parameter in inspect.signature(function).parameters.items()
+    }
+    return [
+        name
+        for name, kinds in kinds.items()
+        if any(isinstance(kind, type) and issubclass(kind, AbstractArray) for kind in kinds)
+        and type(None) not in kinds
+    ]
+
+
 def choices_of(function):
     """The options of a function that are one of a few words, and the words."""
     annotations = {
@@ -152,8 +166,7 @@ class Case:
 
     @functools.cached_property
     def inputs(self):
-        annotations = [parameter.annotation for parameter in self.parameters.values()]
-        return sum(isinstance(x, type) and issubclass(x, AbstractArray) for x in annotations)
+        return len(arrays_of(self.function))
 
     @property
     def reduced(self):

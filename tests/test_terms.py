@@ -633,7 +633,7 @@ def test_the_ends_of_a_schedule_are_in_range(make, message):
     [
         (lambda: pj.KLDivergence()(jnp.zeros(2)), r"KLDivergence takes 2 input\(s\), got 1"),
         (lambda: pj.L1()(jnp.zeros(2), jnp.ones(2, bool)), "a mask is passed as where="),
-        (lambda: pj.l1([1.0, 2.0]), "expected an array, got a list"),
+        (lambda: pj.l1([1.0, 2.0]), "x must be an array, got a list"),
         (
             lambda: pj.smooth_l0(jnp.zeros(2), pj.anneal(1.0, 0.1, start=0, end=9)),
             "gamma is a schedule",

@@ -1,30 +1,122 @@
-"""What may come in: ranges of numbers, choices, shapes, masks, and what counts as an array."""
+"""What may come in: what counts as an array, ranges of numbers, choices, shapes and masks."""
 
-import math
+import contextlib
+import functools
+import inspect
 import numbers
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, get_args
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, repeat
+from types import UnionType
+from typing import Any, NamedTuple, ParamSpec, TypeVar, Union, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import AbstractArray, PyTree
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# What is read, where a number is checked.
+PLAIN: Any = (np.ndarray, np.generic, numbers.Number)
+
+
+@contextlib.contextmanager
+def standard_promotion() -> Iterator[None]:
+    """Has arrays of different dtypes and ranks mean what they always do, in strict modes too.
+
+    Around what is called from outside, and around what is differentiated later: the rules of
+    declared derivatives.
+    """
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def public(function: Callable[P, R]) -> Callable[P, R]:
+    """Lets in what the annotations of a function say, and has it mean the same in every mode.
+
+    Where they say an array, a number, or a pytree of such, what holds an array is replaced by it,
+    and what is none is a TypeError.
+    """
+    body: Callable[..., R] = function
+    parameters = inspect.signature(function).parameters
+    doors = {name: _door(name, parameter.annotation) for name, parameter in parameters.items()}
+
+    @functools.wraps(function)
+    def entered(*inputs: P.args, **options: P.kwargs) -> R:
+        let_in = map(lambda door, x: door(x), chain(doors.values(), repeat(_as_it_is)), inputs)
+        named = {name: doors.get(name, _as_it_is)(x) for name, x in options.items()}
+        with standard_promotion():
+            return body(*let_in, **named)
+
+    return entered
+
+
+def _door(name, annotation):
+    """What is made of an argument that has an annotation."""
+    union = get_origin(annotation) in (Union, UnionType)
+    kinds = get_args(annotation) if union else (annotation,)
+    if any(isinstance(kind, type(PyTree)) or get_origin(kind) is tuple for kind in kinds):
+        return functools.partial(_tree, name)
+    types = [kind for kind in kinds if isinstance(kind, type)]
+    if not any(issubclass(kind, (jax.Array, AbstractArray)) for kind in types):
+        return _as_it_is
+    words = [type(word) for kind in kinds for word in get_args(kind)]
+    return functools.partial(_array, name, tuple({type(None), *words} & {*types, *words}))
+
+
+def _as_it_is(x):
+    return x
+
+
+def _array(name, others, x):
+    if holds_array(x):
+        x = x.__jax_array__()
+    if not isinstance(x, (jax.Array, *PLAIN, *others)):
+        if callable(x):
+            raise TypeError(f"{name} is a schedule, {x!r}: pass its value at the step")
+        raise TypeError(f"{name} must be an array, got a {type(x).__name__}: {x!r}")
+    return x
+
+
+def _tree(name, tree):
+    return jax.tree.map(functools.partial(_array, name, ()), tree, is_leaf=holds_array)
+
+
+def holds_array(node: Any) -> bool:
+    """Whether a node holds an array for whoever asks, as a Flax or a Keras variable does."""
+    return not isinstance(node, jax.Array) and hasattr(node, "__jax_array__")
+
+
+def bare(tree: Any) -> Any:
+    """A pytree with arrays in the place of what holds one."""
+    return jax.tree.map(
+        lambda node: node.__jax_array__() if holds_array(node) else node, tree, is_leaf=holds_array
+    )
 
 
 class Range(NamedTuple):
     """The values that a number may take."""
 
     description: str
-    contains: Callable[[float], bool]
+    contains: Callable[[Any], Any]
 
     def check(self, **values: Any) -> None:
-        """Raises ValueError for a plain number out of range; an array is never read."""
+        """Raises ValueError for a plain number, or array of them, that is out of range.
+
+        A `jax.Array` is never read: that would wait for the device. An entry of an array may be
+        NaN, where a mask leaves it out.
+        """
         for name, value in values.items():
             self.check_all(name, value, (value,))
 
     def check_all(self, name: str, shown: Any, values: Iterable[Any]) -> None:
         """The same for all that a value stands for, such as the ends of a schedule."""
         for value in values:
-            if isinstance(value, numbers.Real) and not self.contains(float(value)):
+            if not isinstance(value, PLAIN):
+                continue
+            valid = self.contains(value)
+            if not np.all(valid | np.isnan(value) if np.ndim(value) else valid):
                 raise ValueError(f"{name} must be {self.description}, got {shown!r}")
 
 
@@ -33,8 +125,8 @@ NONNEGATIVE = Range("at least 0", lambda value: value >= 0)
 BELOW_ZERO = Range("below 0", lambda value: value < 0)
 ABOVE_ONE = Range("above 1", lambda value: value > 1)
 AT_LEAST_ONE = Range("at least 1", lambda value: value >= 1)
-UNIT = Range("in [0, 1]", lambda value: 0 <= value <= 1)
-FINITE = Range("finite", math.isfinite)
+UNIT = Range("in [0, 1]", lambda value: (value >= 0) & (value <= 1))
+FINITE = Range("finite", np.isfinite)
 ANY = Range("not NaN", lambda value: value == value)
 
 
@@ -60,19 +152,8 @@ def check_same_shape(**arrays: Any) -> None:
         )
 
 
-def check_resolved(**values: Any) -> None:
-    """Raises TypeError for a schedule, which has a value only at a step."""
-    for name, value in values.items():
-        if callable(value):
-            raise TypeError(f"{name} is a schedule, {value!r}: pass its value at the step")
-
-
 def check_fits(shape: tuple[int, ...], **arrays: Any) -> None:
-    """Raises ValueError that shows both shapes if an array does not broadcast to `shape`.
-
-    Raises TypeError for a schedule.
-    """
-    check_resolved(**arrays)
+    """Raises ValueError that shows both shapes if an array does not broadcast to `shape`."""
     for name, array in arrays.items():
         own = jnp.shape(array)
         fits = len(own) <= len(shape) and all(
@@ -101,20 +182,8 @@ def check_labels(labels: Any, positions: tuple[int, ...]) -> None:
         )
 
 
-def arrays_of_classes(**inputs: Any) -> tuple[jax.Array, ...]:
-    """The arrays that are meant, also by Flax variables.
-
-    Raises:
-        TypeError: If one is not an array.
-        ValueError: If one has no axis of classes, or no class on it.
-    """
-    arrays: list[Any] = []
+def check_classes(**inputs: Any) -> None:
+    """Raises ValueError for an array that has no axis of classes, or no class on it."""
     for name, x in inputs.items():
-        if not isinstance(x, (jax.Array, np.ndarray)) and hasattr(x, "__jax_array__"):
-            x = x.__jax_array__()
-        if not isinstance(x, (jax.Array, np.ndarray)):
-            raise TypeError(f"{name} must be an array, got a {type(x).__name__}")
-        if not x.ndim or not x.shape[-1]:
-            raise ValueError(f"{name} needs classes on its last axis, got shape {x.shape}")
-        arrays.append(x)
-    return tuple(arrays)
+        if not jnp.ndim(x) or not jnp.shape(x)[-1]:
+            raise ValueError(f"{name} needs classes on its last axis, got shape {jnp.shape(x)}")

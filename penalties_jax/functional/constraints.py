@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Real
 
 from penalties_jax.functional.checks import (
     FINITE,
@@ -18,6 +18,7 @@ from penalties_jax.functional.checks import (
     check_fits,
     check_same_shape,
     check_where,
+    public,
 )
 from penalties_jax.functional.derivatives import Axis, absolute, norm, norm_across, normalized
 from penalties_jax.functional.divergences import kl_divergence
@@ -36,8 +37,9 @@ Rows = Literal["rows", "sequence", "vocabulary"]
 Metric = Literal["mse", "l1", "cosine", "kl"]
 
 
+@public
 def orthogonality(
-    x: Float[Array, "..."],
+    x: Real[ArrayLike, "..."],
     *,
     mode: Mode = "soft",
     normalize: bool = True,
@@ -109,13 +111,14 @@ def _orthogonality(x, *, mode, normalize, axis):
     return jnp.square(jnp.sum(jnp.square(x)) - n) + soft
 
 
+@public
 def consistency(
-    a: Float[Array, "..."],
-    b: Float[Array, "..."],
+    a: Real[ArrayLike, "..."],
+    b: Real[ArrayLike, "..."],
     *,
     metric: Metric = "mse",
     reduction: Reduction = "mean",
-    where: Bool[Array, "..."] | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     r"""How far two outputs for the same input differ.
@@ -152,8 +155,9 @@ def consistency(
     return evaluate(formula, (a, b), {}, reduction, where, axis_name, axis=axis)
 
 
+@public
 def gradient_penalty(
-    f: Callable[[Array], Array], x: Float[Array, "batch ..."], *, target_norm: ArrayLike = 1.0
+    f: Callable[[Array], Array], x: Real[ArrayLike, "batch ..."], *, target_norm: ArrayLike = 1.0
 ) -> Float[Array, ""]:
     r"""The gradient penalty: the mean over examples of $(\lVert \nabla f(x_i) \rVert_2 - t)^2$.
 
@@ -195,10 +199,11 @@ def gradient_penalty(
     return jnp.sum(jnp.square(norms - target_norm)) / max(norms.size, 1)
 
 
+@public
 def interpolated_gradient_penalty(
     f: Callable[[Array], Array],
-    a: Float[Array, "batch ..."],
-    b: Float[Array, "batch ..."],
+    a: Real[ArrayLike, "batch ..."],
+    b: Real[ArrayLike, "batch ..."],
     key: Array,
     *,
     target_norm: ArrayLike = 1.0,
@@ -222,13 +227,14 @@ def interpolated_gradient_penalty(
     return gradient_penalty(f, e * a + (1 - e) * b, target_norm=target_norm)
 
 
+@public
 def output_magnitude(
-    x: Float[Array, "..."],
+    x: Real[ArrayLike, "..."],
     *,
     target: ArrayLike = 1.0,
     axis: Axis | None = None,
     reduction: Reduction = "mean",
-    where: Bool[Array, "..."] | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     r"""Keeps outputs at a scale: $(\operatorname{rms}(x) - t)^2$.

@@ -9,6 +9,8 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
+from penalties_jax.functional.checks import standard_promotion
+
 Axis = int | tuple[int, ...]
 
 
@@ -25,6 +27,7 @@ def elementwise_derivatives(
         declared = jax.custom_jvp(function)
 
         @functools.partial(declared.defjvp, symbolic_zeros=True)
+        @standard_promotion()
         def _(primals, tangents):
             value = declared(*primals)
             tangent = sum(
@@ -56,6 +59,7 @@ def norm(x: Float[Array, "..."], axis: Axis | None = None) -> Float[Array, "..."
 
 
 @norm.defjvp
+@standard_promotion()
 def _(axis, primals, tangents):
     (x,), (tangent,) = primals, tangents
     return norm(x, axis), jnp.sum(normalized(x, axis) * tangent, axis)

@@ -3,9 +3,14 @@
 from typing import Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Real
 
-from penalties_jax.functional.checks import check_choice, check_same_shape
+from penalties_jax.functional.checks import (
+    check_choice,
+    check_same_shape,
+    public,
+)
 from penalties_jax.functional.divergences.formulas import expm1_minus
 from penalties_jax.functional.reduction import AxisName, Reduction, evaluate
 
@@ -14,13 +19,14 @@ __all__ = ["kl_estimate"]
 Estimator = Literal["k1", "k2", "k3"]
 
 
+@public
 def kl_estimate(
-    log_p: Float[Array, "..."],
-    log_q: Float[Array, "..."],
+    log_p: Real[ArrayLike, "..."],
+    log_q: Real[ArrayLike, "..."],
     *,
     estimator: Estimator = "k3",
     reduction: Reduction = "mean",
-    where: Bool[Array, "..."] | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     r"""Per-token estimates of KL(P||Q), in nats, for tokens sampled from P.

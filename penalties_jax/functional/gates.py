@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Real
 from numpy.lib.array_utils import normalize_axis_index
 
 from penalties_jax.functional.checks import (
@@ -16,6 +16,7 @@ from penalties_jax.functional.checks import (
     POSITIVE,
     check_fits,
     check_same_shape,
+    public,
 )
 from penalties_jax.functional.derivatives import elementwise_derivatives
 from penalties_jax.functional.reduction import promote
@@ -31,7 +32,10 @@ __all__ = [
 ]
 
 
-def straight_through(hard: Float[Array, "..."], soft: Float[Array, "..."]) -> Float[Array, "..."]:
+@public
+def straight_through(
+    hard: Real[ArrayLike, "..."], soft: Real[ArrayLike, "..."]
+) -> Float[Array, "..."]:
     r"""The value of `hard` with the derivative of `soft`.
 
     The value is `hard` to the last bit, which $h + s - \operatorname{stopgrad}(s)$ is not.
@@ -59,8 +63,9 @@ def straight_through(hard: Float[Array, "..."], soft: Float[Array, "..."]) -> Fl
     return _straight_through(*promote(hard, soft))
 
 
+@public
 def logistic_gate(
-    logits: Float[Array, "..."],
+    logits: Real[ArrayLike, "..."],
     key: Array | None,
     *,
     temperature: ArrayLike = 1.0,
@@ -98,8 +103,9 @@ def logistic_gate(
     return _logistic_gate(logits, key, temperature, hard=hard)
 
 
+@public
 def hard_concrete_gate(
-    logits: Float[Array, "..."],
+    logits: Real[ArrayLike, "..."],
     key: Array | None,
     *,
     temperature: ArrayLike = 2 / 3,
@@ -129,8 +135,9 @@ def hard_concrete_gate(
     return _hard_concrete_gate(logits, key, temperature, stretch)
 
 
+@public
 def hard_concrete_l0(
-    logits: Float[Array, "..."],
+    logits: Real[ArrayLike, "..."],
     *,
     temperature: ArrayLike = 2 / 3,
     stretch: tuple[ArrayLike, ArrayLike] = (-0.1, 1.1),
@@ -152,8 +159,9 @@ def hard_concrete_l0(
     return _hard_concrete_l0(logits, temperature, stretch)
 
 
+@public
 def step_gate(
-    x: Float[Array, "..."], threshold: ArrayLike, *, bandwidth: ArrayLike = 1e-3
+    x: Real[ArrayLike, "..."], threshold: ArrayLike, *, bandwidth: ArrayLike = 1e-3
 ) -> Float[Array, "..."]:
     r"""The step $H(x - \theta)$: 1 where $x > \theta$, else 0.
 
@@ -188,8 +196,9 @@ def step_gate(
     return _at_threshold(_step, x, threshold, bandwidth)
 
 
+@public
 def jump_relu(
-    x: Float[Array, "..."], threshold: ArrayLike, *, bandwidth: ArrayLike = 1e-3
+    x: Real[ArrayLike, "..."], threshold: ArrayLike, *, bandwidth: ArrayLike = 1e-3
 ) -> Float[Array, "..."]:
     r"""JumpReLU: $x H(x - \theta)$, x where it is above the threshold and 0 elsewhere.
 
@@ -209,8 +218,9 @@ def jump_relu(
     return _at_threshold(_jump_relu, x, threshold, bandwidth)
 
 
+@public
 def top_k_gate(
-    logits: Float[Array, "..."],
+    logits: Real[ArrayLike, "..."],
     k: int,
     key: Array | None,
     *,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, Real
 
 from penalties_jax.functional.checks import (
     AT_LEAST_ONE,
@@ -17,6 +17,7 @@ from penalties_jax.functional.checks import (
     check_fits,
     check_same_shape,
     check_where,
+    public,
 )
 from penalties_jax.functional.reduction import AxisName, promote, spread, vary_alike
 
@@ -192,13 +193,14 @@ class ImportanceStats(NamedTuple):
         return Partial(_linear, lax.stop_gradient(slopes))
 
 
+@public
 def importance_minimality(
-    importances: PyTree[Float[Array, "... C"]],
+    importances: PyTree[Real[ArrayLike, "... C"]],
     penalty: PerValue,
     *,
     beta: ArrayLike = 0.0,
     reference_count: ArrayLike | None = None,
-    where: PyTree[Bool[Array, "..."]] | None = None,
+    where: PyTree[Bool[ArrayLike, "..."]] | None = None,
     axis_name: AxisName | None = None,
 ) -> ImportanceLoss:
     r"""The importance minimality loss: $\sum_j f_j + \beta f_j \log_2(1 + S_j)$.
@@ -248,14 +250,15 @@ def importance_minimality(
     return stats.loss(beta, reference_count=reference_count)
 
 
+@public
 def importance_metrics(
-    importances: PyTree[Float[Array, "... C"]],
+    importances: PyTree[Real[ArrayLike, "... C"]],
     penalties: Mapping[str, PerValue],
     *,
     beta: ArrayLike = 0.0,
     reference_count: ArrayLike | None = None,
     thresholds: Sequence[float] = (0.0,),
-    where: PyTree[Bool[Array, "..."]] | None = None,
+    where: PyTree[Bool[ArrayLike, "..."]] | None = None,
     axis_name: AxisName | None = None,
 ) -> dict[str, Float[Array, ""]]:
     r"""What to log of importances: every penalty's loss, CI-L0 and the share of dead components.

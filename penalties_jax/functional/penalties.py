@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Real
 
 from penalties_jax.functional.checks import (
     ABOVE_ONE,
@@ -21,6 +21,7 @@ from penalties_jax.functional.checks import (
     check_choice,
     check_fits,
     check_where,
+    public,
 )
 from penalties_jax.functional.derivatives import (
     Axis,
@@ -50,12 +51,13 @@ __all__ = [
 ]
 
 
+@public
 def l1(
-    x: Float[Array, "..."],
+    x: Real[ArrayLike, "..."],
     *,
     weights: ArrayLike = 1.0,
     reduction: Reduction = "sum",
-    where: Bool[Array, "..."] | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     r"""The L1 norm (lasso): $\sum_i w_i |x_i|$.
@@ -91,7 +93,8 @@ def l1(
     return _penalty(absolute, x, weights, reduction, where, axis_name)
 
 
-def prox_l1(v: Float[Array, "..."], t: ArrayLike) -> Float[Array, "..."]:
+@public
+def prox_l1(v: Real[ArrayLike, "..."], t: ArrayLike) -> Float[Array, "..."]:
     r"""Soft thresholding, $\operatorname{sign}(v) \max(|v| - t, 0)$: the proximal operator of |z|.
 
     Args:
@@ -120,14 +123,15 @@ def _soft_threshold(v, t):
     return jnp.sign(v) * jnp.maximum(jnp.abs(v) - t, 0)
 
 
+@public
 def l2(
-    x: Float[Array, "..."],
+    x: Real[ArrayLike, "..."],
     *,
     center: ArrayLike | Literal["mean"] | None = None,
     clip: ArrayLike | None = None,
     weights: ArrayLike = 1.0,
     reduction: Reduction = "sum",
-    where: Bool[Array, "..."] | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     r"""The squared L2 norm (ridge): $\sum_i w_i (x_i - c_i)^2$.
@@ -163,8 +167,9 @@ def l2(
     )
 
 
+@public
 def prox_l2(
-    v: Float[Array, "..."], t: ArrayLike, *, center: ArrayLike = 0.0
+    v: Real[ArrayLike, "..."], t: ArrayLike, *, center: ArrayLike = 0.0
 ) -> Float[Array, "..."]:
     r"""$c + (v - c) / (1 + 2 t)$: the proximal operator of $(z - c)^2$.
 
@@ -206,13 +211,14 @@ def _squared_distance(x, center=0.0, clip=None):
     return jnp.square(distance)
 
 
+@public
 def elastic_net(
-    x: Float[Array, "..."],
+    x: Real[ArrayLike, "..."],
     *,
     l1_ratio: ArrayLike = 0.5,
     weights: ArrayLike = 1.0,
     reduction: Reduction = "sum",
-    where: Bool[Array, "..."] | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     r"""The elastic net: $\sum_i w_i (a |x_i| + (1 - a) x_i^2)$.
@@ -235,8 +241,9 @@ def elastic_net(
     return _penalty(_elastic_net, x, weights, reduction, where, axis_name, l1_ratio=l1_ratio)
 
 
+@public
 def prox_elastic_net(
-    v: Float[Array, "..."], t: ArrayLike, *, l1_ratio: ArrayLike = 0.5
+    v: Real[ArrayLike, "..."], t: ArrayLike, *, l1_ratio: ArrayLike = 0.5
 ) -> Float[Array, "..."]:
     r"""Soft threshold at $t a$, then divide by $1 + 2 t (1 - a)$, for $a |z| + (1 - a) z^2$.
 
@@ -273,14 +280,15 @@ def _elastic_net(x, l1_ratio):
     return magnitude * (l1_ratio + (1 - l1_ratio) * finite)
 
 
+@public
 def lp(
-    x: Float[Array, "..."],
+    x: Real[ArrayLike, "..."],
     p: ArrayLike,
     *,
     eps: ArrayLike = 1e-12,
     weights: ArrayLike = 1.0,
     reduction: Reduction = "sum",
-    where: Bool[Array, "..."] | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     r"""The L_p penalty: $\sum_i w_i (|x_i| + \epsilon)^p$.
@@ -337,14 +345,15 @@ def _raise(base, p):
     return jnp.exp(jnp.where(p == 0, 0, p * jnp.log(base)))
 
 
+@public
 def smooth_l0(
-    x: Float[Array, "..."],
+    x: Real[ArrayLike, "..."],
     gamma: ArrayLike,
     *,
     normalize_at_one: bool = False,
     weights: ArrayLike = 1.0,
     reduction: Reduction = "sum",
-    where: Bool[Array, "..."] | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     r"""Smooth L0 (Geman-McClure): $\sum_i w_i\, x_i^2 / (x_i^2 + \gamma^2)$.
@@ -398,13 +407,14 @@ def _geman_mcclure_at_one(x, gamma):
     return (1 + jnp.square(gamma)) * _geman_mcclure(x, gamma)
 
 
+@public
 def log_sum(
-    x: Float[Array, "..."],
+    x: Real[ArrayLike, "..."],
     eps: ArrayLike = 1.0,
     *,
     weights: ArrayLike = 1.0,
     reduction: Reduction = "sum",
-    where: Bool[Array, "..."] | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     r"""The log-sum penalty: $\sum_i w_i \ln(1 + |x_i| / \epsilon)$.
@@ -449,13 +459,14 @@ def _log_magnitude(x, eps):
     )
 
 
+@public
 def huber(
-    x: Float[Array, "..."],
+    x: Real[ArrayLike, "..."],
     delta: ArrayLike = 1.0,
     *,
     weights: ArrayLike = 1.0,
     reduction: Reduction = "sum",
-    where: Bool[Array, "..."] | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     r"""The Huber penalty: $x_i^2 / 2$ for $|x_i| \le \delta$, else $\delta (|x_i| - \delta / 2)$.
@@ -478,8 +489,9 @@ def huber(
     return _penalty(huber_loss, x, weights, reduction, where, axis_name, delta=delta)
 
 
+@public
 def prox_huber(
-    v: Float[Array, "..."], t: ArrayLike, *, delta: ArrayLike = 1.0
+    v: Real[ArrayLike, "..."], t: ArrayLike, *, delta: ArrayLike = 1.0
 ) -> Float[Array, "..."]:
     r"""$v / (1 + t)$ where $|v| \le \delta (1 + t)$, else $v - t \delta \operatorname{sign}(v)$.
 
@@ -519,14 +531,15 @@ def huber_loss(x: Float[Array, "..."], delta: Float[Array, "..."]) -> Float[Arra
     return inside * (magnitude - inside / 2)
 
 
+@public
 def mcp(
-    x: Float[Array, "..."],
+    x: Real[ArrayLike, "..."],
     gamma: ArrayLike,
     lam: ArrayLike = 1.0,
     *,
     weights: ArrayLike = 1.0,
     reduction: Reduction = "sum",
-    where: Bool[Array, "..."] | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     r"""MCP: $\lambda |x_i| - x_i^2 / (2 \gamma)$ for $|x_i| \le \gamma \lambda$, then constant.
@@ -550,8 +563,9 @@ def mcp(
     return _penalty(_mcp, x, weights, reduction, where, axis_name, gamma=gamma, lam=lam)
 
 
+@public
 def prox_mcp(
-    v: Float[Array, "..."], t: ArrayLike, *, gamma: ArrayLike, lam: ArrayLike = 1.0
+    v: Real[ArrayLike, "..."], t: ArrayLike, *, gamma: ArrayLike, lam: ArrayLike = 1.0
 ) -> Float[Array, "..."]:
     r"""The soft threshold at $t \lambda$, over $1 - t / \gamma$, up to $\gamma \lambda$; beyond, v.
 
@@ -589,13 +603,14 @@ def _mcp(x, gamma, lam):
     return inside * (lam - inside / (2 * gamma))
 
 
+@public
 def group_lasso(
-    x: Float[Array, "..."],
+    x: Real[ArrayLike, "..."],
     *,
     axis: Axis,
     weights: ArrayLike = 1.0,
     reduction: Reduction = "sum",
-    where: Bool[Array, "..."] | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     r"""The group lasso: $\sum_g w_g \lVert x_g \rVert_2$, with the groups along `axis`.
@@ -632,7 +647,8 @@ def group_lasso(
     )
 
 
-def prox_group_lasso(v: Float[Array, "..."], t: ArrayLike, *, axis: Axis) -> Float[Array, "..."]:
+@public
+def prox_group_lasso(v: Real[ArrayLike, "..."], t: ArrayLike, *, axis: Axis) -> Float[Array, "..."]:
     r"""Block soft thresholding, $v_g \max(1 - t / \lVert v_g \rVert_2, 0)$.
 
     Args:

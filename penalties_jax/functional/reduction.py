@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 from numpy.lib.array_utils import normalize_axis_index
 
@@ -18,11 +19,24 @@ Reduction = Literal["sum", "mean", "none"]
 AxisName = str | tuple[str, ...]
 
 
-def promote(*inputs: Any) -> tuple[Array, ...]:
-    """Casts to one floating dtype of at least 32 bits: the widest of the inputs'."""
-    dtype = jnp.result_type(jnp.float32, *(jnp.asarray(x).dtype for x in inputs))
-    if jnp.issubdtype(dtype, jnp.complexfloating):
+def wide(*inputs: Any) -> Any:
+    """The dtype that inputs are computed in: float64 if one of them is, else float32.
+
+    What is narrower, float8 and integers of any size too, is upcast; Python numbers never widen.
+
+    Raises:
+        TypeError: If one is complex.
+    """
+    types = [jax.typeof(x) for x in inputs]
+    if any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in types):
         raise TypeError("complex input is not supported; take its real and imaginary parts")
+    doubles = any(x.dtype == jnp.float64 and not x.weak_type for x in types)
+    return jnp.float64 if doubles else jnp.float32
+
+
+def promote(*inputs: Any) -> tuple[Array, ...]:
+    """Casts to one floating dtype, that of `wide`."""
+    dtype = wide(*inputs)
     return tuple(jnp.asarray(x, dtype) for x in inputs)
 
 
@@ -96,7 +110,34 @@ def spread(value: Any, structure: Any) -> list[Any]:
     """One value for each leaf of a tree: `value` for all of them, or its own at each."""
     if value is None or jax.tree_util.all_leaves([value]):
         return [value] * structure.num_leaves
-    return structure.flatten_up_to(value)
+    return leaves_by_name(value, structure)
+
+
+def leaves_by_name(tree: Any, structure: Any) -> list[Any]:
+    """The leaves of a tree in the order of another, whose mappings may be of other types.
+
+    So a dict of arrays matches an `nnx.State` of the same names.
+    """
+    order = _plain(structure.unflatten(range(structure.num_leaves)))
+    leaves = jax.tree.structure(order).flatten_up_to(_plain(tree))
+    return [
+        leaf for _, leaf in sorted(zip(jax.tree.leaves(order), leaves, strict=True), key=_first)
+    ]
+
+
+def _first(pair):
+    return pair[0]
+
+
+def _plain(tree):
+    """The tree with its mappings as dicts."""
+
+    def convert(node):
+        if not isinstance(node, Mapping):
+            return node
+        return {key: _plain(child) for key, child in node.items()}
+
+    return jax.tree.map(convert, tree, is_leaf=lambda node: isinstance(node, Mapping))
 
 
 def vary_alike(tree: PyTree[Array]) -> PyTree[Array]:
@@ -115,7 +156,7 @@ def vary_alike(tree: PyTree[Array]) -> PyTree[Array]:
 
 def evaluate(
     formula: Callable[..., Array],
-    inputs: tuple[Array, ...],
+    inputs: tuple[ArrayLike, ...],
     parameters: Mapping[str, Any],
     reduction: str,
     where: Any,
@@ -147,11 +188,6 @@ def evaluate(
 
 @partial(jax.jit, static_argnames=("formula", "reduction", "axis_name", "axis"))
 def _evaluate(formula, inputs, parameters, reduction, where, axis_name, weights, axis):
-    for x in inputs:
-        if not isinstance(x, jax.Array):
-            raise TypeError(
-                f"expected an array, got a {type(x).__name__}; for pytrees use a config, as pj.L1()"
-            )
     shape = inputs[0].shape
     parameters = {name: value for name, value in parameters.items() if value is not None}
     check_fits(shape, **parameters)
@@ -163,7 +199,7 @@ def _evaluate(formula, inputs, parameters, reduction, where, axis_name, weights,
 
     def values(inputs, parameters, weights, where):
         inputs = promote(*inputs)
-        dtype = jnp.result_type(*inputs, *parameters.values(), weights)
+        dtype = wide(*inputs, *parameters.values(), weights)
         *inputs, weights = (jnp.asarray(x, dtype) for x in (*inputs, weights))
         parameters = {name: jnp.asarray(value, dtype) for name, value in parameters.items()}
         if where is None:

@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, PyTree, Real, Shaped
 
 from penalties_jax.functional.checks import (
     NONNEGATIVE,
@@ -14,8 +14,8 @@ from penalties_jax.functional.checks import (
     UNIT,
     check_choice,
     check_fits,
-    check_resolved,
     check_where,
+    public,
 )
 from penalties_jax.functional.derivatives import Axis, absolute, elementwise_derivatives
 from penalties_jax.functional.divergences.formulas import expm1_minus
@@ -39,11 +39,12 @@ Kind = Literal["l2", "l1", "kl", "huber", "adaptive"]
 FLOOR = 1e-8
 
 
+@public
 def sparsity_rate(
-    mask: PyTree[Shaped[Array, "..."]],
+    mask: PyTree[Shaped[ArrayLike, "..."]],
     *,
     axis: Axis | None = None,
-    where: PyTree[Bool[Array, "..."]] | None = None,
+    where: PyTree[Bool[ArrayLike, "..."]] | None = None,
     axis_name: AxisName | None = None,
 ) -> PyTree[Float[Array, "..."]]:
     r"""The share of skipped work: $s = 1 - \operatorname{mean}(m)$.
@@ -88,14 +89,15 @@ def _sparsity_rate(mask, *, axis, where, axis_name):
     return structure.unflatten(map(rate, masks, spread(where, structure)))
 
 
+@public
 def sparsity_target_loss(
-    rate: PyTree[Float[Array, "..."]],
+    rate: PyTree[Real[ArrayLike, "..."]],
     target: PyTree[ArrayLike],
     *,
     kind: Kind = "l2",
     delta: ArrayLike = 0.1,
     reduction: Reduction = "none",
-    where: PyTree[Bool[Array, "..."]] | None = None,
+    where: PyTree[Bool[ArrayLike, "..."]] | None = None,
     axis_name: AxisName | None = None,
 ) -> PyTree[Float[Array, "..."]]:
     r"""How far rates of skipped work are from their targets.
@@ -140,7 +142,6 @@ def sparsity_target_loss(
 
     def loss(rate, target, where):
         UNIT.check(target=target)
-        check_resolved(target=target)
         if structure.num_nodes > 1:
             # In a tree, an array is no list of targets for the layers.
             check_fits(jnp.shape(rate), target=target)
@@ -158,9 +159,10 @@ def sparsity_target_loss(
     return add_up(losses, counts, reduction=reduction, axis_name=axis_name)
 
 
+@public
 def balanced_loss(
-    accuracy_loss: Float[Array, ""],
-    sparsity_loss: Float[Array, ""],
+    accuracy_loss: Real[ArrayLike, ""],
+    sparsity_loss: Real[ArrayLike, ""],
     *,
     accuracy_weight: ArrayLike = 1.0,
     sparsity_weight: ArrayLike = 0.01,

@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Complex, Float
+from jaxtyping import Array, Complex, Real
 
-from penalties_jax.functional.checks import check_choice
+from penalties_jax.functional.checks import (
+    check_choice,
+    public,
+)
 from penalties_jax.functional.reduction import promote
 
 __all__ = ["resolvent_diagonal"]
@@ -17,9 +20,10 @@ __all__ = ["resolvent_diagonal"]
 Method = Literal["auto", "scan", "associative_scan"]
 
 
+@public
 def resolvent_diagonal(
-    diagonal: Float[Array, "*batch n"],
-    couplings: Float[Array, "*batch n-1"],
+    diagonal: Real[ArrayLike, "*batch n"],
+    couplings: Real[ArrayLike, "*batch n-1"],
     *,
     z: ArrayLike = 1j,
     causal: bool = False,

@@ -9,6 +9,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 from penalties_jax._pytree import TYPES, Pytree, config, has_schedule, number, resolve
+from penalties_jax.functional.checks import (
+    bare,
+    standard_promotion,
+)
 
 # A number, an array or a schedule; or a pytree of them like the input.
 Numeric = Any
@@ -51,9 +55,10 @@ class Penalty(Pytree):
             ValueError: As the function of the same name.
         """
         self._check_resolved()
-        if _has_function(self):
-            return self._value(inputs, where)
-        return _evaluate(self, inputs, where)
+        penalty, inputs, where = bare((self, inputs, where))
+        with standard_promotion():
+            evaluate = type(self)._value if _has_function(self) else _evaluate
+            return evaluate(penalty, inputs, where)
 
     def at(self, step: ArrayLike) -> Self:
         """The same penalty with every schedule replaced by its value at `step`."""

@@ -10,7 +10,12 @@ from jaxtyping import Array, PyTree
 
 from penalties_jax import functional
 from penalties_jax._pytree import config, number, option
-from penalties_jax.functional.checks import ABOVE_ONE, NONNEGATIVE, POSITIVE, UNIT
+from penalties_jax.functional.checks import (
+    ABOVE_ONE,
+    NONNEGATIVE,
+    POSITIVE,
+    UNIT,
+)
 from penalties_jax.functional.derivatives import Axis
 from penalties_jax.functional.reduction import count
 from penalties_jax.terms.base import Numeric, Penalty

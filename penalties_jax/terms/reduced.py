@@ -12,8 +12,17 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 from penalties_jax._pytree import abstract, fields, number, option
-from penalties_jax.functional.checks import NONNEGATIVE
-from penalties_jax.functional.reduction import AxisName, Reduction, add_up, count, spread
+from penalties_jax.functional.checks import (
+    NONNEGATIVE,
+)
+from penalties_jax.functional.reduction import (
+    AxisName,
+    Reduction,
+    add_up,
+    count,
+    leaves_by_name,
+    spread,
+)
 from penalties_jax.terms.base import Numeric, Penalty, is_absent
 
 
@@ -38,7 +47,7 @@ class Reduced(Penalty):
                 "a mask is passed as where="
             )
         structure = jax.tree.structure(inputs[0], is_leaf=is_absent)
-        rows = zip(*(structure.flatten_up_to(tree) for tree in inputs), strict=True)
+        rows = zip(*(leaves_by_name(tree, structure) for tree in inputs), strict=True)
         leaves = list(zip(self._members(structure), rows, spread(where, structure), strict=True))
         if self.reduction == "none":
             return structure.unflatten(

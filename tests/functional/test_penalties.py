@@ -230,7 +230,7 @@ def test_masked_hyperparameters_may_hold_anything(case):
 @every(PROGRAMS)
 def test_hyperparameters_that_do_not_fit_show_both_shapes(case):
     for name in case.numbers:
-        call = partial(case.raw, **{name: np.ones(4)})
+        call = partial(case.raw, **{name: np.full(4, case.numbers[name])})
         for wrapped in (call, jax.jit(call)):
             with pytest.raises(ValueError, match=rf"{name}.*\(2, 3\).*\(4,\)"):
                 wrapped(jnp.ones((2, 3)))

@@ -17,9 +17,13 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
-from penalties_jax.functional.checks import arrays_of_classes, check_labels, check_where
+from penalties_jax.functional.checks import (
+    check_classes,
+    check_labels,
+    check_where,
+)
 from penalties_jax.functional.divergences.blocks import map_rows, sum_rows
 from penalties_jax.functional.divergences.formulas import Formula
 from penalties_jax.functional.divergences.rows import (
@@ -34,15 +38,15 @@ from penalties_jax.functional.divergences.rows import (
     sum_to,
 )
 from penalties_jax.functional.platform import rows_in_block, rows_in_product
-from penalties_jax.functional.reduction import vary_alike
+from penalties_jax.functional.reduction import vary_alike, wide
 
 
 class Head(NamedTuple):
     """What logits are made of: hidden @ kernel + bias."""
 
-    hidden: Float[Array, "*positions D"]
-    kernel: Float[Array, "D C"]
-    bias: Float[Array, " C"] | None
+    hidden: Real[ArrayLike, "*positions D"]
+    kernel: Real[ArrayLike, "D C"]
+    bias: Real[ArrayLike, " C"] | None
 
 
 class Part(NamedTuple):
@@ -78,7 +82,7 @@ def sum_of_parts(
     parts: Sequence[Part],
     heads: Sequence[Head],
     options: Options,
-    labels: Int[Array, "*positions"] | None = None,
+    labels: Int[ArrayLike, "*positions"] | None = None,
 ) -> tuple[Float[Array, "..."], list[Float[Array, "..."]]]:
     """The weighted sum of the parts, and the parts, each reduced.
 
@@ -86,32 +90,30 @@ def sum_of_parts(
         TypeError: If an input is not an array, or labels are not integers.
         ValueError: If shapes don't fit each other, or a parameter or an option is bad.
     """
-    checked = _check_heads(heads)
+    _check_heads(heads)
     if labels is not None:
-        check_labels(labels, checked[0].hidden.shape[:-1])
+        check_labels(labels, jnp.shape(heads[0].hidden)[:-1])
     formulas, weights, parameters = zip(*parts, strict=True)
     for formula, numbers in zip(formulas, parameters, strict=True):
         check_parameters(formula, numbers)
     options.check()
-    return _evaluate(formulas, weights, parameters, checked, labels, **options._asdict())
+    return _evaluate(formulas, weights, parameters, tuple(heads), labels, **options._asdict())
 
 
 def _check_heads(heads):
-    """The heads as arrays; errors name the arguments, with a suffix where there are two."""
-    checked = []
+    """Errors name the arguments, with a suffix where there are two."""
     for head, suffix in zip(heads, ("_p", "_q") if len(heads) == 2 else ("",), strict=True):
         names = [name + suffix for name in Head._fields]
-        given = {name: x for name, x in zip(names, head, strict=True) if x is not None}
-        hidden, kernel, *bias = arrays_of_classes(**given)
+        check_classes(**{n: x for n, x in zip(names, head, strict=True) if x is not None})
+        hidden, kernel, bias = head
         if kernel.ndim != 2 or hidden.shape[-1] != kernel.shape[0]:
             raise ValueError(
                 f"{names[1]} must be [{hidden.shape[-1]}, classes] for {names[0]} of shape "
                 f"{hidden.shape}, got {kernel.shape}"
             )
-        if bias and bias[0].shape != kernel.shape[1:]:
-            raise ValueError(f"{names[2]} must have shape {kernel.shape[1:]}, got {bias[0].shape}")
-        checked.append(Head(hidden, kernel, bias[0] if bias else None))
-    first, last = checked[0], checked[-1]
+        if bias is not None and bias.shape != kernel.shape[1:]:
+            raise ValueError(f"{names[2]} must have shape {kernel.shape[1:]}, got {bias.shape}")
+    first, last = heads[0], heads[-1]
     if first.hidden.shape[:-1] != last.hidden.shape[:-1]:
         raise ValueError(
             "hidden_p and hidden_q must have the same positions, got shapes "
@@ -122,7 +124,6 @@ def _check_heads(heads):
             "kernel_p and kernel_q must have the same classes, got shapes "
             f"{first.kernel.shape} and {last.kernel.shape}"
         )
-    return tuple(checked)
 
 
 @partial(
@@ -143,7 +144,7 @@ def _evaluate(
 ):
     positions = heads[0].hidden.shape[:-1]
     check_where(where, positions)
-    dtype = jnp.result_type(jnp.float32, *(head.hidden for head in heads))
+    dtype = wide(*(head.hidden for head in heads))
     numbers = tuple(
         by_position(formula, own, positions, dtype)
         for formula, own in zip(formulas, parameters, strict=True)
@@ -327,12 +328,8 @@ def _parts(formulas, walk, wanted, inputs):
 
 def _logits(head):
     hidden, kernel, bias = head
-    z = jnp.einsum("...d,dc->...c", hidden, kernel, preferred_element_type=_wide(hidden, kernel))
+    z = jnp.einsum("...d,dc->...c", hidden, kernel, preferred_element_type=wide(hidden, kernel))
     return z if bias is None else z + bias
-
-
-def _wide(*arrays):
-    return jnp.result_type(jnp.float32, *arrays)
 
 
 def _weighted(by, through_logits, i):
@@ -346,7 +343,7 @@ def _weighted(by, through_logits, i):
 def _through(head, slope, want, fresh):
     """The gradients of a head from those of its logits; None for what is not wanted."""
     hidden, kernel, bias = head
-    wide = _wide(hidden, kernel)
+    dtype = wide(hidden, kernel)
     narrow = slope.astype(jnp.result_type(hidden, kernel))
     by_hidden = by_kernel = by_bias = None
     if want.hidden:
@@ -354,7 +351,7 @@ def _through(head, slope, want, fresh):
             "...c,dc->...d",
             narrow,
             kernel,
-            preferred_element_type=wide,
+            preferred_element_type=dtype,
             out_sharding=_explicit_sharding(hidden),
         ).astype(hidden.dtype)
     if want.kernel:
@@ -362,7 +359,7 @@ def _through(head, slope, want, fresh):
             "...d,...c->dc",
             jnp.where(fresh[..., None], hidden, 0),
             narrow,
-            preferred_element_type=wide,
+            preferred_element_type=dtype,
             out_sharding=_explicit_sharding(kernel),
         )
     if want.bias:

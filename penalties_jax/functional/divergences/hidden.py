@@ -5,9 +5,14 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Real
 
-from penalties_jax.functional.checks import FINITE, check_choice, check_fits
+from penalties_jax.functional.checks import (
+    FINITE,
+    check_choice,
+    check_fits,
+    public,
+)
 from penalties_jax.functional.divergences.formulas import ALPHA, CROSS_ENTROPY, JS, KL, Direction
 from penalties_jax.functional.divergences.heads import Head, Part, divergence_of_heads, sum_of_parts
 from penalties_jax.functional.divergences.rows import Options
@@ -45,19 +50,20 @@ class DistillationLoss(NamedTuple):
     kl: Float[Array, "..."]
 
 
+@public
 def linear_kl(
-    hidden_p: Float[Array, "*positions D"],
-    kernel_p: Float[Array, "D C"],
-    hidden_q: Float[Array, "*positions E"],
-    kernel_q: Float[Array, "E C"],
+    hidden_p: Real[ArrayLike, "*positions D"],
+    kernel_p: Real[ArrayLike, "D C"],
+    hidden_q: Real[ArrayLike, "*positions E"],
+    kernel_q: Real[ArrayLike, "E C"],
     *,
-    bias_p: Float[Array, " C"] | None = None,
-    bias_q: Float[Array, " C"] | None = None,
+    bias_p: Real[ArrayLike, " C"] | None = None,
+    bias_q: Real[ArrayLike, " C"] | None = None,
     direction: Direction = "forward",
     temperature: ArrayLike = 1.0,
     block_size: int | None = None,
     reduction: Reduction = "mean",
-    where: Bool[Array, "*positions"] | None = None,
+    where: Bool[ArrayLike, "*positions"] | None = None,
     axis_name: AxisName | None = None,
     class_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
@@ -105,19 +111,20 @@ def linear_kl(
     return divergence_of_heads(KL[direction], heads, options, temperature=temperature)
 
 
+@public
 def linear_js(
-    hidden_p: Float[Array, "*positions D"],
-    kernel_p: Float[Array, "D C"],
-    hidden_q: Float[Array, "*positions E"],
-    kernel_q: Float[Array, "E C"],
+    hidden_p: Real[ArrayLike, "*positions D"],
+    kernel_p: Real[ArrayLike, "D C"],
+    hidden_q: Real[ArrayLike, "*positions E"],
+    kernel_q: Real[ArrayLike, "E C"],
     *,
-    bias_p: Float[Array, " C"] | None = None,
-    bias_q: Float[Array, " C"] | None = None,
+    bias_p: Real[ArrayLike, " C"] | None = None,
+    bias_q: Real[ArrayLike, " C"] | None = None,
     mixture: ArrayLike = 0.5,
     temperature: ArrayLike = 1.0,
     block_size: int | None = None,
     reduction: Reduction = "mean",
-    where: Bool[Array, "*positions"] | None = None,
+    where: Bool[ArrayLike, "*positions"] | None = None,
     axis_name: AxisName | None = None,
     class_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
@@ -142,19 +149,20 @@ def linear_js(
     return divergence_of_heads(JS, heads, options, temperature=temperature, mixture=mixture)
 
 
+@public
 def linear_alpha(
-    hidden_p: Float[Array, "*positions D"],
-    kernel_p: Float[Array, "D C"],
-    hidden_q: Float[Array, "*positions E"],
-    kernel_q: Float[Array, "E C"],
+    hidden_p: Real[ArrayLike, "*positions D"],
+    kernel_p: Real[ArrayLike, "D C"],
+    hidden_q: Real[ArrayLike, "*positions E"],
+    kernel_q: Real[ArrayLike, "E C"],
     alpha: ArrayLike,
     *,
-    bias_p: Float[Array, " C"] | None = None,
-    bias_q: Float[Array, " C"] | None = None,
+    bias_p: Real[ArrayLike, " C"] | None = None,
+    bias_q: Real[ArrayLike, " C"] | None = None,
     temperature: ArrayLike = 1.0,
     block_size: int | None = None,
     reduction: Reduction = "mean",
-    where: Bool[Array, "*positions"] | None = None,
+    where: Bool[ArrayLike, "*positions"] | None = None,
     axis_name: AxisName | None = None,
     class_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
@@ -174,15 +182,16 @@ def linear_alpha(
     return divergence_of_heads(ALPHA, heads, options, temperature=temperature, alpha=alpha)
 
 
+@public
 def linear_cross_entropy(
-    hidden: Float[Array, "*positions D"],
-    kernel: Float[Array, "D C"],
-    labels: Int[Array, "*positions"],
+    hidden: Real[ArrayLike, "*positions D"],
+    kernel: Real[ArrayLike, "D C"],
+    labels: Int[ArrayLike, "*positions"],
     *,
-    bias: Float[Array, " C"] | None = None,
+    bias: Real[ArrayLike, " C"] | None = None,
     block_size: int | None = None,
     reduction: Reduction = "mean",
-    where: Bool[Array, "*positions"] | None = None,
+    where: Bool[ArrayLike, "*positions"] | None = None,
     axis_name: AxisName | None = None,
     class_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
@@ -220,22 +229,23 @@ def linear_cross_entropy(
     return sum_of_parts(parts, [Head(hidden, kernel, bias)], options, labels)[0]
 
 
+@public
 def linear_distillation(
-    hidden_p: Float[Array, "*positions D"],
-    kernel_p: Float[Array, "D C"],
-    hidden_q: Float[Array, "*positions E"],
-    kernel_q: Float[Array, "E C"],
-    labels: Int[Array, "*positions"],
+    hidden_p: Real[ArrayLike, "*positions D"],
+    kernel_p: Real[ArrayLike, "D C"],
+    hidden_q: Real[ArrayLike, "*positions E"],
+    kernel_q: Real[ArrayLike, "E C"],
+    labels: Int[ArrayLike, "*positions"],
     *,
     kl_weight: ArrayLike = 1.0,
     cross_entropy_weight: ArrayLike = 1.0,
-    bias_p: Float[Array, " C"] | None = None,
-    bias_q: Float[Array, " C"] | None = None,
+    bias_p: Real[ArrayLike, " C"] | None = None,
+    bias_q: Real[ArrayLike, " C"] | None = None,
     direction: Direction = "forward",
     temperature: ArrayLike = 1.0,
     block_size: int | None = None,
     reduction: Reduction = "mean",
-    where: Bool[Array, "*positions"] | None = None,
+    where: Bool[ArrayLike, "*positions"] | None = None,
     axis_name: AxisName | None = None,
     class_axis_name: AxisName | None = None,
 ) -> DistillationLoss:

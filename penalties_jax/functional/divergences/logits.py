@@ -1,10 +1,15 @@
 """Divergences from logits, streamed in blocks of rows."""
 
+import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Real
 
-from penalties_jax.functional.checks import arrays_of_classes, check_choice
+from penalties_jax.functional.checks import (
+    check_choice,
+    check_classes,
+    public,
+)
 from penalties_jax.functional.divergences.formulas import ALPHA, ENTROPY, JS, KL, Direction
 from penalties_jax.functional.divergences.logprobs import entropy_scale
 from penalties_jax.functional.divergences.rows import Options, divergence_of_logits
@@ -13,15 +18,16 @@ from penalties_jax.functional.reduction import AxisName, Reduction
 __all__ = ["alpha_from_logits", "entropy_from_logits", "js_from_logits", "kl_from_logits"]
 
 
+@public
 def kl_from_logits(
-    logits_p: Float[Array, "*positions C"],
-    logits_q: Float[Array, "*positions C"],
+    logits_p: Real[ArrayLike, "*positions C"],
+    logits_q: Real[ArrayLike, "*positions C"],
     *,
     direction: Direction = "forward",
     temperature: ArrayLike = 1.0,
     block_size: int | None = None,
     reduction: Reduction = "mean",
-    where: Bool[Array, "*positions"] | None = None,
+    where: Bool[ArrayLike, "*positions"] | None = None,
     axis_name: AxisName | None = None,
     class_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
@@ -64,15 +70,16 @@ def kl_from_logits(
     )
 
 
+@public
 def js_from_logits(
-    logits_p: Float[Array, "*positions C"],
-    logits_q: Float[Array, "*positions C"],
+    logits_p: Real[ArrayLike, "*positions C"],
+    logits_q: Real[ArrayLike, "*positions C"],
     *,
     mixture: ArrayLike = 0.5,
     temperature: ArrayLike = 1.0,
     block_size: int | None = None,
     reduction: Reduction = "mean",
-    where: Bool[Array, "*positions"] | None = None,
+    where: Bool[ArrayLike, "*positions"] | None = None,
     axis_name: AxisName | None = None,
     class_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
@@ -100,15 +107,16 @@ def js_from_logits(
     )
 
 
+@public
 def alpha_from_logits(
-    logits_p: Float[Array, "*positions C"],
-    logits_q: Float[Array, "*positions C"],
+    logits_p: Real[ArrayLike, "*positions C"],
+    logits_q: Real[ArrayLike, "*positions C"],
     alpha: ArrayLike,
     *,
     temperature: ArrayLike = 1.0,
     block_size: int | None = None,
     reduction: Reduction = "mean",
-    where: Bool[Array, "*positions"] | None = None,
+    where: Bool[ArrayLike, "*positions"] | None = None,
     axis_name: AxisName | None = None,
     class_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
@@ -127,14 +135,15 @@ def alpha_from_logits(
     return divergence_of_logits(ALPHA, (logits_p, logits_q), options, **parameters)
 
 
+@public
 def entropy_from_logits(
-    logits: Float[Array, "*positions C"],
+    logits: Real[ArrayLike, "*positions C"],
     *,
     temperature: ArrayLike = 1.0,
     normalize: bool = False,
     block_size: int | None = None,
     reduction: Reduction = "mean",
-    where: Bool[Array, "*positions"] | None = None,
+    where: Bool[ArrayLike, "*positions"] | None = None,
     axis_name: AxisName | None = None,
     class_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
@@ -153,8 +162,10 @@ def entropy_from_logits(
         >>> float(pj.entropy_from_logits(jnp.zeros((3, 4)), normalize=True))
         1.0
     """
-    (logits,) = arrays_of_classes(logits=logits)
-    classes = logits.shape[-1] * (1 if class_axis_name is None else lax.axis_size(class_axis_name))
+    check_classes(logits=logits)
+    classes = jnp.shape(logits)[-1] * (
+        1 if class_axis_name is None else lax.axis_size(class_axis_name)
+    )
     scale = entropy_scale(classes) if normalize else 1.0
     options = Options(block_size, reduction, where, axis_name, class_axis_name)
     return divergence_of_logits(ENTROPY, (logits,), options, scale=scale, temperature=temperature)

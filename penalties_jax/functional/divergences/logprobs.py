@@ -7,9 +7,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.nn import log_softmax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Real
 
-from penalties_jax.functional.checks import POSITIVE, check_choice, check_same_shape
+from penalties_jax.functional.checks import (
+    POSITIVE,
+    check_choice,
+    check_same_shape,
+    public,
+)
 from penalties_jax.functional.derivatives import elementwise_derivatives
 from penalties_jax.functional.divergences.formulas import (
     ALPHA,
@@ -25,14 +30,15 @@ from penalties_jax.functional.reduction import AxisName, Reduction, evaluate
 __all__ = ["alpha_divergence", "entropy", "js_divergence", "kl_divergence"]
 
 
+@public
 def kl_divergence(
-    log_p: Float[Array, "..."],
-    log_q: Float[Array, "..."],
+    log_p: Real[ArrayLike, "..."],
+    log_q: Real[ArrayLike, "..."],
     *,
     direction: Direction = "forward",
     axis: int = -1,
     reduction: Reduction = "mean",
-    where: Bool[Array, "..."] | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     r"""The Kullback-Leibler divergence, in nats: $\sum_c p_c (\log p_c - \log q_c)$.
@@ -80,14 +86,15 @@ def kl_divergence(
     return _of_pair(KL[direction], log_p, log_q, axis, reduction, where, axis_name)
 
 
+@public
 def js_divergence(
-    log_p: Float[Array, "..."],
-    log_q: Float[Array, "..."],
+    log_p: Real[ArrayLike, "..."],
+    log_q: Real[ArrayLike, "..."],
     *,
     mixture: ArrayLike = 0.5,
     axis: int = -1,
     reduction: Reduction = "mean",
-    where: Bool[Array, "..."] | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     r"""The generalised Jensen-Shannon divergence, in nats.
@@ -114,14 +121,15 @@ def js_divergence(
     return _of_pair(JS, log_p, log_q, axis, reduction, where, axis_name, mixture=mixture)
 
 
+@public
 def alpha_divergence(
-    log_p: Float[Array, "..."],
-    log_q: Float[Array, "..."],
+    log_p: Real[ArrayLike, "..."],
+    log_q: Real[ArrayLike, "..."],
     alpha: ArrayLike,
     *,
     axis: int = -1,
     reduction: Reduction = "mean",
-    where: Bool[Array, "..."] | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     r"""The alpha divergence: $(1 - \sum_c p_c^\alpha q_c^{1 - \alpha}) / (\alpha (1 - \alpha))$.
@@ -145,14 +153,15 @@ def alpha_divergence(
     return _of_pair(ALPHA, log_p, log_q, axis, reduction, where, axis_name, alpha=alpha)
 
 
+@public
 def entropy(
-    log_p: Float[Array, "..."],
+    log_p: Real[ArrayLike, "..."],
     *,
     temperature: ArrayLike = 1.0,
     normalize: bool = False,
     axis: int = -1,
     reduction: Reduction = "mean",
-    where: Bool[Array, "..."] | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     r"""The Shannon entropy, in nats: $H = -\sum_c \pi_c \log \pi_c$, $\pi$ = softmax(log p / T).

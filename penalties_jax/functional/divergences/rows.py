@@ -19,9 +19,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from penalties_jax.functional.checks import (
     POSITIVE,
-    arrays_of_classes,
     check_block_size,
     check_choice,
+    check_classes,
     check_fits,
     check_same_shape,
     check_where,
@@ -29,7 +29,14 @@ from penalties_jax.functional.checks import (
 from penalties_jax.functional.divergences.blocks import map_rows
 from penalties_jax.functional.divergences.formulas import Distributions, Formula
 from penalties_jax.functional.platform import rows_in_block
-from penalties_jax.functional.reduction import AxisName, Reduction, promote, reduce, vary_alike
+from penalties_jax.functional.reduction import (
+    AxisName,
+    Reduction,
+    promote,
+    reduce,
+    vary_alike,
+    wide,
+)
 
 
 class Options(NamedTuple):
@@ -37,7 +44,7 @@ class Options(NamedTuple):
 
     block_size: int | None
     reduction: Reduction
-    where: Bool[Array, "*positions"] | None
+    where: Bool[ArrayLike, "*positions"] | None
     axis_name: AxisName | None
     class_axis_name: AxisName | None
 
@@ -112,7 +119,7 @@ def divergence_of_logits(
         ValueError: If shapes don't fit each other, or a parameter or an option is bad.
     """
     names = ("logits",) if len(logits) == 1 else ("logits_p", "logits_q")
-    logits = arrays_of_classes(**dict(zip(names, logits, strict=True)))
+    check_classes(**dict(zip(names, logits, strict=True)))
     if len(logits) == 2:
         check_same_shape(logits_p=logits[0], logits_q=logits[1])
     check_parameters(formula, parameters)
@@ -134,7 +141,7 @@ def _evaluate(
 ):
     *positions, classes = logits[0].shape
     check_where(where, tuple(positions))
-    dtype = jnp.result_type(jnp.float32, *logits)
+    dtype = wide(*logits)
     numbers = by_position(formula, parameters, tuple(positions), dtype)
     walk = Walk(block_size or rows_in_block(classes), class_axis_name)
     values: Array = _divergences(formula, walk, vary_alike(Rows(logits, numbers)))
