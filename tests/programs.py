@@ -13,3 +13,25 @@ def jit_once(function):
     """Jits a function so that a second trace of it raises AssertionError."""
     chex.clear_trace_counter()
     return jax.jit(chex.assert_max_traces(function, n=1))
+
+
+def operations(function, *arguments):
+    """What a function computes, an operation a line: equal programs have equal values."""
+    return list(_operations(jax.make_jaxpr(function)(*arguments).jaxpr))
+
+
+def _operations(jaxpr):
+    names = {id(x): f"in{i}" for i, x in enumerate((*jaxpr.constvars, *jaxpr.invars))}
+
+    def shown(x):
+        return names.get(id(x), f"{x}:{x.aval}")
+
+    for i, equation in enumerate(jaxpr.eqns):
+        yield " ".join((equation.primitive.name, *map(shown, equation.invars)))
+        names |= {id(x): f"{i}.{j}:{x.aval}" for j, x in enumerate(equation.outvars)}
+        for parameter in equation.params.values():
+            for inner in jax.tree.leaves(parameter, is_leaf=lambda x: hasattr(x, "jaxpr")):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from _operations(inner)
+    yield " ".join(("return", *map(shown, jaxpr.outvars)))

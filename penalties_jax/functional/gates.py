@@ -277,11 +277,13 @@ def _(primals, tangents):
     return primals[0], tangents[1]
 
 
-def _noisy(logits, key):
+def _noisy(logits, key, draw=jax.random.logistic):
     (logits,) = promote(logits)
-    if key is None:
-        return logits
-    return logits + jax.random.logistic(key, logits.shape, logits.dtype)
+    if key is not None:
+        logits = logits + draw(key, logits.shape, logits.dtype)
+    # Of a gate that is always open, or never, the derivative in the temperature is no inf times 0.
+    largest = float(jnp.finfo(logits.dtype).max) ** 0.5
+    return jnp.clip(logits, -largest, largest)
 
 
 @partial(jax.jit, static_argnames="hard")
@@ -341,9 +343,7 @@ def _jump_relu(x, threshold, bandwidth):
 
 @partial(jax.jit, static_argnames=("k", "axis"))
 def _top_k_gate(logits, key, temperature, *, k, axis):
-    (noisy,) = promote(logits)
-    if key is not None:
-        noisy = noisy + jax.random.gumbel(key, noisy.shape, noisy.dtype)
+    noisy = _noisy(logits, key, jax.random.gumbel)
     rows = jnp.moveaxis(noisy, axis, -1)
     _, chosen = lax.top_k(lax.stop_gradient(rows), k)
     hard = jnp.put_along_axis(jnp.zeros_like(rows), chosen, 1, axis=-1, inplace=False)

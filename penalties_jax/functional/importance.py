@@ -315,7 +315,7 @@ def importance_metrics(
                 site = jax.tree_util.keystr(path, simple=True, separator="/")
                 metrics[f"{label}/{site}"] = jnp.sum(_mean(total, count))
     _, sums, _ = _by_site(stats(_Above(min(thresholds))))
-    dead = sum(jnp.sum(total == 0) for total in sums)
+    dead = sum(jnp.sum(total == 0, dtype=total.dtype) for total in sums)
     metrics["importance/dead"] = dead / sum(total.size for total in sums)
     return metrics
 

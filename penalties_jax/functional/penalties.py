@@ -400,7 +400,8 @@ def _geman_mcclure_gamma_slope(x, gamma):
 
 @elementwise_derivatives(_geman_mcclure_slope, _geman_mcclure_gamma_slope)
 def _geman_mcclure(x, gamma):
-    return gamma / (gamma + gamma * jnp.square(gamma / x))
+    square = jnp.square(_geman_mcclure_ratio(x, gamma))
+    return square / (1 + square)
 
 
 def _geman_mcclure_at_one(x, gamma):

@@ -27,7 +27,7 @@ from penalties_jax.functional.checks import (
     check_where,
 )
 from penalties_jax.functional.divergences.blocks import map_rows
-from penalties_jax.functional.divergences.formulas import Distributions, Formula
+from penalties_jax.functional.divergences.formulas import Distributions, Formula, log_ratio
 from penalties_jax.functional.platform import rows_in_block
 from penalties_jax.functional.reduction import (
     AxisName,
@@ -191,11 +191,11 @@ def _divergences_backward(formula, walk, residuals, cotangent):
     ignored = cotangent == 0
 
     def through(logit, gradient):
-        weighted = jnp.where(ignored[..., None], 0, cotangent[..., None] * gradient)
+        weighted = cotangent[..., None] * jnp.where(ignored[..., None], 0, gradient)
         return weighted.astype(logit.dtype)
 
     def through_parameter(parameter, slope):
-        return sum_to(parameter, jnp.where(ignored, 0, cotangent * slope))
+        return sum_to(parameter, cotangent * jnp.where(ignored, 0, slope))
 
     gradients = gradients_of(formula, walk, rows, statistics)
     return (
@@ -241,7 +241,7 @@ def _statistics(formula, class_axis_name, wanted, rows):
         s - p * total(s, by_temperature)[..., None]
         for s, p in zip(slopes, x.probabilities, strict=True)
     ]
-    towards = sum(jnp.where(g == 0, 0, g * log) for g, log in zip(gradients, x.logs, strict=True))
+    towards = sum(g * jnp.where(g == 0, 0, log) for g, log in zip(gradients, x.logs, strict=True))
     statistics = Statistics(
         normalisers=normalisers,
         slope_sums=tuple(map(total, slopes, wanted.logits)),
@@ -292,7 +292,7 @@ def _distributions(rows, class_axis_name, normalisers):
     shift = (n_q.peak - n_p.peak)[..., None] / temperature + jnp.log(n_q.total / n_p.total)[
         ..., None
     ]
-    ratio = jnp.where(z_p == z_q, 0, z_q - z_p) / temperature - shift
+    ratio = log_ratio(z_p, z_q) / temperature - shift
     return Distributions(probabilities, logs, ratio)
 
 
