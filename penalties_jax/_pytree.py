@@ -3,7 +3,7 @@
 import dataclasses
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, Self, TypeVar, dataclass_transform, get_args
+from typing import Any, TypeVar, dataclass_transform, get_args
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +130,7 @@ class Pytree:
     def __hash__(self):
         return hash((type(self), jax.tree.structure(self)))
 
-    def _with(self, **values: Any) -> Self:
+    def _with(self: Tree, **values: Any) -> Tree:
         current = {field.name: getattr(self, field.name) for field in fields(self)}
         return _build(type(self), current | values)
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -197,19 +197,21 @@ class Objective(Pytree):
             total = total + metrics[f"{name}/weighted"]
         return metrics | {"total": total}
 
-    def with_weight(self, name: str, weight: Numeric) -> Self:
+    def with_weight(self, name: str, weight: Numeric) -> "Objective":
         """The same objective with another weight for one term."""
         return self.replace(name, weight=weight)
 
-    def enable(self, name: str) -> Self:
+    def enable(self, name: str) -> "Objective":
         """The same objective with one term switched on, at the weight it had."""
         return self._with_term(name, enabled=1.0)
 
-    def disable(self, name: str) -> Self:
+    def disable(self, name: str) -> "Objective":
         """The same objective with one term switched off; its value is still reported."""
         return self._with_term(name, enabled=0.0)
 
-    def replace(self, name: str, *, weight: Numeric | None = None, **hyperparameters: Any) -> Self:
+    def replace(
+        self, name: str, *, weight: Numeric | None = None, **hyperparameters: Any
+    ) -> "Objective":
         """The same objective with other hyperparameters, or another weight, for one term."""
         changes: dict[str, Any] = {} if weight is None else {"weight": weight}
         if hyperparameters:

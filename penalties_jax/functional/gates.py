@@ -12,6 +12,7 @@ from numpy.lib.array_utils import normalize_axis_index
 
 from penalties_jax.functional.checks import (
     ABOVE_ONE,
+    ANY,
     BELOW_ZERO,
     POSITIVE,
     check_fits,
@@ -308,6 +309,7 @@ def _hard_concrete_l0(logits, temperature, stretch):
 
 
 def _at_threshold(function, x, threshold, bandwidth):
+    ANY.check(threshold=threshold)
     check_fits(jnp.shape(x), threshold=threshold)
     _check_scale(x, bandwidth=bandwidth)
     return function(*promote(x, threshold, bandwidth))

@@ -1,6 +1,6 @@
 """What every penalty can do: be evaluated, resolved at a step, scaled and added."""
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import jax
 import optax
@@ -8,7 +8,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
-from penalties_jax._pytree import TYPES, Pytree, config, has_schedule, number, resolve
+from penalties_jax._pytree import TYPES, Pytree, Tree, config, has_schedule, number, resolve
 from penalties_jax.functional.checks import (
     bare,
     standard_promotion,
@@ -60,7 +60,7 @@ class Penalty(Pytree):
             evaluate = type(self)._value if _has_function(self) else _evaluate
             return evaluate(penalty, inputs, where)
 
-    def at(self, step: ArrayLike) -> Self:
+    def at(self: Tree, step: ArrayLike) -> Tree:
         """The same penalty with every schedule replaced by its value at `step`."""
         return resolve(self, step)
 
