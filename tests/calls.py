@@ -71,16 +71,18 @@ class Call:
     @property
     def edges(self):
         """Arrays with entries at the edges: 0, huge and tiny ones, classes that are masked out."""
-        arrays = {
-            name: np.array(x) for name, x in self.floating.items() if jax.tree_util.all_leaves([x])
-        }
-        for i, x in enumerate(x for x in arrays.values() if x.ndim > 1):
+        biases = {name: x for name, x in self.floating.items() if name.startswith("bias")}
+        if biases:
+            masked = np.float32(-np.inf)
+            return self.arrays | {name: np.append(x[1:], masked) for name, x in biases.items()}
+        arrays = {name: x.copy() for name, x in self.floating.items() if np.ndim(x) > 1}
+        for i, x in enumerate(arrays.values()):
             if self.of_classes:
                 x[0, ..., 0] = x[1, ..., 1 + i] = -np.inf
                 x[2] = -np.inf
                 x[2, ..., i] = 0
             else:
-                x[..., 0], x[0, ..., 1], x[1, ..., 1], x[1, ..., 2] = 0, 1e30, -1e30, 1e-30
+                x[..., 0], x[0, ..., 1], x[1, ..., 1], x[1, ..., 2] = 0, 1e18, -1e18, 1e-30
         return self.arrays | arrays
 
     @property

@@ -669,7 +669,7 @@ def prox_group_lasso(v: Real[ArrayLike, "..."], t: ArrayLike, *, axis: Axis) -> 
 @partial(jax.jit, static_argnames=("axis", "reduction", "axis_name"))
 def _group_lasso(x, weights, *, axis, where, reduction, axis_name):
     check_where(where, x.shape)
-    (x,) = promote(x)
+    x, weights = promote(x, weights)
     groups = None
     if where is not None:
         where = jnp.broadcast_to(where, x.shape)
@@ -685,7 +685,7 @@ def _group_lasso(x, weights, *, axis, where, reduction, axis_name):
 
 @partial(jax.jit, static_argnames="axis")
 def _prox_group_lasso(v, t, *, axis):
-    (v,) = promote(v)
+    v, t = promote(v, t)
     norms = norm(v, axis)
     check_fits(norms.shape, t=t)
     return normalized(v, axis) * jnp.expand_dims(jnp.maximum(norms - t, 0), axis)
@@ -703,6 +703,6 @@ def _proximal(operator, v, t, **parameters):
 
 @partial(jax.jit, static_argnums=0)
 def _at_point(operator, v, t, parameters):
-    (v,) = promote(v)
-    check_fits(v.shape, t=t, **parameters)
-    return operator(v, t, **parameters)
+    check_fits(jnp.shape(v), t=t, **parameters)
+    v, t, *numbers = promote(v, t, *parameters.values())
+    return operator(v, t, **dict(zip(parameters, numbers, strict=True)))
