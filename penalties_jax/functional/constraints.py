@@ -22,7 +22,14 @@ from penalties_jax.functional.checks import (
 )
 from penalties_jax.functional.derivatives import Axis, absolute, norm, norm_across, normalized
 from penalties_jax.functional.divergences import kl_divergence
-from penalties_jax.functional.reduction import AxisName, Reduction, evaluate, promote, reduce
+from penalties_jax.functional.reduction import (
+    AxisName,
+    Reduction,
+    evaluate,
+    lie_alike,
+    promote,
+    reduce,
+)
 
 __all__ = [
     "consistency",
@@ -267,7 +274,7 @@ def _output_magnitude(x, target, *, axis, reduction, where, axis_name):
     (x,) = promote(x)
     count = jnp.asarray(x.size if axis is None else jnp.size(x, axis), x.dtype)
     if where is not None:
-        where = jnp.broadcast_to(where, x.shape)
+        (x, where), *_ = lie_alike((x, jnp.broadcast_to(where, x.shape)))
         x = jnp.where(where, x, 0)
         count = jnp.sum(where, axis, dtype=jnp.int32).astype(x.dtype)
     norms = norm(x, axis)

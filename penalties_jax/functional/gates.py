@@ -20,7 +20,7 @@ from penalties_jax.functional.checks import (
     public,
 )
 from penalties_jax.functional.derivatives import elementwise_derivatives
-from penalties_jax.functional.reduction import promote
+from penalties_jax.functional.reduction import lie_alike, promote
 
 __all__ = [
     "hard_concrete_gate",
@@ -61,7 +61,7 @@ def straight_through(
         (1.0, 1.5)
     """
     check_same_shape(hard=hard, soft=soft)
-    return _straight_through(*promote(hard, soft))
+    return _meeting(_straight_through, hard, soft)
 
 
 @public
@@ -289,6 +289,7 @@ def _noisy(logits, key, draw=jax.random.logistic):
 
 @partial(jax.jit, static_argnames="hard")
 def _logistic_gate(logits, key, temperature, *, hard):
+    (logits, temperature), *_ = lie_alike((logits, temperature))
     noisy = _noisy(logits, key)
     soft = lax.logistic(noisy / temperature)
     return _straight_through((noisy > 0).astype(soft.dtype), soft) if hard else soft
@@ -312,7 +313,12 @@ def _at_threshold(function, x, threshold, bandwidth):
     ANY.check(threshold=threshold)
     check_fits(jnp.shape(x), threshold=threshold)
     _check_scale(x, bandwidth=bandwidth)
-    return function(*promote(x, threshold, bandwidth))
+    return _meeting(function, x, threshold, bandwidth)
+
+
+@partial(jax.jit, static_argnums=0)
+def _meeting(function, *arrays):
+    return function(*lie_alike(promote(*arrays))[0])
 
 
 def _rectangle(x, threshold, bandwidth):
@@ -323,7 +329,6 @@ def _zero(x, threshold, bandwidth):
     return jnp.zeros_like(x)
 
 
-@jax.jit
 @elementwise_derivatives(
     _zero,
     lambda x, threshold, bandwidth: -_rectangle(x, threshold, bandwidth),
@@ -333,7 +338,6 @@ def _step(x, threshold, bandwidth):
     return (x > threshold).astype(x.dtype)
 
 
-@jax.jit
 @elementwise_derivatives(
     lambda x, threshold, bandwidth: _step(x, threshold, bandwidth),
     lambda x, threshold, bandwidth: -threshold * _rectangle(x, threshold, bandwidth),
@@ -345,9 +349,14 @@ def _jump_relu(x, threshold, bandwidth):
 
 @partial(jax.jit, static_argnames=("k", "axis"))
 def _top_k_gate(logits, key, temperature, *, k, axis):
+    (logits, temperature), *_ = lie_alike((logits, temperature))
     noisy = _noisy(logits, key, jax.random.gumbel)
     rows = jnp.moveaxis(noisy, axis, -1)
     _, chosen = lax.top_k(lax.stop_gradient(rows), k)
-    hard = jnp.put_along_axis(jnp.zeros_like(rows), chosen, 1, axis=-1, inplace=False)
+    # Row by row, since a scatter does not say how its result lies on a mesh.
+    hard = jnp.vectorize(
+        lambda chosen: jnp.zeros(rows.shape[-1], rows.dtype).at[chosen].set(1),
+        signature="(k)->(n)",
+    )(chosen)
     soft = k * jax.nn.softmax(noisy / temperature, axis)
     return _straight_through(jnp.moveaxis(hard, -1, axis), soft)

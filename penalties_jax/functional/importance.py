@@ -19,7 +19,7 @@ from penalties_jax.functional.checks import (
     check_where,
     public,
 )
-from penalties_jax.functional.reduction import AxisName, promote, spread, vary_alike
+from penalties_jax.functional.reduction import AxisName, lie_alike, promote, spread, vary_alike
 
 __all__ = ["ImportanceLoss", "ImportanceStats", "importance_metrics", "importance_minimality"]
 
@@ -354,6 +354,7 @@ def _sums(sites, masks, penalty):
         if mask is None:
             return jnp.sum(per_value(site), positions)
         included = jnp.broadcast_to(mask, site.shape[:-1])[..., None]
+        (site, included), *_ = lie_alike((site, included))
         values = per_value(jnp.where(included, site, 0))
         return jnp.sum(jnp.where(included, values, 0), positions)
 

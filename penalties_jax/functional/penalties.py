@@ -30,7 +30,14 @@ from penalties_jax.functional.derivatives import (
     norm,
     normalized,
 )
-from penalties_jax.functional.reduction import AxisName, Reduction, evaluate, promote, reduce
+from penalties_jax.functional.reduction import (
+    AxisName,
+    Reduction,
+    evaluate,
+    lie_alike,
+    promote,
+    reduce,
+)
 
 __all__ = [
     "elastic_net",
@@ -673,6 +680,7 @@ def _group_lasso(x, weights, *, axis, where, reduction, axis_name):
     groups = None
     if where is not None:
         where = jnp.broadcast_to(where, x.shape)
+        (x, where), weights, _ = lie_alike((x, where), weights, axis=axis)
         groups = jnp.any(where, axis)
         x = jnp.where(where, x, 0)
     norms = norm(x, axis)
@@ -704,5 +712,5 @@ def _proximal(operator, v, t, **parameters):
 @partial(jax.jit, static_argnums=0)
 def _at_point(operator, v, t, parameters):
     check_fits(jnp.shape(v), t=t, **parameters)
-    v, t, *numbers = promote(v, t, *parameters.values())
+    (v, t, *numbers), *_ = lie_alike(promote(v, t, *parameters.values()))
     return operator(v, t, **dict(zip(parameters, numbers, strict=True)))

@@ -8,9 +8,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec, reshard
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
-from numpy.lib.array_utils import normalize_axis_index
+from numpy.lib.array_utils import normalize_axis_index, normalize_axis_tuple
 
 from penalties_jax.functional.checks import check_choice, check_fits, check_where
 from penalties_jax.functional.derivatives import Axis
@@ -154,6 +155,57 @@ def vary_alike(tree: PyTree[Array]) -> PyTree[Array]:
     return jax.tree.map(lambda x: lax.pcast(x, tuple(sorted(axes - varies(x))), to="varying"), tree)
 
 
+def lie_alike(
+    arrays: PyTree[Any],
+    rows: PyTree[Any] = (),
+    shared: PyTree[Any] = (),
+    *,
+    axis: Axis | None = (),
+) -> tuple[Any, Any, Any]:
+    """Lays arrays that meet alike on a mesh with Explicit axes; elsewhere does nothing.
+
+    There `jnp.where` takes only arrays that lie alike, and so does a declared derivative. What is
+    whole along an axis follows what is cut along it, so that nothing is gathered.
+
+    Args:
+        arrays: Arrays that broadcast with each other; along an axis, those of one size meet.
+        rows: Arrays that broadcast with those without `axis`.
+        shared: Arrays that meet none of these, and are only brought to the mesh.
+        axis: The axis or axes that `rows` don't have; None is all.
+    """
+    types = map(jax.typeof, jax.tree.leaves((arrays, rows, shared)))
+    mesh = next((x.sharding.mesh for x in types if any(x.sharding.spec)), None)
+    if mesh is None:
+        return arrays, rows, shared
+    every = list(range(max(map(jnp.ndim, jax.tree.leaves(arrays)))))
+    without = every if axis is None else normalize_axis_tuple(axis, len(every))
+    alone = [None] * max(map(jnp.ndim, jax.tree.leaves(shared)), default=0)
+    groups = (arrays, every), (rows, [a for a in every if a not in without]), (shared, alone)
+
+    def entries(x, axes):
+        """How each axis is cut, by where it is and its size."""
+        x = jax.typeof(x)
+        places = zip(axes[len(axes) - x.ndim :], x.shape, strict=True)
+        return zip(places, x.sharding.spec, strict=True)
+
+    cuts = {
+        key: entry
+        for tree, axes in groups
+        for x in jax.tree.leaves(tree)
+        for key, entry in entries(x, axes)
+        if entry is not None and key[0] is not None
+    }
+
+    def lay(x, axes):
+        own = jax.typeof(x).sharding
+        spec = PartitionSpec(*(entry or cuts.get(key) for key, entry in entries(x, axes)))
+        if not spec or (own.mesh == mesh and own.spec == spec):
+            return x
+        return reshard(x, NamedSharding(mesh, spec))
+
+    return tuple(jax.tree.map(partial(lay, axes=axes), tree) for tree, axes in groups)
+
+
 def evaluate(
     formula: Callable[..., Array],
     inputs: tuple[ArrayLike, ...],
@@ -202,9 +254,14 @@ def _evaluate(formula, inputs, parameters, reduction, where, axis_name, weights,
         dtype = wide(*inputs, *parameters.values(), weights)
         *inputs, weights = (jnp.asarray(x, dtype) for x in (*inputs, weights))
         parameters = {name: jnp.asarray(value, dtype) for name, value in parameters.items()}
+        entries = where
+        if axis is not None and where is not None:
+            entries = jnp.expand_dims(jnp.broadcast_to(where, shape), axis)
+        (inputs, parameters, entries), (weights, where), _ = lie_alike(
+            (inputs, parameters, entries), (weights, where), axis=() if axis is None else axis
+        )
         if where is None:
             return weights * _apply(formula, inputs, parameters, axis)
-        entries = where if axis is None else jnp.expand_dims(jnp.broadcast_to(where, shape), axis)
         inputs = [jnp.where(entries, x, 0) for x in inputs]
         parameters = {
             name: jnp.where(entries, value, 1) if value.ndim else value

@@ -26,6 +26,7 @@ from penalties_jax.functional.reduction import (
     add_up,
     count,
     evaluate,
+    lie_alike,
     promote,
     reduce,
     spread,
@@ -82,6 +83,7 @@ def _sparsity_rate(mask, *, axis, where, axis_name):
         check_where(where, jnp.shape(mask))
         (skipped,) = promote(1 - promote(mask)[0])
         if where is not None:
+            (skipped, where), *_ = lie_alike((skipped, where))
             skipped = jnp.where(where, skipped, 0)
         return reduce(skipped, reduction="mean", where=where, axis_name=axis_name, axis=axis)
 

@@ -13,7 +13,7 @@ from penalties_jax.functional.checks import (
     check_choice,
     public,
 )
-from penalties_jax.functional.reduction import promote
+from penalties_jax.functional.reduction import lie_alike, promote
 
 __all__ = ["resolvent_diagonal"]
 
@@ -78,6 +78,7 @@ def _resolvent_diagonal(diagonal, couplings, z, *, causal, method):
             "diagonal and couplings must have the shapes [..., n] and [..., n - 1], "
             f"got {a.shape} and {products.shape}"
         )
+    (a, products), *_ = lie_alike((a, products))
     dtype = jnp.result_type(a, jnp.complex64)
     # Time leads, as a scan wants it.
     d = jnp.moveaxis(a, -1, 0).astype(dtype) - jnp.asarray(z, dtype)

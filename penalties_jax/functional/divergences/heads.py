@@ -38,7 +38,7 @@ from penalties_jax.functional.divergences.rows import (
     sum_to,
 )
 from penalties_jax.functional.platform import rows_in_block, rows_in_product
-from penalties_jax.functional.reduction import vary_alike, wide
+from penalties_jax.functional.reduction import lie_alike, vary_alike, wide
 
 
 class Head(NamedTuple):
@@ -149,13 +149,19 @@ def _evaluate(
         by_position(formula, own, positions, dtype)
         for formula, own in zip(formulas, parameters, strict=True)
     )
-    included = jnp.ones(positions, bool)
+    included = jnp.broadcast_to(True if where is None else where, positions)
+    (hidden, numbers), (weights, labels, included), kernels = lie_alike(
+        ([head.hidden for head in heads], numbers),
+        (weights, labels, included),
+        [(head.kernel, head.bias) for head in heads],
+        axis=-1,
+    )
+    heads = tuple(Head(h, *own) for h, own in zip(hidden, kernels, strict=True))
     if where is not None:
-        included = jnp.broadcast_to(where, positions)
         entries = included[..., None]
         heads = tuple(head._replace(hidden=jnp.where(entries, head.hidden, 0)) for head in heads)
         numbers = jax.tree.map(lambda x: x if x.size == 1 else jnp.where(entries, x, 1), numbers)
-    walk = Walk(block_size or rows_in_product(heads[0].kernel.shape[1]), class_axis_name)
+    walk = Walk(block_size or rows_in_product(jnp.shape(heads[0].kernel)[1]), class_axis_name)
     inputs = Inputs(heads, numbers, None if labels is None else labels[..., None])
     if reduction == "none":
         values: Any = _values_by_position(formulas, walk, vary_alike(inputs))

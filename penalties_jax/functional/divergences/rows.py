@@ -32,6 +32,7 @@ from penalties_jax.functional.platform import rows_in_block
 from penalties_jax.functional.reduction import (
     AxisName,
     Reduction,
+    lie_alike,
     promote,
     reduce,
     vary_alike,
@@ -143,6 +144,7 @@ def _evaluate(
     check_where(where, tuple(positions))
     dtype = wide(*logits)
     numbers = by_position(formula, parameters, tuple(positions), dtype)
+    (logits, numbers), (scale, where), _ = lie_alike((logits, numbers), (scale, where), axis=-1)
     walk = Walk(block_size or rows_in_block(classes), class_axis_name)
     values: Array = _divergences(formula, walk, vary_alike(Rows(logits, numbers)))
     if class_axis_name is not None:
