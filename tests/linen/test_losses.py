@@ -1,5 +1,8 @@
 """Linen objectives and penalties, and that they are those of NNX."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -192,6 +195,12 @@ def test_loss_counts_its_steps_as_nnx_does():
             name: float(x) for name, x in other.items()
         }
     assert int(state["schedule"]["step"]) == 6
+
+
+def test_outputs_with_named_fields():
+    outputs = SimpleNamespace(x=jnp.ones(4))
+    for loss in (pj.nnx.Loss(annealed()), partial(pj.linen.Loss(annealed()).apply, {})):
+        assert float(loss(outputs, step=4)[0]) == 4
 
 
 def test_loss_that_only_looks():
