@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import penalties_jax as pj
 from tests.oracles import assert_close, lattice
-from tests.programs import jit_once
+from tests.programs import doubles, jit_once
 
 MASK = np.arange(8) % 3 != 0
 OUTPUTS = {
@@ -218,6 +218,27 @@ def test_half_precision_and_integers_are_promoted():
     with jax.enable_x64(True):
         total, _ = one_term()({"x": jnp.ones(3)})
     assert total.dtype == jnp.float64
+
+
+@pytest.mark.parametrize("loss", [None, lambda outputs: 2.0])
+def test_python_numbers_never_widen(loss, x64):
+    """Nor do those that a schedule or a weight makes arrays of."""
+    weight = pj.anneal(0.0, 1.0, start=0, end=4)
+    terms = {
+        "l1": pj.Term(pj.L1(weights=0.5), on="x", weight=weight),
+        "sum": pj.Term(0.5 * pj.Huber(delta=0.3) + pj.L2(center=1.0), on="x", weight=0.25),
+    }
+    outputs = {"x": jnp.ones(4, jnp.float32)}
+    objective = pj.Objective(loss, terms).disable("sum")
+    for step in (2, jnp.int32(2)):
+        assert doubles(objective(outputs, step=step)) == []
+    assert doubles(objective.grad_norms(outputs, wrt=("x",), step=2)) == []
+    (total, _), _ = jax.lax.scan(
+        lambda carry, step: (objective(outputs, step=step), None),
+        objective(outputs, step=0),
+        jnp.arange(3),
+    )
+    assert float(total) == (0 if loss is None else 2) + 0.5 * 2
 
 
 # Schedules.

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 import penalties_jax as pj
 from tests.oracles import assert_close, lattice
-from tests.programs import jit_once
+from tests.programs import doubles, jit_once
 
 X = jnp.asarray(lattice(0, 2, 3), jnp.float32)
 
@@ -128,6 +128,19 @@ def test_nothing_is_recorded_unless_asked():
     _, recorded = model.apply(variables, X, mutable=["penalties"])
     _, state = model.apply(variables | recorded, X, mutable=["batch_stats"])
     assert "penalties" not in state
+
+
+def test_python_numbers_never_widen(x64):
+    penalised = pj.linen.ActivityPenalty(0.5 * pj.SmoothL0(gamma=1.0), weight=0.5)
+    x = jnp.ones(4, jnp.float32)
+
+    def apply(state, _):
+        return penalised.apply(state, x, mutable=["penalties"])[1], None
+
+    state, _ = jax.lax.scan(apply, apply({}, None)[0], length=2)
+    total, _ = pj.linen.collect_penalties(state)
+    assert float(total) == 3 * 0.5
+    assert doubles((state, total, pj.linen.collect_penalties({})[0])) == []
 
 
 def test_other_collections_are_kept():
