@@ -51,9 +51,9 @@ class Term(Pytree):
     enabled: ArrayLike = number(default=1.0)
 
     def __post_init__(self):
-        super().__post_init__()
         if not isinstance(self.penalty, Penalty):
             raise TypeError(f"Term.penalty must be a config such as pj.L1(), got {self.penalty!r}")
+        super().__post_init__()
 
     def _evaluate(self, name: str, outputs: Outputs) -> Metrics:
         weight = check_scalar(
