@@ -4,6 +4,8 @@ from functools import partial
 
 import chex
 import jax
+import jax.numpy as jnp
+from flax import nnx
 
 # Unoptimised programs compile in half the time; for what does not depend on optimisation.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -35,3 +37,21 @@ def _operations(jaxpr):
                 if hasattr(inner, "eqns"):
                     yield from _operations(inner)
     yield " ".join(("return", *map(shown, jaxpr.outvars)))
+
+
+def doubles(tree):
+    """The paths of the float64 arrays in a tree, weakly typed ones and Python's floats included."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return [jax.tree_util.keystr(path) for path, x in leaves if jnp.result_type(x) == jnp.float64]
+
+
+def carried(module, call, length=2):
+    """A module after a scan that carries all its variables through calls."""
+    definition, state = nnx.split(module)
+
+    def body(state, _):
+        module = nnx.merge(definition, state)
+        call(module)
+        return nnx.state(module), None
+
+    return nnx.merge(definition, jax.lax.scan(body, state, None, length=length)[0])

@@ -301,6 +301,18 @@ def test_leaf_by_leaf():
     assert_close(pj.Orthogonality()({"a": jnp.ones((2, 2)), "b": None, "c": jnp.eye(3)}), 2)
 
 
+@pytest.mark.parametrize("axis", ["rows", "vocabulary"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_orthogonality_without_rows_that_a_mask_excludes(axis, normalize):
+    penalty = pj.Orthogonality(normalize=normalize, axis=axis)
+    x = jnp.array([[1.0, 1.0], [jnp.nan, jnp.inf], [1.0, 2.0]])
+    where = jnp.array([[True], [False], [True]])
+    assert_close(penalty({"x": x}, where=where), penalty(x[::2]))
+    slope = jax.grad(lambda x: penalty(x, where=where))(x)
+    assert_close(slope[::2], jax.grad(penalty)(x[::2]))
+    assert slope[1].tolist() == [0, 0]
+
+
 def test_two_trees_are_compared():
     logits = {"a": lattice(0, 4, 3), "b": lattice(1, 2, 3)}
     log_p = jax.tree.map(lambda x: jax.nn.log_softmax(x.astype(np.float32)), logits)
@@ -318,7 +330,8 @@ def test_two_trees_are_compared():
         (lambda: pj.L2(center=jnp.ones(2))({"a": jnp.ones(3)}), r"\(3,\).*\(2,\)"),
         (lambda: pj.KLDivergence()(jnp.zeros((2, 3)), jnp.zeros((3, 2))), r"\(2, 3\).*\(3, 2\)"),
         (lambda: pj.Orthogonality()(jnp.ones(3)), r"two axes.*\(3,\)"),
-        (lambda: pj.Orthogonality()(jnp.eye(2), where=jnp.ones(2, bool)), "where"),
+        (lambda: pj.Orthogonality("hard")(jnp.eye(2), where=jnp.ones(2, bool)), "takes no where"),
+        (lambda: pj.Orthogonality()(jnp.eye(2), where=jnp.ones(3, bool)), "where must broadcast"),
     ],
 )
 def test_what_does_not_fit(call, message):

@@ -15,7 +15,7 @@ from sklearn.datasets import load_diabetes
 
 import penalties_jax as pj
 from tests.oracles import assert_close, lattice
-from tests.programs import jit_once
+from tests.programs import doubles, jit_once
 
 PARAMS = {
     "kernel": lattice(0, 4, 3).astype(np.float32),
@@ -236,6 +236,24 @@ def test_dtypes_are_kept(dtype, weight):
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)
     assert updates.dtype == dtype
     assert optax.apply_updates(params, updates).tolist() == [1.5, -1.5, 0, 0]
+
+
+@pytest.mark.parametrize("number", [0.5, pj.anneal(0.0, 1.0, start=0, end=4)])
+def test_python_numbers_never_widen(number, x64):
+    params = {"w": jnp.ones(3, jnp.float32)}
+    for transformation in (
+        pj.add_penalty(pj.Huber(delta=0.5), weight=number),
+        pj.proximal(pj.L1(weights=0.5), number, weight=0.5),
+    ):
+        state = transformation.init(params)
+
+        def step(carry, _, transformation=transformation):
+            params, state = carry
+            updates, state = transformation.update(params, state, params)
+            return (optax.apply_updates(params, updates), state), updates
+
+        carry, updates = jax.lax.scan(step, (params, state), length=2)
+        assert doubles((carry, updates)) == []
 
 
 def test_float64():

@@ -28,7 +28,7 @@ def check_plain(name: str, config: Any) -> None:
 def record(module: nn.Module, penalty: Callable[[], Float[Array, ""]]) -> None:
     """Adds a penalty to what the module has recorded, if the caller collects penalties."""
     if module.is_mutable_collection(PENALTIES) and not module.is_initializing():
-        recorded = module.variable(PENALTIES, "recorded", jnp.zeros, ())
+        recorded = module.variable(PENALTIES, "recorded", jnp.zeros, (), jnp.float32)
         recorded.value = recorded.value + check_scalar("penalty", penalty())
 
 
@@ -124,7 +124,7 @@ def collect_penalties(variables: Mapping[str, Any]) -> tuple[Float[Array, ""], d
         (3.0, {'batch_stats': {}})
     """
     recorded = jax.tree.leaves(variables.get(PENALTIES, {}))
-    total = sum((jnp.sum(leaf) for leaf in recorded), start=jnp.zeros(()))
+    total = sum((jnp.sum(leaf) for leaf in recorded), start=jnp.zeros((), jnp.float32))
     return total, {name: tree for name, tree in variables.items() if name != PENALTIES}
 
 

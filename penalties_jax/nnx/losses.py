@@ -98,7 +98,7 @@ class ActivityPenalty(nnx.Module):
 
     def __init__(self, penalty: PenaltyConfig, weight: Numeric = 1.0):
         self.penalty = as_data(weight * penalty)
-        self.recorded = Penalty(jnp.zeros(()))
+        self.recorded = Penalty(jnp.zeros((), jnp.float32))
         self.deterministic = False
 
     def __call__(
@@ -133,7 +133,7 @@ def collect_penalties(model: nnx.Module) -> Float[Array, ""]:
         >>> float(pj.nnx.collect_penalties(model)), float(pj.nnx.collect_penalties(model))
         (4.0, 0.0)
     """
-    total = jnp.zeros(())
+    total = jnp.zeros((), jnp.float32)
     for _, variable in nnx.iter_graph(model):
         if isinstance(variable, Penalty):
             total = total + jnp.sum(variable[...])

@@ -24,6 +24,8 @@ class Penalty(Pytree):
     # NumPy's arrays and scalars leave `array * config` to the config.
     __array_ufunc__ = None
 
+    # How many inputs it takes.
+    _inputs: ClassVar[int] = 1
     # Whether it is of log-probabilities of sampled tokens, [..., T], not of classes.
     of_samples: ClassVar[bool] = False
     # The name of its metrics in a log.
@@ -33,6 +35,16 @@ class Penalty(Pytree):
     def class_axis(self) -> int | None:
         """The axis that its values and its mask don't have; None where they are of entries."""
         return None
+
+    @property
+    def of_distributions(self) -> bool:
+        """Whether it needs log-probabilities of all classes, whose probabilities sum to 1."""
+        return False
+
+    @property
+    def takes_where(self) -> bool:
+        """Whether it can leave out what a mask excludes."""
+        return True
 
     @property
     def summands(self) -> tuple["Penalty", ...]:

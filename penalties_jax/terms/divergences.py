@@ -62,6 +62,10 @@ class Divergence(Reduced):
     def class_axis(self) -> int:
         return self.axis
 
+    @property
+    def of_distributions(self) -> bool:
+        return self.inputs == "logprobs" and self._inputs == 2
+
     def estimate(self) -> Penalty:
         raise ValueError(f"{self!r} can't be estimated from log-probabilities of sampled tokens")
 
@@ -72,6 +76,9 @@ class Divergence(Reduced):
 @config
 class KLDivergence(Divergence):
     """KL(P||Q), of which P, the first input, is the model: `pj.kl_divergence` as a config.
+
+    Of log-probabilities that are not normalised, such as those of the top classes only, the value
+    is that of the generalised divergence and the derivative is not its own: it isn't 0 where P = Q.
 
     Attributes:
         direction: As in `pj.kl_divergence`.

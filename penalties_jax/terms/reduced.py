@@ -34,7 +34,6 @@ class Reduced(Penalty):
     axis_name: AxisName | None = option(default=None, kw_only=True)
 
     _function: ClassVar[Callable[..., Any]]
-    _inputs: ClassVar[int] = 1
 
     def _pure(self) -> Callable[..., Any]:
         """The function."""

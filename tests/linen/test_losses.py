@@ -1,5 +1,8 @@
 """Linen objectives and penalties, and that they are those of NNX."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,7 @@ from flax import linen as nn
 
 import penalties_jax as pj
 from tests.oracles import assert_close, lattice
-from tests.programs import jit_once
+from tests.programs import doubles, jit_once
 
 X = jnp.asarray(lattice(0, 2, 3), jnp.float32)
 
@@ -127,6 +130,19 @@ def test_nothing_is_recorded_unless_asked():
     assert "penalties" not in state
 
 
+def test_python_numbers_never_widen(x64):
+    penalised = pj.linen.ActivityPenalty(0.5 * pj.SmoothL0(gamma=1.0), weight=0.5)
+    x = jnp.ones(4, jnp.float32)
+
+    def apply(state, _):
+        return penalised.apply(state, x, mutable=["penalties"])[1], None
+
+    state, _ = jax.lax.scan(apply, apply({}, None)[0], length=2)
+    total, _ = pj.linen.collect_penalties(state)
+    assert float(total) == 3 * 0.5
+    assert doubles((state, total, pj.linen.collect_penalties({})[0])) == []
+
+
 def test_other_collections_are_kept():
     state = {"penalties": {"a": {"recorded": jnp.ones(2)}}, "batch_stats": {"mean": 1.0}}
     total, rest = pj.linen.collect_penalties(state)
@@ -192,6 +208,12 @@ def test_loss_counts_its_steps_as_nnx_does():
             name: float(x) for name, x in other.items()
         }
     assert int(state["schedule"]["step"]) == 6
+
+
+def test_outputs_with_named_fields():
+    outputs = SimpleNamespace(x=jnp.ones(4))
+    for loss in (pj.nnx.Loss(annealed()), partial(pj.linen.Loss(annealed()).apply, {})):
+        assert float(loss(outputs, step=4)[0]) == 4
 
 
 def test_loss_that_only_looks():
