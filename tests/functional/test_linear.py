@@ -174,6 +174,47 @@ def test_value_and_gradients(head, reduction, block_size, x64):
         assert_close(slope, desired, rtol=1e-7, atol=1e-9)
 
 
+@every_head
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.slow)])
+def test_second_derivatives(head, reduction, x64):
+    """Forward over reverse mode, mapped over directions, and reverse over reverse."""
+    arrays, labels, mask = data(np.float64)
+    weights = np.random.default_rng(1).normal(size=ROWS)
+
+    def ours(arrays):
+        values = head.call(arrays, labels, where=mask, reduction=reduction, block_size=7)
+        return (weights * values**2).sum() if reduction == "none" else values
+
+    def exact(arrays):
+        values = reduced(head.oracle(arrays, labels), mask, reduction)
+        return (weights * values**2).sum() if reduction == "none" else values
+
+    def along(trees, direction):
+        return sum(jnp.vdot(x, d) for x, d in zip(trees, direction, strict=True))
+
+    def moved(*directions):
+        return exact([x + 1e-4 * sum(ds) for x, *ds in zip(arrays, *directions, strict=True)])
+
+    @quick_jit
+    def everything(arrays, directions):
+        slope, first = jax.grad(ours), [d[0] for d in directions]
+        pushed = jax.vmap(lambda d: jax.jvp(slope, (arrays,), (d,))[1])(directions)
+        return pushed, jax.grad(lambda arrays: along(slope(arrays), first))(arrays)
+
+    random = np.random.default_rng(2)
+    u, v, w = ([random.normal(size=x.shape) for x in arrays] for _ in range(3))
+    pushed, pulled = everything(
+        [jnp.asarray(x) for x in arrays], [jnp.stack(pair) for pair in zip(v, w, strict=True)]
+    )
+    minus = [-x for x in u]
+    for i, direction in enumerate((v, w)):
+        back = [-x for x in direction]
+        differences = moved(u, direction) - moved(minus, direction)
+        differences += moved(minus, back) - moved(u, back)
+        assert_close(along([x[i] for x in pushed], u), differences / 4e-8, rtol=1e-5, atol=1e-6)
+    assert_close(along(pulled, u), along([x[0] for x in pushed], u), rtol=1e-9)
+
+
 @pytest.mark.slow
 @every_head
 def test_a_gradient_for_one_argument_is_that_of_all(head):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -37,9 +39,24 @@ def map_rows(
     def walk(rows, shared):
         return sum_rows(lambda block, fresh: (function(block, shared), ()), rows, block_size)[0]
 
-    run = custom_vmap(walk)
+    # JAX's own derivative of a custom_vmap calls its rule without end, and can't be transposed.
+    undifferentiated = custom_vmap(walk)
+    run = jax.custom_jvp(undifferentiated)
 
-    @run.def_vmap
+    @partial(run.defjvp, symbolic_zeros=True)
+    def _(primals, tangents):
+        # What does not move has no tangent, not one of 0: a logit of -inf would make that NaN.
+        moves = jax.tree.map(lambda t: not isinstance(t, SymbolicZero), tangents)
+
+        def moved(to):
+            return walk(*jax.tree.map(lambda m, x, own: own if m else x, moves, primals, to))
+
+        moving = (
+            jax.tree.map(lambda m, x: x if m else None, moves, x) for x in (primals, tangents)
+        )
+        return jax.jvp(moved, *((x,) for x in moving))
+
+    @undifferentiated.def_vmap
     def _(size, batched, rows, shared):
         if any(jax.tree.leaves(batched[1])):
             axes = jax.tree.map(lambda own: 0 if own else None, tuple(batched))
@@ -137,11 +154,11 @@ class Grid(NamedTuple):
     def block(self, x: Float[Array, "..."], index: Int[Array, ""] | int) -> Float[Array, "..."]:
         """The rows of a block; past the end of an axis, the last that there are."""
         if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2:
-            # XLA's CPU backend slices half precision by casting the whole array, and casts ahead of
-            # a loop what does not change in it: so slice integers, of what seems to change.
-            x, index = lax.optimization_barrier((x, jnp.asarray(index)))
-            bits = self.block(lax.bitcast_convert_type(x, jnp.uint16), index)
-            return lax.bitcast_convert_type(bits, x.dtype)
+            return _block_of_halves(self, x, jnp.asarray(index))
+        return self.slice(x, index)
+
+    def slice(self, x: Array, index: Int[Array, ""] | int) -> Array:
+        """As `block`."""
         for axis, (start, size) in enumerate(zip(self._starts(index), self.sizes, strict=True)):
             if x.shape[2 * axis + 1] > 1:
                 x = lax.dynamic_slice_in_dim(x, start, size, 2 * axis + 1)
@@ -182,6 +199,21 @@ class Grid(NamedTuple):
         """Along which axes a result does not depend on the position: its arrays have size 1."""
         cuts = zip(part.shape[::2], part.shape[1::2], self.shards, self.sizes, strict=False)
         return [(g, rows) == (1, 1) != (shards, size) for g, rows, shards, size in cuts]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _block_of_halves(grid, x, index):
+    # XLA's CPU backend slices half precision by casting the whole array, and casts ahead of a loop
+    # what does not change in it: so slice integers, of what seems to change.
+    x, index = lax.optimization_barrier((x, index))
+    bits = grid.slice(lax.bitcast_convert_type(x, jnp.uint16), index)
+    return lax.bitcast_convert_type(bits, x.dtype)
+
+
+@_block_of_halves.defjvp
+def _(grid, primals, tangents):
+    # Bits have no derivative.
+    return _block_of_halves(grid, *primals), grid.slice(tangents[0], primals[1])
 
 
 def _grid(arrays: Sequence[Array], block_size: int) -> Grid:

@@ -265,7 +265,8 @@ def gradients_of(
 
 def _normaliser(z, temperature, class_axis_name):
     """The normaliser of each row, over all members that hold some of its classes."""
-    peak = jnp.max(z, -1)
+    # The normaliser does not depend on it.
+    peak = lax.stop_gradient(jnp.max(z, -1))
     if class_axis_name is not None:
         peak = lax.pmax(peak, class_axis_name)
     total = jnp.sum(jnp.exp((z - peak[..., None]) / temperature), -1)
