@@ -382,6 +382,20 @@ def test_hessians(case, x64):
                 assert_close(found[i][j][row, 0], desired, rtol=1e-8, atol=1e-10)
 
 
+@every(FUNCTIONS, slow=streamed_again)
+def test_exported_for_any_number_of_positions(case):
+    """One program for two shapes, whose axes of unknown size are not cut into blocks."""
+    both = quick_jit(jax.value_and_grad(partial(case.raw, block_size=2)))
+    shape = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b, c"), 3, 5), jnp.float32)
+    program = jax.export.export(both)(*[shape] * case.inputs)
+    again = quick_jit(program.call)
+    for sizes in ((2, 4), (1, 3)):
+        logits = [jnp.asarray(x) for x in case.data(shape=(*sizes, 3, 5))]
+        (value, slope), (desired, slopes) = again(*logits), both(*logits)
+        assert_close(value, desired)
+        assert_close(slope, slopes, atol=1e-7)
+
+
 def test_forward_mode_is_refused():
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(F.entropy_from_logits, (jnp.ones(3),), (jnp.ones(3),))
