@@ -174,7 +174,7 @@ class Case:
 
     @property
     def streamed(self):
-        """Whether it is differentiable once, and in reverse mode only."""
+        """Whether it goes by in blocks, and its first derivative is in reverse mode only."""
         return "block_size" in self.parameters
 
     @property

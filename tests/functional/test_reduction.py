@@ -264,7 +264,7 @@ def test_composes_with_transformations(case, x64):
         return (
             jax.value_and_grad(scanned)(pair),
             jax.vmap(jax.value_and_grad(total))(*pair),
-            None if case.streamed else twice(along),
+            twice(along),
         )
 
     def twice(along):
@@ -285,10 +285,6 @@ def test_composes_with_transformations(case, x64):
     assert_close(scanned[1][0], slopes, **tight)
     assert_close(mapped[0], values, **tight)
     assert_close(mapped[1], slopes, **tight)
-    if case.streamed:
-        with pytest.raises(ValueError, match="reverse-mode"):
-            jax.grad(lambda x: jax.grad(total)(x, *inputs[1:]).sum())(inputs[0])
-        return
     (forward, forward_over_reverse), reverse_over_reverse = second
     assert_close(forward, (slopes[0] * tangent).sum(), **tight)
     ahead, behind = (

@@ -23,6 +23,7 @@ from penalties_jax.functional.checks import (
     check_classes,
     check_labels,
     check_where,
+    standard_promotion,
 )
 from penalties_jax.functional.divergences.blocks import map_rows, sum_rows
 from penalties_jax.functional.divergences.formulas import Formula
@@ -144,6 +145,7 @@ def _evaluate(
 ):
     positions = heads[0].hidden.shape[:-1]
     check_where(where, positions)
+    heads = jax.tree.map(_as_factor, heads)
     dtype = wide(*(head.hidden for head in heads))
     numbers = tuple(
         by_position(formula, own, positions, dtype)
@@ -193,11 +195,12 @@ def _values_by_position_forward(formulas, walk, inputs):
     return _values(formulas, walk, inputs), inputs
 
 
+@standard_promotion()
 def _values_by_position_backward(formulas, walk, inputs, cotangents):
     everything = jax.tree.map(lambda _: True, inputs)
     weights = jnp.stack(cotangents, -1)
-    _, (heads, parameters) = _values_and_gradients(formulas, walk, everything, inputs, weights)
-    return (Inputs(heads, parameters, None),)
+    _, gradients = _values_and_gradients(formulas, walk, everything, inputs, weights)
+    return (_like(inputs, 1, gradients),)
 
 
 _values_by_position.defvjp(_values_by_position_forward, _values_by_position_backward)
@@ -220,10 +223,11 @@ def _total(
 
 def _weigh(values, weights, each):
     # What `each` excludes may be infinite.
-    parts = [jnp.sum(jnp.where(each > 0, each * v, 0)) for v in values]
+    parts = [jnp.sum(each * jnp.where(each > 0, v, 0)) for v in values]
     return functools.reduce(jnp.add, map(jnp.multiply, weights, parts)), parts
 
 
+@standard_promotion()
 def _total_forward(formulas, walk, inputs, weights, each):
     def value(tree):
         return jax.tree.map(lambda x: x.value, tree)
@@ -233,19 +237,32 @@ def _total_forward(formulas, walk, inputs, weights, each):
     by = jnp.stack([w * each for w in weights], -1)
     values, gradients = _values_and_gradients(formulas, walk, perturbed, inputs, by)
     total, parts = _weigh(values, weights, each)
-    return (total, parts), (gradients, parts)
+    # Empty arrays, for the types of the inputs without the inputs.
+    empty = jax.tree.map(lambda x: jnp.zeros(0, x.dtype), inputs)
+    return (total, parts), (empty, gradients, parts)
 
 
+@standard_promotion()
 def _total_backward(formulas, walk, residuals, cotangents):
-    gradients, parts = residuals
+    inputs, gradients, parts = residuals
     cotangent, _ = cotangents
     if isinstance(cotangent, SymbolicZero):
         return None, None, None
-    heads, parameters = jax.tree.map(lambda g: (cotangent * g).astype(g.dtype), gradients)
-    return Inputs(heads, parameters, None), tuple(cotangent * part for part in parts), None
+    by_inputs = _like(inputs, cotangent, gradients)
+    return by_inputs, tuple(cotangent * part for part in parts), None
 
 
 _total.defvjp(_total_forward, _total_backward, symbolic_zeros=True)
+
+
+def _like(inputs, factor, gradients):
+    """Gradients of heads and parameters times a factor, of the types of the inputs."""
+    heads, parameters = jax.tree.map(
+        lambda x, g: None if g is None else (factor * g).astype(x.dtype),
+        (inputs.heads, inputs.parameters),
+        gradients,
+    )
+    return Inputs(heads, parameters, None)
 
 
 def _values(formulas, walk, inputs):
@@ -260,7 +277,7 @@ def _values(formulas, walk, inputs):
 
 
 def _values_and_gradients(formulas, walk, perturbed, inputs, weights):
-    """The values, and the gradient of their sum by weights [*positions, parts].
+    """The values, and the gradient of their sum by weights [*positions, parts], not yet rounded.
 
     The gradients of what is not perturbed are None.
     """
@@ -290,11 +307,7 @@ def _values_and_gradients(formulas, walk, perturbed, inputs, weights):
     parameters = jax.tree.map(
         lambda x, rows: None if rows is None else sum_to(x, rows), inputs.parameters, by_rows
     )
-    return values, jax.tree.map(
-        lambda x, own: None if own is None else own.astype(x.dtype),
-        (inputs.heads, inputs.parameters),
-        (heads, parameters),
-    )
+    return values, (heads, parameters)
 
 
 def _by_row(inputs):
@@ -332,6 +345,13 @@ def _parts(formulas, walk, wanted, inputs):
     return values, through_logits, through_parameters
 
 
+def _as_factor(x):
+    """What is narrower than half precision in it, which holds the same numbers."""
+    if x.dtype.itemsize == 1:
+        return x.astype(jnp.bfloat16)
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
+
+
 def _logits(head):
     hidden, kernel, bias = head
     z = jnp.einsum("...d,dc->...c", hidden, kernel, preferred_element_type=wide(hidden, kernel))
@@ -349,25 +369,29 @@ def _weighted(by, through_logits, i):
 def _through(head, slope, want, fresh):
     """The gradients of a head from those of its logits; None for what is not wanted."""
     hidden, kernel, bias = head
-    dtype = wide(hidden, kernel)
-    narrow = slope.astype(jnp.result_type(hidden, kernel))
+    dtype, accumulated = jnp.result_type(hidden, kernel), wide(hidden, kernel)
+    scale = _scale(slope, dtype)
+    narrow = (slope / scale).astype(dtype)
     by_hidden = by_kernel = by_bias = None
     if want.hidden:
         by_hidden = jnp.einsum(
             "...c,dc->...d",
             narrow,
             kernel,
-            preferred_element_type=dtype,
+            preferred_element_type=accumulated,
             out_sharding=_explicit_sharding(hidden),
-        ).astype(hidden.dtype)
+        )
+        by_hidden *= scale
     if want.kernel:
+        most = jnp.max(scale, initial=jnp.finfo(scale.dtype).tiny)
         by_kernel = jnp.einsum(
             "...d,...c->dc",
-            jnp.where(fresh[..., None], hidden, 0),
+            jnp.where(fresh[..., None], hidden * (scale / most).astype(hidden.dtype), 0),
             narrow,
-            preferred_element_type=dtype,
+            preferred_element_type=accumulated,
             out_sharding=_explicit_sharding(kernel),
         )
+        by_kernel *= most
     if want.bias:
         by_bias = jnp.einsum(
             "...,...c->c",
@@ -376,6 +400,15 @@ def _through(head, slope, want, fresh):
             out_sharding=_explicit_sharding(bias),
         )
     return head._replace(hidden=by_hidden, kernel=by_kernel, bias=by_bias)
+
+
+def _scale(slope, dtype):
+    """Powers of two [*rows, 1] that bring slopes into the range of a narrower dtype."""
+    exact = jnp.finfo(slope.dtype)
+    if jnp.finfo(dtype).minexp <= exact.minexp:
+        return jnp.ones((1,) * slope.ndim, slope.dtype)
+    largest = jnp.max(jnp.abs(lax.stop_gradient(slope)), -1, keepdims=True)
+    return lax.reduce_precision(jnp.clip(largest, exact.tiny, 1 / exact.tiny), exact.nexp, 0)
 
 
 def _explicit_sharding(x):

@@ -25,6 +25,7 @@ from penalties_jax.functional.checks import (
     check_fits,
     check_same_shape,
     check_where,
+    standard_promotion,
 )
 from penalties_jax.functional.divergences.blocks import map_rows
 from penalties_jax.functional.divergences.formulas import Distributions, Formula, log_ratio
@@ -176,6 +177,7 @@ def _divergences(formula: Formula, walk: Walk, rows: Rows) -> Float[Array, "*pos
     return statistics_of(formula, walk, nothing, rows)[0]
 
 
+@standard_promotion()
 def _divergences_forward(formula, walk, rows):
     perturbed, rows = (
         jax.tree.map(lambda x, part=part: getattr(x, part), rows) for part in ("perturbed", "value")
@@ -185,6 +187,7 @@ def _divergences_forward(formula, walk, rows):
     return values, (rows, statistics)
 
 
+@standard_promotion()
 def _divergences_backward(formula, walk, residuals, cotangent):
     rows, statistics = residuals
     if isinstance(cotangent, SymbolicZero):
@@ -274,7 +277,8 @@ def gradients_of(
 
 def _normaliser(z, temperature, class_axis_name):
     """The normaliser of each row, over all members that hold some of its classes."""
-    peak = jnp.max(z, -1)
+    # The normaliser does not depend on it.
+    peak = lax.stop_gradient(jnp.max(z, -1))
     if class_axis_name is not None:
         peak = lax.pmax(peak, class_axis_name)
     total = jnp.sum(jnp.exp((z - peak[..., None]) / temperature), -1)
