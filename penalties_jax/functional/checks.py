@@ -54,15 +54,25 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
 
 def _door(name, annotation):
     """What is made of an argument that has an annotation."""
-    union = get_origin(annotation) in (Union, UnionType)
-    kinds = get_args(annotation) if union else (annotation,)
-    if any(isinstance(kind, type(PyTree)) or get_origin(kind) is tuple for kind in kinds):
+    kinds = _kinds(annotation)
+    held = [kind for each in kinds if get_origin(each) is tuple for kind in get_args(each)]
+    if any(isinstance(kind, type(PyTree)) for kind in kinds) or any(map(_is_of_arrays, held)):
         return functools.partial(_tree, name)
-    types = [kind for kind in kinds if isinstance(kind, type)]
-    if not any(issubclass(kind, (jax.Array, AbstractArray)) for kind in types):
+    if not _is_of_arrays(annotation):
         return _as_it_is
+    types = [kind for kind in kinds if isinstance(kind, type)]
     words = [type(word) for kind in kinds for word in get_args(kind)]
     return functools.partial(_array, name, tuple({type(None), *words} & {*types, *words}))
+
+
+def _kinds(annotation):
+    union = get_origin(annotation) in (Union, UnionType)
+    return get_args(annotation) if union else (annotation,)
+
+
+def _is_of_arrays(annotation):
+    types = (kind for kind in _kinds(annotation) if isinstance(kind, type))
+    return any(issubclass(kind, (jax.Array, AbstractArray)) for kind in types)
 
 
 def _as_it_is(x):
