@@ -441,6 +441,23 @@ PENALTIES = [
         proximal=True,
     ),
     Penalty(
+        F.scad,
+        pj.SCAD,
+        lambda x, a, lam: np.where(
+            abs(x) <= lam,
+            lam * abs(x),
+            np.where(
+                abs(x) <= a * lam,
+                (2 * a * lam * abs(x) - x**2 - lam**2) / (2 * (a - 1)),
+                lam**2 * (a + 1) / 2,
+            ),
+        ),
+        # The proximal operator's steps are these a - 1 and a + 1 too.
+        variants={"": {"a": 2.5, "lam": 0.5}, "default": {}},
+        convex=False,
+        proximal=True,
+    ),
+    Penalty(
         F.group_lasso,
         pj.GroupLasso,
         lambda x: np.linalg.norm(x, axis=-1),

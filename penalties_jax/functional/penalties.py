@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Real
 
 from penalties_jax.functional.checks import (
     ABOVE_ONE,
+    ABOVE_TWO,
     ANY,
     NONNEGATIVE,
     POSITIVE,
@@ -47,6 +48,8 @@ __all__ = [
     "prox_l1",
     "prox_l2",
     "prox_mcp",
+    "prox_scad",
+    "scad",
     "smooth_l0",
 ]
 
@@ -601,6 +604,92 @@ def _firm_threshold(v, t, gamma, lam):
 def _mcp(x, gamma, lam):
     inside = jnp.minimum(jnp.abs(x), gamma * lam)
     return inside * (lam - inside / (2 * gamma))
+
+
+@public
+def scad(
+    x: Real[ArrayLike, "..."],
+    a: ArrayLike = 3.7,
+    lam: ArrayLike = 1.0,
+    *,
+    weights: ArrayLike = 1.0,
+    reduction: Reduction = "sum",
+    where: Bool[ArrayLike, "..."] | None = None,
+    axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""SCAD: $\lambda |x_i|$ for $|x_i| \le \lambda$, bent down to be constant from $a \lambda$ on.
+
+    The smoothly clipped absolute deviation, which shrinks small entries as L1 does and large ones
+    not at all. Between, it is $\lambda |x_i| - (|x_i| - \lambda)^2 / (2 (a - 1))$, whose slope
+    falls to 0; beyond $a \lambda$ it is $\lambda^2 (a + 1) / 2$.
+
+    Args:
+        x, weights, reduction, where, axis_name: As in `pj.l1`; so are result and errors.
+        a: The $a$, above 2: the larger, the nearer to $\lambda |x_i|$.
+        lam: As in `pj.mcp`.
+
+    References:
+        Fan & Li (2001), Variable selection via nonconcave penalized likelihood and its oracle
+        properties.
+
+    Examples:
+        >>> float(pj.scad(jnp.array([1.0, -5.0]), a=3.0))
+        3.0
+    """
+    ABOVE_TWO.check(a=a)
+    NONNEGATIVE.check(lam=lam)
+    return _penalty(_scad, x, weights, reduction, where, axis_name, a=a, lam=lam)
+
+
+@public
+def prox_scad(
+    v: Real[ArrayLike, "..."], t: ArrayLike, *, a: ArrayLike = 3.7, lam: ArrayLike = 1.0
+) -> Float[Array, "..."]:
+    r"""The soft threshold at $t \lambda$ up to $\lambda (1 + t)$, then a line to v at $a \lambda$.
+
+    The line is $\lambda + (|v| - \lambda (1 + t)) / (1 - t / (a - 1))$. For $t \ge a - 1$ there is
+    none: it is v where $|v|$ is above $\lambda (a + 1 + t) / 2$ (above
+    $\lambda \sqrt{t (a + 1)}$ if $t > a + 1$), else the soft threshold.
+
+    Args:
+        v, t: As in `pj.prox_l1`; so are result and errors.
+        a, lam: As in `pj.scad`.
+
+    Examples:
+        >>> pj.prox_scad(jnp.array([0.5, 1.5, 2.5, 4.0]), 1.0, a=3.0).tolist()
+        [0.0, 0.5, 2.0, 4.0]
+    """
+    ABOVE_TWO.check(a=a)
+    NONNEGATIVE.check(lam=lam)
+    return _proximal(_shrink_or_keep, v, t, a=a, lam=lam)
+
+
+def _shrink_or_keep(v, t, a, lam):
+    magnitude, width = jnp.abs(v), a - 1
+    soft = jnp.clip(magnitude - t * lam, 0, lam)
+    convex = t < width
+    line = soft + jnp.maximum(magnitude - lam * (1 + t), 0) * (
+        width / jnp.where(convex, width - t, width)
+    )
+    kept = magnitude > lam * jnp.where(t <= a + 1, (a + 1 + t) / 2, jnp.sqrt(t * (a + 1)))
+    jump = jnp.where(kept, magnitude, soft)
+    return jnp.sign(v) * jnp.where(convex, jnp.minimum(line, magnitude), jump)
+
+
+def _scad_fall(x, a, lam):
+    """By how much the slope has fallen from lam."""
+    # Where a mask excludes, a is 1.
+    return jnp.clip((absolute(x) - lam) / jnp.maximum(a - 1, 1), 0, lam)
+
+
+@elementwise_derivatives(
+    lambda x, a, lam: jnp.sign(x) * (lam - _scad_fall(x, a, lam)),
+    lambda x, a, lam: jnp.square(_scad_fall(x, a, lam)) / 2,
+    lambda x, a, lam: jnp.minimum(absolute(x), a * lam) + _scad_fall(x, a, lam),
+)
+def _scad(x, a, lam):
+    near, inside = (jnp.minimum(jnp.abs(x), edge) for edge in (lam, a * lam))
+    return lam * near + (inside - near) * (lam - _scad_fall(x, a, lam) / 2)
 
 
 @public

@@ -12,6 +12,7 @@ from penalties_jax import functional
 from penalties_jax._pytree import config, number, option
 from penalties_jax.functional.checks import (
     ABOVE_ONE,
+    ABOVE_TWO,
     NONNEGATIVE,
     POSITIVE,
     UNIT,
@@ -21,7 +22,18 @@ from penalties_jax.functional.reduction import count
 from penalties_jax.terms.base import Numeric, Penalty
 from penalties_jax.terms.reduced import Separable, Weighted
 
-__all__ = ["L1", "L2", "MCP", "ElasticNet", "GroupLasso", "Huber", "LogSum", "Lp", "SmoothL0"]
+__all__ = [
+    "L1",
+    "L2",
+    "MCP",
+    "SCAD",
+    "ElasticNet",
+    "GroupLasso",
+    "Huber",
+    "LogSum",
+    "Lp",
+    "SmoothL0",
+]
 
 
 @config
@@ -191,6 +203,26 @@ class MCP(Separable):
 
     _function = staticmethod(functional.mcp)
     _prox = staticmethod(functional.prox_mcp)
+
+
+@config
+class SCAD(Separable):
+    """The smoothly clipped absolute deviation: `pj.scad` as a config.
+
+    Attributes:
+        a, lam: As in `pj.scad`.
+        weights, reduction, axis_name: As in `pj.L1`.
+
+    Examples:
+        >>> float(pj.SCAD(a=3.0)(jnp.array([1.0, -5.0])))
+        3.0
+    """
+
+    a: Numeric = number(default=3.7, valid=ABOVE_TWO)
+    lam: Numeric = number(default=1.0, valid=NONNEGATIVE)
+
+    _function = staticmethod(functional.scad)
+    _prox = staticmethod(functional.prox_scad)
 
 
 @config
