@@ -28,6 +28,7 @@ from penalties_jax.functional.derivatives import (
     Axis,
     absolute,
     elementwise_derivatives,
+    largest_singular_value,
     norm,
     normalized,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "prox_scad",
     "scad",
     "smooth_l0",
+    "spectral_norm",
 ]
 
 
@@ -752,6 +754,67 @@ def prox_group_lasso(v: Real[ArrayLike, "..."], t: ArrayLike, *, axis: Axis) -> 
     """
     NONNEGATIVE.check(t=t)
     return _prox_group_lasso(v, t, axis=axis)
+
+
+@public
+def spectral_norm(
+    x: Real[ArrayLike, "..."],
+    *,
+    weights: ArrayLike = 1.0,
+    reduction: Reduction = "sum",
+    where: Bool[ArrayLike, "..."] | None = None,
+    axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""The spectral norm: $\sum_k w_k \sigma_1(x_k)$, the largest singular value of each matrix.
+
+    The derivative is $w_k u v^\top$ of its singular vectors, one pair of them where the largest
+    is repeated, and 0 at a matrix of zeros. Matrices are scaled, so that 1e30 does not overflow.
+    The square of the Frobenius norm is `pj.l2`.
+
+    It takes all eigenvectors of the smaller Gram matrix of a matrix [m, n]: about
+    $m n \min(m, n) + 9 \min(m, n)^3$ multiplications, on one device each.
+
+    Args:
+        x: Matrices of shape [..., m, n], of any real dtype; below 32 bits they are upcast to
+            float32.
+        weights: A number of at least 0, or an array that broadcasts to the leading axes [...].
+        reduction: "sum", "mean" (over the matrices) or "none".
+        where: Mask of matrices that broadcasts to the leading axes [...].
+        axis_name: As in `pj.l1`.
+
+    Returns:
+        A scalar, or an array [...] of one value a matrix for "none".
+
+    Raises:
+        ValueError: As `pj.l1`, or if `x` has fewer than two axes.
+        TypeError: As `pj.l1`.
+
+    References:
+        Yoshida & Miyato (2017), Spectral norm regularization for improving the generalizability of
+        deep learning.
+
+    Examples:
+        >>> float(pj.spectral_norm(jnp.array([[3.0, 0.0], [0.0, -4.0], [0.0, 0.0]])))
+        4.0
+    """
+    check_choice("reduction", reduction, Reduction)
+    NONNEGATIVE.check(weights=weights)
+    if jnp.ndim(x) < 2:
+        raise ValueError(
+            f"x must have at least two axes, got shape {jnp.shape(x)}; leave out what is no "
+            "matrix, such as a bias: None in its place, or mask= of pj.add_penalty"
+        )
+    return _spectral_norm(x, weights, reduction, where, axis_name)
+
+
+@partial(jax.jit, static_argnums=(2, 4))
+def _spectral_norm(x, weights, reduction, where, axis_name):
+    check_where(where, x.shape[:-2])
+    (x,) = promote(x)
+    if where is not None:
+        x = jnp.where(jnp.asarray(where)[..., None, None], x, 0)
+    values = largest_singular_value(x)
+    return evaluate(_identity, (values,), {}, reduction, where, axis_name, weights=weights)
 
 
 @partial(jax.jit, static_argnames=("axis", "reduction", "axis_name"))

@@ -33,6 +33,7 @@ __all__ = [
     "LogSum",
     "Lp",
     "SmoothL0",
+    "SpectralNorm",
 ]
 
 
@@ -247,3 +248,24 @@ class GroupLasso(Weighted):
         in_group = partial(jnp.any, axis=self.axis)
         included = None if where is None else in_group(jnp.broadcast_to(where, jnp.shape(x)))
         return count(jax.eval_shape(in_group, x).shape, included)
+
+
+@config
+class SpectralNorm(Weighted):
+    """The spectral norm: `pj.spectral_norm` as a config, of each array of a pytree by itself.
+
+    A kernel of a convolution, [height, width, in, out], is a matrix [in, out] for each offset.
+
+    Attributes:
+        weights, reduction, axis_name: As in `pj.spectral_norm`; weights as in `pj.L1` too.
+
+    Examples:
+        >>> params = {"kernel": jnp.array([[3.0, 0.0], [0.0, 4.0]]), "bias": None}
+        >>> float(pj.SpectralNorm()(params))
+        4.0
+    """
+
+    _function = staticmethod(functional.spectral_norm)
+
+    def _count(self, x, where):
+        return count(jnp.shape(x)[:-2], where)
