@@ -54,7 +54,8 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Penalty(Entry):
-    """A sum over entries, or over the norms of groups along the last axis if not separable.
+    """A sum over entries, or over norms if not separable: of groups along the last axis, or of
+    matrices.
 
     `oracle(x, **hyperparameters)` gives each entry's value; it may ask for `where`.
     """
@@ -63,6 +64,7 @@ class Penalty(Entry):
     convex: Fact = dataclasses.field(kw_only=True)
     proximal: Fact = dataclasses.field(default=False, kw_only=True)
     grouped: bool = dataclasses.field(default=False, kw_only=True)
+    by_matrix: bool = dataclasses.field(default=False, kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -172,6 +174,10 @@ class Case:
     def reduced(self):
         return "reduction" in self.parameters
 
+    def of_entries(self, mask):
+        """A mask of what the function averages, as one of each entry of its input."""
+        return np.broadcast_to(mask.reshape(mask.shape + (1,) * (3 - mask.ndim)), SHAPE)
+
     @property
     def streamed(self):
         """Whether it goes by in blocks, and its first derivative is in reverse mode only."""
@@ -183,7 +189,7 @@ class Case:
 
     @property
     def mask_shape(self):
-        return SHAPE[:-1] if self.by_row else SHAPE
+        return SHAPE[: 1 if self.is_a("by_matrix") else 2 if self.by_row else 3]
 
     @property
     def numbers(self):
@@ -441,6 +447,23 @@ PENALTIES = [
         proximal=True,
     ),
     Penalty(
+        F.scad,
+        pj.SCAD,
+        lambda x, a, lam: np.where(
+            abs(x) <= lam,
+            lam * abs(x),
+            np.where(
+                abs(x) <= a * lam,
+                (2 * a * lam * abs(x) - x**2 - lam**2) / (2 * (a - 1)),
+                lam**2 * (a + 1) / 2,
+            ),
+        ),
+        # The proximal operator's steps are these a - 1 and a + 1 too.
+        variants={"": {"a": 2.5, "lam": 0.5}, "default": {}},
+        convex=False,
+        proximal=True,
+    ),
+    Penalty(
         F.group_lasso,
         pj.GroupLasso,
         lambda x: np.linalg.norm(x, axis=-1),
@@ -449,6 +472,14 @@ PENALTIES = [
         proximal=True,
         separable=False,
         grouped=True,
+    ),
+    Penalty(
+        F.spectral_norm,
+        pj.SpectralNorm,
+        lambda x: np.linalg.norm(x, 2, axis=(-2, -1)),
+        convex=True,
+        separable=False,
+        by_matrix=True,
     ),
 ]
 

@@ -46,7 +46,7 @@ def weights_of(case):
 
 @few_configs
 def test_a_config_is_its_function(case):
-    mask = case.where(MASK[:, 1]) if case.by_row else MASK
+    mask = {1: MASK[0, 0], 2: case.where(MASK[:, 1]), 3: MASK}[len(case.mask_shape)]
 
     def pairs(inputs):
         if not case.reduced:
@@ -290,6 +290,8 @@ def test_leaf_by_leaf():
         (pj.GroupLasso(axis=1, reduction="mean"), 5),
         (pj.GroupLasso(axis=1, weights=weights), 15),
         (pj.GroupLasso(axis=1, reduction="none"), {"a": [5, 0], "b": [10]}),
+        (pj.SpectralNorm(), 15),
+        (pj.SpectralNorm(reduction="mean", weights={"a": 3.0, "b": 0.5}), 10),
         (pj.Orthogonality(), 0),
     ]
     tree = {"a": jnp.array([[3.0, 4.0], [0.0, 0.0]]), "b": jnp.array([[6.0, 8.0]])}
