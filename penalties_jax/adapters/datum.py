@@ -7,7 +7,7 @@ A record is anything with `loss_fn_inputs`, a mapping from names to arrays, such
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ Target = Literal["logprobs", "probs"] | tuple[Literal["field"], str]
 NORMALIZED_WITHIN = 1e-2
 
 
+@runtime_checkable
 class Record(Protocol):
     """What a batch is made of: anything with arrays by name, each [T] or [T, C].
 
