@@ -361,6 +361,18 @@ def test_parameters_are_required(mask):
         optax.add_decayed_weights(0.1).update(GRADIENTS, optax.EmptyState(), None)
 
 
+@pytest.mark.parametrize(
+    "penalty", [pj.KLDivergence(), 0.1 * pj.Consistency(), pj.L1() + 2 * pj.KLEstimate()], ids=repr
+)
+def test_penalties_of_two_inputs(penalty):
+    for make in (pj.add_penalty, lambda penalty: pj.proximal(penalty, 0.1)):
+        with pytest.raises(TypeError, match=r"^pj\.\w+ takes a penalty of one input, and .* 2: "):
+            make(penalty)
+    for make in (pj.nnx.ActivityPenalty, pj.linen.ActivityPenalty):
+        with pytest.raises(TypeError, match=r"^ActivityPenalty takes a penalty of one input"):
+            make(penalty)
+
+
 def test_no_proximal_operator():
     optimizer = pj.proximal(pj.SmoothL0(gamma=1.0), 0.1)
     with pytest.raises(NotImplementedError, match="proximal operator"):

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 
 from penalties_jax._pytree import resolve
 from penalties_jax.objective import Metrics, Objective, Outputs, check_scalar
-from penalties_jax.terms.base import Numeric
+from penalties_jax.terms.base import Numeric, check_one_input
 from penalties_jax.terms.base import Penalty as PenaltyConfig
 
 Tree = TypeVar("Tree")
@@ -88,6 +88,9 @@ class ActivityPenalty(nnx.Module):
         penalty: The $f$: a config, without schedules unless each call is given the `step`.
         weight: The $w$: a number, an array or a schedule.
 
+    Raises:
+        TypeError: If the penalty compares two inputs.
+
     Examples:
         >>> penalised = pj.nnx.ActivityPenalty(pj.L1(), weight=0.5)
         >>> penalised(jnp.array([1.0, -3.0])).tolist()
@@ -97,6 +100,7 @@ class ActivityPenalty(nnx.Module):
     """
 
     def __init__(self, penalty: PenaltyConfig, weight: Numeric = 1.0):
+        check_one_input("ActivityPenalty", penalty)
         self.penalty = as_data(weight * penalty)
         self.recorded = Penalty(jnp.zeros((), jnp.float32))
         self.deterministic = False

@@ -126,6 +126,16 @@ class Penalty(Pytree):
         return self if other == 0 else NotImplemented
 
 
+def check_one_input(label: str, penalty: Penalty) -> None:
+    """Raises TypeError for a penalty that compares two inputs, where there is only one."""
+    for node in penalty.summands:
+        if node._inputs != 1:
+            raise TypeError(
+                f"{label} takes a penalty of one input, and {node!r} compares {node._inputs}: "
+                "make it a term of an objective, pj.Term(..., on=(..., ...))"
+            )
+
+
 @jax.jit
 def _evaluate(penalty, inputs, where):
     return penalty._value(inputs, where)

@@ -108,6 +108,59 @@ def test_each_penalty_counts_once_a_call(case):
         jax.tree.map(lambda a, b: assert_close(a, b, rtol=1e-4, atol=1e-6), got, gradient)
 
 
+def lifted(transform, **axes):
+    """A model with a block under a transform, whose variables have these axes."""
+    axes = {"params": 0, **axes}
+    options = {"variable_axes": axes, "split_rngs": {"params": True}}
+
+    class Lifted(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            if transform is nn.vmap:
+                return nn.vmap(Block, **options)()(x)
+            scan = nn.scan(lambda block, x, _: (block(x), None), length=3, **options)
+            return scan(Block(), x, None)[0]
+
+    return Lifted()
+
+
+@pytest.mark.parametrize("transform", [nn.scan, nn.vmap])
+def test_a_transform_that_drops_what_is_recorded(transform):
+    model = lifted(transform)
+    variables = model.init(jax.random.key(0), X)
+    assert variables.keys() == {"params"}
+    for options in ({"mutable": ["penalties"]}, {"mutable": True}):
+        with pytest.raises(ValueError, match=r"Block_0/ActivityPenalty_0 is under .* an axis"):
+            model.apply(variables, X, **options)
+    y = model.apply(variables, X)
+    with_axis = lifted(transform, penalties=0)
+    same, state = with_axis.apply(variables, X, mutable=["penalties"])
+    assert_close(y, same)
+    assert float(pj.linen.collect_penalties(state)[0]) > 0
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        lifted(nn.scan),
+        lifted(nn.vmap, penalties=0),
+        nn.vmap(Model, variable_axes={"params": 0}, split_rngs={"params": True})("scan"),
+    ],
+)
+def test_a_model_that_is_applied_inside_another_records_nothing(teacher):
+    """Such as a teacher, whose own call asked for no penalties."""
+    variables = teacher.init(jax.random.key(0), X)
+
+    class Student(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Block()(x) - teacher.apply(variables, x)
+
+    student = Student()
+    _, state = student.apply(student.init(jax.random.key(1), X), X, mutable=["penalties"])
+    assert len(jax.tree.leaves(state)) == 1
+
+
 def test_what_is_not_collected_adds_up():
     model = Model("twice")
     variables = model.init(jax.random.key(0), X)
