@@ -24,6 +24,7 @@ class RefusedFirst(pytest.RaisesExc):
     """`pytest.raises` where annotations are checked: they may refuse what a function would."""
 
     def matches(self, exception):
+        """As for any of the errors that were asked for."""
         return isinstance(exception, TypeCheckError) or super().matches(exception)
 
 

@@ -185,20 +185,19 @@ def lie_alike(
     def entries(x, axes):
         """How each axis is cut, by where it is and its size."""
         x = jax.typeof(x)
-        places = zip(axes[len(axes) - x.ndim :], x.shape, strict=True)
-        return zip(places, x.sharding.spec, strict=True)
+        return zip(axes[len(axes) - x.ndim :], x.shape, x.sharding.spec, strict=True)
 
     cuts = {
-        key: entry
+        (a, n): entry
         for tree, axes in groups
         for x in jax.tree.leaves(tree)
-        for key, entry in entries(x, axes)
-        if entry is not None and key[0] is not None
+        for a, n, entry in entries(x, axes)
+        if entry is not None and a is not None
     }
 
     def lay(x, axes):
         own = jax.typeof(x).sharding
-        spec = PartitionSpec(*(entry or cuts.get(key) for key, entry in entries(x, axes)))
+        spec = PartitionSpec(*(entry or cuts.get((a, n)) for a, n, entry in entries(x, axes)))
         if not spec or (own.mesh == mesh and own.spec == spec):
             return x
         return reshard(x, NamedSharding(mesh, spec))
