@@ -568,6 +568,22 @@ def _consistency(a, b, metric):
     return abs(a - b) if metric == "l1" else (a - b) ** 2
 
 
+def _transport(log_p, log_q, order):
+    """Of each row, by its quantile functions at the middle of where both are constant."""
+
+    def of_row(p, q):
+        classes = np.arange(len(p))
+        if order == 1:
+            return stats.wasserstein_distance(classes, classes, p, q)
+        ends = [np.cumsum(x)[:-1] for x in (p, q)]
+        edges = np.concatenate([[0], np.sort(np.concatenate(ends)), [1]])
+        at = (edges[1:] + edges[:-1]) / 2
+        i, j = (np.searchsorted(x, at) for x in ends)
+        return (np.diff(edges) * abs(i - j) ** order).sum()
+
+    return np.vectorize(of_row, signature="(n),(n)->()")(np.exp(log_p), np.exp(log_q))
+
+
 def _orthogonality(x, mode, normalize, axis):
     """By the Gram matrix of the rows, entry by entry."""
     last = {"rows": x, "sequence": np.moveaxis(x, 1, 0), "vocabulary": np.moveaxis(x, -1, 0)}[axis]
@@ -606,6 +622,14 @@ CONSTRAINTS = [
         variants={name: {"metric": name} for name in ("mse", "l1", "cosine", "kl")},
         by_row=lambda metric: metric in ("cosine", "kl"),
         distributions=lambda metric: metric == "kl",
+    ),
+    Constraint(
+        F.wasserstein,
+        pj.Wasserstein,
+        _transport,
+        variants={"": {}, "2": {"order": 2}, "3": {"order": 3}},
+        by_row=True,
+        distributions=True,
     ),
     Constraint(
         F.output_magnitude,

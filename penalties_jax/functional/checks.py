@@ -137,6 +137,7 @@ ABOVE_ONE = Range("above 1", lambda value: value > 1)
 ABOVE_TWO = Range("above 2", lambda value: value > 2)
 AT_LEAST_ONE = Range("at least 1", lambda value: value >= 1)
 UNIT = Range("in [0, 1]", lambda value: (value >= 0) & (value <= 1))
+ASCENDING = Range("ascending", lambda value: not np.any(np.diff(np.atleast_1d(value)) < 0))
 FINITE = Range("finite", np.isfinite)
 ANY = Range("not NaN", lambda value: value == value)
 
@@ -152,6 +153,13 @@ def check_block_size(block_size: Any, name: str = "block_size") -> None:
     """Raises ValueError for a block size that is not an integer of at least 1."""
     if block_size is not None and not (isinstance(block_size, int) and block_size >= 1):
         raise ValueError(f"{name} must be an integer of at least 1, got {block_size!r}")
+
+
+def check_order(order: Any, name: str = "order") -> None:
+    """Raises unless an exponent that is structure is a plain number of at least 1."""
+    if not isinstance(order, int | float):
+        raise TypeError(f"{name} must be a plain number, got a {type(order).__name__}: {order!r}")
+    AT_LEAST_ONE.check_all(name, order, (order,))
 
 
 def check_same_shape(**arrays: Any) -> None:
