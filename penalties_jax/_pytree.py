@@ -261,8 +261,9 @@ def _is_of(value, annotation):
         return any(_is_of(value, parameter) for parameter in parameters)
     if kind is tuple and parameters[1:] == (...,):
         return isinstance(value, tuple) and all(_is_of(item, parameters[0]) for item in value)
-    if annotation is int:
-        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if annotation in (int, float):
+        kind = numbers.Integral if annotation is int else numbers.Real
+        return isinstance(value, kind) and not isinstance(value, bool)
     kind = type(None) if annotation is None else kind or annotation
     return not isinstance(kind, type) or isinstance(value, kind)
 

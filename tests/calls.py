@@ -87,8 +87,9 @@ class Call:
 
     @property
     def of_classes(self):
-        """Whether its arrays are log-probabilities or logits, of which one may be -inf."""
-        return any(self.function in (entry.function, entry.of_logits) for entry in DIVERGENCES)
+        """Whether its arrays are of log-probabilities or logits, of which some may be -inf."""
+        logs = all(name.startswith("log") for name in self.floating)
+        return logs and self.function is not F.kl_estimate
 
 
 def is_floating(x):
