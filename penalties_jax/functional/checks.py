@@ -130,6 +130,10 @@ class Range(NamedTuple):
                 raise ValueError(f"{name} must be {self.description}, got {shown!r}")
 
 
+def _steps_down(values):
+    return values[..., 1:] < values[..., :-1]
+
+
 POSITIVE = Range("above 0", lambda value: value > 0)
 NONNEGATIVE = Range("at least 0", lambda value: value >= 0)
 BELOW_ZERO = Range("below 0", lambda value: value < 0)
@@ -137,7 +141,7 @@ ABOVE_ONE = Range("above 1", lambda value: value > 1)
 ABOVE_TWO = Range("above 2", lambda value: value > 2)
 AT_LEAST_ONE = Range("at least 1", lambda value: value >= 1)
 UNIT = Range("in [0, 1]", lambda value: (value >= 0) & (value <= 1))
-ASCENDING = Range("ascending", lambda value: not np.any(np.diff(np.atleast_1d(value)) < 0))
+ASCENDING = Range("ascending", lambda value: not np.any(_steps_down(np.atleast_1d(value))))
 FINITE = Range("finite", np.isfinite)
 ANY = Range("not NaN", lambda value: value == value)
 
