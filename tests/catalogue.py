@@ -584,6 +584,20 @@ def _transport(log_p, log_q, order):
     return np.vectorize(of_row, signature="(n),(n)->()")(np.exp(log_p), np.exp(log_q))
 
 
+def _mmd(x, y, scales, unbiased):
+    """Pair by pair."""
+
+    def kernel(a, b):
+        square = ((a - b) ** 2).sum()
+        return np.mean([np.exp(-square / (2 * s**2)) for s in np.ravel(scales)])
+
+    def mean(a, b, skip):
+        pairs = [(i, j) for i in range(len(a)) for j in range(len(b)) if not (skip and i == j)]
+        return np.mean([kernel(a[i], b[j]) for i, j in pairs])
+
+    return mean(x, x, unbiased) + mean(y, y, unbiased) - 2 * mean(x, y, False)
+
+
 def _orthogonality(x, mode, normalize, axis):
     """By the Gram matrix of the rows, entry by entry."""
     last = {"rows": x, "sequence": np.moveaxis(x, 1, 0), "vocabulary": np.moveaxis(x, -1, 0)}[axis]
@@ -630,6 +644,12 @@ CONSTRAINTS = [
         variants={"": {}, "2": {"order": 2}, "3": {"order": 3}},
         by_row=True,
         distributions=True,
+    ),
+    Constraint(
+        F.mmd,
+        pj.MMD,
+        _mmd,
+        variants={"": {"scales": 0.7}, "unbiased": {"unbiased": True}},
     ),
     Constraint(
         F.output_magnitude,

@@ -137,7 +137,9 @@ ABOVE_ONE = Range("above 1", lambda value: value > 1)
 ABOVE_TWO = Range("above 2", lambda value: value > 2)
 AT_LEAST_ONE = Range("at least 1", lambda value: value >= 1)
 UNIT = Range("in [0, 1]", lambda value: (value >= 0) & (value <= 1))
-ASCENDING = Range("ascending", lambda value: np.array_equal(np.sort(value, -1), value))
+ASCENDING = Range(
+    "ascending", lambda value: np.array_equal(np.sort(np.atleast_1d(value)), np.atleast_1d(value))
+)
 FINITE = Range("finite", np.isfinite)
 ANY = Range("not NaN", lambda value: value == value)
 

@@ -121,7 +121,7 @@ def test_of_many_classes_in_float32(order):
         log_p, log_q = (np.float32(special.log_softmax(z)) for z in (a, other))
         exact = quantiles(*(np.exp(np.float64(z)) for z in (log_p, log_q)), x, order)
         value = F.wasserstein(log_p, log_q, positions=np.float32(x), order=order)
-        assert_close(value, exact, rtol=1e-3)
+        assert_close(value, exact, rtol=1e-5)
 
 
 ERRORS = {
