@@ -103,7 +103,9 @@ def _lattice(*shape, seed=0):
 
 def _of_case(case):
     """A case with a mask and weights, of fewer axes where they may have."""
-    arrays = dict(zip(arrays_of(case.function), map(np.float32, case.data()), strict=True))
+    arrays = dict(
+        zip(arrays_of(case.function), map(np.float32, case.data(shape=case.shape)), strict=True)
+    )
     if case.normalised:
         arrays = {name: special.log_softmax(x, axis=-1) for name, x in arrays.items()}
     if "where" in case.parameters:

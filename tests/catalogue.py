@@ -232,6 +232,13 @@ class Case:
         """The key that a gate is given in evaluation."""
         return {"key": None} if "key" in self.parameters else {}
 
+    @property
+    def shape(self):
+        """What its first input may have: of as many axes as it says, if it does."""
+        first = self.parameters[arrays_of(self.function)[0]].annotation
+        axes = get_args(first)[0].dim_str.split()
+        return SHAPE if any(axis[0] in ".*" for axis in axes) else SHAPE[-len(axes) :]
+
     def data(self, seed=0, shape=SHAPE):
         """Inputs that no two entries of are equal, so that differences are off every kink."""
         return tuple(oracles.lattice(seed + i, *shape) + i / 128 for i in range(self.inputs))

@@ -14,7 +14,7 @@ from jax.experimental import checkify
 
 import penalties_jax as pj
 from tests.calls import CALLS, PUBLIC, is_floating
-from tests.catalogue import EXAMPLES, SHAPE
+from tests.catalogue import CONFIGS, EXAMPLES, SHAPE
 from tests.oracles import lattice
 from tests.programs import operations, quick_jit
 
@@ -87,11 +87,10 @@ def test_a_config_under_strict_promotion(config):
 
 
 def inputs_of(config):
-    count = getattr(config, "_inputs", 1)
-    inputs = [jnp.asarray(lattice(i, *SHAPE), jnp.float32) for i in range(count)]
-    return (
-        tuple(jax.nn.log_softmax(x) for x in inputs) if count > 1 else tuple(map(jnp.abs, inputs))
-    )
+    case = next((case for case in CONFIGS.values() if case.config() == config), None)
+    if case is None:
+        return (jnp.abs(jnp.float32(lattice(0, *SHAPE))),)
+    return tuple(jax.nn.log_softmax(jnp.float32(x)) for x in case.data(shape=case.shape))
 
 
 # What holds an array.
@@ -138,7 +137,8 @@ def test_trees_match_by_their_names():
 def test_what_is_no_array_is_named(call):
     for name in (*call.arrays, *call.numbers):
         annotation = str(inspect.signature(call.function).parameters[name].annotation)
-        wrong = ["text"] if "PyTree" in annotation else [[1.0], (1.0,), "text", jnp.sum]
+        of_several = "PyTree" in annotation or "tuple" in annotation
+        wrong = ["text"] if of_several else [[1.0], (1.0,), "text", jnp.sum]
         for value in wrong:
             with pytest.raises((TypeError, ValueError), match=name) as caught:
                 call(**{name: value})

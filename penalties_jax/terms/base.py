@@ -63,10 +63,18 @@ class Penalty(Pytree):
             A scalar over all arrays; for reduction="none" a pytree of values like the first input.
 
         Raises:
-            TypeError: If a hyperparameter still is a schedule.
-            ValueError: As the function of the same name.
+            TypeError: If a hyperparameter still is a schedule, or inputs are too few or too many.
+            ValueError: As the function of the same name; if it takes no `where` and is given one.
         """
         self._check_resolved()
+        for node in self.summands:
+            if len(inputs) != node._inputs:
+                raise TypeError(
+                    f"{type(node).__name__} takes {node._inputs} input(s), got {len(inputs)}; "
+                    "a mask is passed as where="
+                )
+            if where is not None and not node.takes_where:
+                raise ValueError(f"{node!r} takes no where: leave rows out of its inputs")
         penalty, inputs, where = bare((self, inputs, where))
         with standard_promotion():
             evaluate = type(self)._value if _has_function(self) else _evaluate

@@ -63,8 +63,6 @@ class Orthogonality(Penalty):
         return self.mode == "soft"
 
     def _value(self, inputs, where):
-        if where is not None and not self.takes_where:
-            raise ValueError(f"{self!r} takes no where: leave rows out of its input")
         (tree,) = inputs
         options = {"mode": self.mode, "normalize": self.normalize, "axis": self.axis}
         leaves, structure = jax.tree.flatten(tree)

@@ -66,9 +66,5 @@ class ImportanceMinimality(Penalty):
         raise TypeError("ImportanceMinimality is no per-value penalty: pass its .penalty")
 
     def _value(self, inputs, where):
-        if len(inputs) != 1:
-            raise TypeError(
-                f"ImportanceMinimality takes 1 input, got {len(inputs)}; a mask is where="
-            )
         (importances,) = inputs
         return self.parts(importances, where=where).total

@@ -28,11 +28,14 @@ class MMD(Penalty):
     scales: Numeric = number(default=(1.0,), valid=POSITIVE)
     unbiased: bool = option(default=False, kw_only=True)
 
+    _inputs = 2
+
+    @property
+    def takes_where(self) -> bool:
+        return False
+
     def _value(self, inputs, where):
-        if where is not None:
-            raise ValueError("MMD takes no where: leave rows out of its inputs")
-        if len(inputs) != 2:
-            raise TypeError(f"MMD takes 2 input(s), got {len(inputs)}")
+        del where  # none
         a, b = inputs
         pairs = zip(jax.tree.leaves(a), leaves_by_name(b, jax.tree.structure(a)), strict=True)
         values = [
