@@ -287,3 +287,18 @@ def test_an_orbax_checkpoint(tmp_path):
     x = jnp.array([0.5, -1.0])
     value = jax.jit(lambda penalty: penalty.at(5)(x))
     assert_close(value(restored["penalty"]), value(state["penalty"]))
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (pj.Wasserstein, {"order": 2}),
+        (pj.GroupLasso, {"axis": np.int64(0)}),
+        (pj.KLDivergence, {"inputs": "logits", "block_size": 8}),
+        (pj.L1, {"axis_name": ["a", "b"]}),
+    ],
+)
+def test_options_of_a_type_that_will_do(config, options):
+    """An integer is a real number, and a list of names a tuple of them."""
+    ((name, value),) = list(options.items())[-1:]
+    assert getattr(config(**options), name) == (tuple(value) if name == "axis_name" else value)
