@@ -19,6 +19,8 @@ from penalties_jax.terms.base import Penalty
 
 __all__ = ["Record", "collate", "is_sampled", "measure", "objective_for", "penalty_for"]
 
+# One for each record: a sequence of them, or one array.
+Arrays = Sequence[Any] | np.ndarray | jax.Array
 Target = Literal["logprobs", "probs"] | tuple[Literal["field"], str]
 
 # How far from 1 the probabilities of all classes may sum, in half precision too.
@@ -42,11 +44,11 @@ class Record(Protocol):
 
 def collate(
     records: Sequence[Record],
-    logprobs: Sequence[Any] | None = None,
+    logprobs: Arrays | None = None,
     *,
-    reference_logprobs: Sequence[Any] | None = None,
+    reference_logprobs: Arrays | None = None,
     reference_field: str | None = None,
-    compute_reference: Callable[[Sequence[Record]], Sequence[Any]] | None = None,
+    compute_reference: Callable[[Sequence[Record]], Arrays] | None = None,
     rows: int | None = None,
     length: int | None = None,
 ) -> dict[str, np.ndarray]:
@@ -114,13 +116,13 @@ def collate(
 def measure(
     penalty: Penalty,
     records: Sequence[Record],
-    logprobs: Sequence[Any] | None = None,
+    logprobs: Arrays | None = None,
     *,
     target: Target = "logprobs",
     sampled: bool | None = None,
-    reference_logprobs: Sequence[Any] | None = None,
+    reference_logprobs: Arrays | None = None,
     reference_field: str | None = None,
-    compute_reference: Callable[[Sequence[Record]], Sequence[Any]] | None = None,
+    compute_reference: Callable[[Sequence[Record]], Arrays] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     r"""A penalty on a batch of records, and what is usually logged of it.
 

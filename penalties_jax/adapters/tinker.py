@@ -11,6 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from penalties_jax.adapters.datum import (
+    Arrays,
     Record,
     check_distributions,
     collate,
@@ -27,9 +28,9 @@ def as_loss(
     objective: Objective,
     *,
     sampled: bool | None = None,
-    reference_logprobs: Sequence[Any] | None = None,
+    reference_logprobs: Arrays | None = None,
     reference_field: str | None = None,
-    compute_reference: Callable[[Sequence[Record]], Sequence[Any]] | None = None,
+    compute_reference: Callable[[Sequence[Record]], Arrays] | None = None,
 ) -> Callable[..., tuple[Any, dict[str, float]]]:
     """A loss for `TrainingClient.forward_backward_custom`, whose gradient JAX computes.
 
@@ -66,7 +67,7 @@ def as_loss(
     read = _read(objective)
 
     def loss(
-        data: Sequence[Record], logprobs_list: Sequence[Any], *, step: ArrayLike | None = None
+        data: Sequence[Record], logprobs_list: Arrays, *, step: ArrayLike | None = None
     ) -> tuple[Any, dict[str, float]]:
         batch = collate(
             data,

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Real
 from penalties_jax.functional.checks import (
     AT_LEAST_ONE,
     NONNEGATIVE,
+    bare,
     check_fits,
     check_same_shape,
     check_where,
@@ -96,17 +97,18 @@ class ImportanceStats(NamedTuple):
         (1.3333, 2.3333)
     """
 
-    sums: PyTree[Float[Array, " C"]]
-    residuals: PyTree[Float[Array, " C"]]
+    sums: PyTree[Float[Array, " _"]]
+    residuals: PyTree[Float[Array, " _"]]
     counts: PyTree[Count]
 
     @classmethod
+    @public
     def from_batch(
         cls,
-        importances: PyTree[Float[Array, "... C"]],
+        importances: PyTree[Real[ArrayLike, "... _"]],
         penalty: PerValue,
         *,
-        where: PyTree[Bool[Array, "..."]] | None = None,
+        where: PyTree[Bool[ArrayLike, "..."]] | None = None,
     ) -> "ImportanceStats":
         """The statistics of one batch, which can be differentiated."""
         sites, structure = jax.tree.flatten(importances)
@@ -115,7 +117,7 @@ class ImportanceStats(NamedTuple):
         for site, mask in zip(sites, masks, strict=True):
             check_where(mask, jnp.shape(site)[:-1])
         if hasattr(penalty, "elementwise"):
-            sums = _compiled_sums(sites, masks, penalty)
+            sums = _compiled_sums(sites, masks, bare(penalty))
         elif callable(penalty):
             # A compiled program would be found again by the function's identity, and be stale.
             sums = _sums(sites, masks, penalty)
@@ -170,6 +172,7 @@ class ImportanceStats(NamedTuple):
         merged = lax.psum(self, axis_name)
         return merged._replace(counts=_carried(merged.counts))
 
+    @public
     def loss(
         self, beta: ArrayLike = 0.0, *, reference_count: ArrayLike | None = None
     ) -> ImportanceLoss:
@@ -177,6 +180,7 @@ class ImportanceStats(NamedTuple):
         _check_numbers(beta, reference_count)
         return _loss(self, beta, reference_count)
 
+    @public
     def linearized(
         self, beta: ArrayLike = 0.0, *, reference_count: ArrayLike | None = None
     ) -> Callable[["ImportanceStats"], Float[Array, ""]]:
@@ -195,7 +199,7 @@ class ImportanceStats(NamedTuple):
 
 @public
 def importance_minimality(
-    importances: PyTree[Real[ArrayLike, "... C"]],
+    importances: PyTree[Real[ArrayLike, "... _"]],
     penalty: PerValue,
     *,
     beta: ArrayLike = 0.0,
@@ -252,7 +256,7 @@ def importance_minimality(
 
 @public
 def importance_metrics(
-    importances: PyTree[Real[ArrayLike, "... C"]],
+    importances: PyTree[Real[ArrayLike, "... _"]],
     penalties: Mapping[str, PerValue],
     *,
     beta: ArrayLike = 0.0,

@@ -43,7 +43,7 @@ def promote(*inputs: Any) -> tuple[Array, ...]:
 
 def count(
     shape: tuple[int, ...],
-    where: Bool[Array, "..."] | None,
+    where: Bool[ArrayLike, "..."] | None,
     *,
     dtype: Any = jnp.float32,
     axis: Axis | None = None,

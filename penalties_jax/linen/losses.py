@@ -129,8 +129,8 @@ class ActivityPenalty(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: PyTree[Array], *, where: PyTree | None = None, step: ArrayLike | None = None
-    ) -> PyTree[Array]:
+        self, x: PyTree, *, where: PyTree | None = None, step: ArrayLike | None = None
+    ) -> PyTree:
         """Return `x`, after recording its penalty, as in a call of `pj.nnx.ActivityPenalty`."""
         penalty = self.weight * self.penalty
         if step is not None:

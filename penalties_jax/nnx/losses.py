@@ -106,8 +106,8 @@ class ActivityPenalty(nnx.Module):
         self.deterministic = False
 
     def __call__(
-        self, x: PyTree[Array], *, where: PyTree | None = None, step: ArrayLike | None = None
-    ) -> PyTree[Array]:
+        self, x: PyTree, *, where: PyTree | None = None, step: ArrayLike | None = None
+    ) -> PyTree:
         """Return `x`, an array or a pytree of them, after recording its penalty.
 
         Args:

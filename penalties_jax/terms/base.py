@@ -6,7 +6,7 @@ import jax
 import optax
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from penalties_jax._pytree import TYPES, Pytree, Tree, config, has_schedule, number, resolve
 from penalties_jax.functional.checks import (
@@ -51,7 +51,7 @@ class Penalty(Pytree):
         """The penalties that it is a sum, or a multiple, of."""
         return (self,)
 
-    def __call__(self, *inputs: PyTree[Array], where: PyTree | None = None) -> PyTree[Array]:
+    def __call__(self, *inputs: PyTree, where: PyTree | None = None) -> PyTree:
         """The penalty on arrays or pytrees of arrays.
 
         Args:
@@ -84,11 +84,11 @@ class Penalty(Pytree):
         """The same penalty with every schedule replaced by its value at `step`."""
         return resolve(self, step)
 
-    def elementwise(self, x: PyTree[Array]) -> PyTree[Array]:
+    def elementwise(self, x: PyTree) -> PyTree:
         """The penalty of each value; NotImplementedError if it is no sum over single values."""
         raise NotImplementedError(f"{self!r} is not a sum over single values")
 
-    def prox(self, v: PyTree[Array], step_size: ArrayLike) -> PyTree[Array]:
+    def prox(self, v: PyTree, step_size: ArrayLike) -> PyTree:
         r"""The proximal operator, $\arg\min_z \tfrac12 \lVert z - v \rVert^2 + t f(z)$.
 
         Args:
@@ -166,11 +166,11 @@ class Scaled(Penalty):
     def summands(self) -> tuple[Penalty, ...]:
         return self.penalty.summands
 
-    def elementwise(self, x: PyTree[Array]) -> PyTree[Array]:
+    def elementwise(self, x: PyTree) -> PyTree:
         self._check_resolved()
         return self._times(self.penalty.elementwise(x))
 
-    def prox(self, v: PyTree[Array], step_size: ArrayLike) -> PyTree[Array]:
+    def prox(self, v: PyTree, step_size: ArrayLike) -> PyTree:
         self._check_resolved()
         return self.penalty.prox(v, self.scale * step_size)
 
@@ -194,7 +194,7 @@ class Sum(Penalty):
     def summands(self) -> tuple[Penalty, ...]:
         return tuple(part for penalty in self.penalties for part in penalty.summands)
 
-    def elementwise(self, x: PyTree[Array]) -> PyTree[Array]:
+    def elementwise(self, x: PyTree) -> PyTree:
         return _add(penalty.elementwise(x) for penalty in self.penalties)
 
     def estimate(self) -> Penalty:

@@ -49,7 +49,7 @@ class ImportanceMinimality(Penalty):
         return -1
 
     def parts(
-        self, importances: PyTree[Array], *, where: PyTree | None = None
+        self, importances: PyTree, *, where: PyTree | None = None
     ) -> functional.ImportanceLoss:
         """The total and what it is made of: `pj.importance_minimality` with these options."""
         self._check_resolved()
@@ -62,7 +62,7 @@ class ImportanceMinimality(Penalty):
             axis_name=self.axis_name,
         )
 
-    def elementwise(self, x: PyTree[Array]) -> PyTree[Array]:
+    def elementwise(self, x: PyTree) -> PyTree:
         raise TypeError("ImportanceMinimality is no per-value penalty: pass its .penalty")
 
     def _value(self, inputs, where):

@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from penalties_jax import functional
 from penalties_jax._pytree import config, number, option
@@ -80,12 +80,12 @@ class L2(Separable):
     _prox = staticmethod(functional.prox_l2)
     measured_as = "l2"
 
-    def elementwise(self, x: PyTree[Array]) -> PyTree[Array]:
+    def elementwise(self, x: PyTree) -> PyTree:
         if isinstance(self.center, str):
             return Penalty.elementwise(self, x)
         return super().elementwise(x)
 
-    def prox(self, v: PyTree[Array], step_size: ArrayLike) -> PyTree[Array]:
+    def prox(self, v: PyTree, step_size: ArrayLike) -> PyTree:
         if isinstance(self.center, str) or self.clip is not None:
             return Penalty.prox(self, v, step_size)
         return super().prox(v, step_size)

@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 from penalties_jax._pytree import abstract, fields, number, option
 from penalties_jax.functional.checks import (
     NONNEGATIVE,
+    bare,
 )
 from penalties_jax.functional.reduction import (
     AxisName,
@@ -99,13 +100,14 @@ class Weighted(Reduced):
 
     _prox: ClassVar[Callable[..., Array] | None] = None
 
-    def prox(self, v: PyTree[Array], step_size: ArrayLike) -> PyTree[Array]:
+    def prox(self, v: PyTree, step_size: ArrayLike) -> PyTree:
         operator = type(self)._prox
         if operator is None:
             return super().prox(v, step_size)
         self._check_resolved()
         if self.reduction == "none":
             raise ValueError('prox needs a scalar penalty: reduction must be "sum" or "mean"')
+        self, v = bare((self, v))
         leaves, structure = jax.tree.flatten(v, is_leaf=is_absent)
         if self.reduction == "mean":
             total = sum(self._count(leaf, None) for leaf in leaves if not is_absent(leaf))
@@ -122,5 +124,5 @@ class Weighted(Reduced):
 class Separable(Weighted):
     """A sum over single values."""
 
-    def elementwise(self, x: PyTree[Array]) -> PyTree[Array]:
+    def elementwise(self, x: PyTree) -> PyTree:
         return self._with(reduction="none", axis_name=None)(x)
