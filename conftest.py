@@ -15,8 +15,23 @@ os.environ["MPLBACKEND"] = "agg"
 # Before any doctest: pytest would load a second copy of a module that it collects from.
 import jax
 import jax.numpy as jnp
+from jaxtyping import TypeCheckError
 
 import penalties_jax as pj
+
+
+class RefusedFirst(pytest.RaisesExc):
+    """`pytest.raises` where annotations are checked: they may refuse what a function would."""
+
+    def matches(self, exception):
+        """As for any of the errors that were asked for."""
+        return isinstance(exception, TypeCheckError) or super().matches(exception)
+
+
+def pytest_configure(config):
+    """With --jaxtyping-packages, as make test-types has it."""
+    if config.getoption("--jaxtyping-packages"):
+        pytest.raises = RefusedFirst
 
 
 @pytest.fixture(autouse=True)

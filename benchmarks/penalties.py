@@ -54,6 +54,13 @@ def _textbook_huber(x, delta):
     return jnp.sum(jnp.where(magnitude <= delta, inside, delta * (magnitude - 0.5 * delta)))
 
 
+def _textbook_scad(x, a):
+    magnitude = jnp.abs(x)
+    falling = magnitude - (magnitude - 1) ** 2 / (2 * (a - 1))
+    beyond = jnp.where(magnitude <= a, falling, (a + 1) / 2)
+    return jnp.sum(jnp.where(magnitude <= 1, magnitude, beyond))
+
+
 # The number is the hyperparameter that one anneals, so it is an argument of the compiled program.
 CASES = {
     "l1": Case(
@@ -76,6 +83,7 @@ CASES = {
     "mcp": Case(
         pj.mcp, lambda x, g: jnp.sum(jnp.where(abs(x) < g, abs(x) - x**2 / 2 / g, g / 2)), 3.0
     ),
+    "scad": Case(pj.scad, _textbook_scad, 3.7),
     # Powers and logarithms cost more than memory does: their time has no bar.
     "lp": Case(pj.lp, lambda x, p: jnp.sum((jnp.abs(x) + EPS) ** p), 0.5, time_bar=None),
     "log_sum": Case(

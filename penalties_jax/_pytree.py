@@ -2,8 +2,10 @@
 
 import dataclasses
 import numbers
+import re
 from collections.abc import Callable, Sequence
-from typing import Any, Self, TypeVar, dataclass_transform, get_args
+from types import UnionType
+from typing import Any, TypeVar, Union, dataclass_transform, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
@@ -103,10 +105,8 @@ class Pytree:
         for field in fields(self):
             label = f"{type(self).__name__}.{field.name}"
             value = getattr(self, field.name)
-            if field.metadata.get("option"):
-                value = _checked_option(label, value, field)
-            elif "valid" in field.metadata:
-                value = _checked_number(label, value, field)
+            check = _checked_number if "valid" in field.metadata else _checked_option
+            value = check(label, value, field)
             object.__setattr__(self, field.name, value)
 
     def __eq__(self, other):
@@ -130,7 +130,7 @@ class Pytree:
     def __hash__(self):
         return hash((type(self), jax.tree.structure(self)))
 
-    def _with(self, **values: Any) -> Self:
+    def _with(self: Tree, **values: Any) -> Tree:
         current = {field.name: getattr(self, field.name) for field in fields(self)}
         return _build(type(self), current | values)
 
@@ -244,9 +244,28 @@ def _check_same_options(a, b, label):
 
 
 def _checked_option(label, value, field):
-    if field.metadata["choices"] is not None:
+    value = tuple(value) if isinstance(value, list) else value
+    if field.metadata.get("choices") is not None:
         check_choice(label, value, field.metadata["choices"])
-    return tuple(value) if isinstance(value, list) else value
+    elif not _is_of(value, field.type):
+        name = str(field.type) if get_args(field.type) else field.type.__name__
+        expected = re.sub(r"\b(\w+\.)+", "", name)
+        raise TypeError(f"{label} must be of type {expected}, got {value!r}")
+    return value
+
+
+def _is_of(value, annotation):
+    """Whether a value is of an annotated type, as far as can be told without its parameters."""
+    kind, parameters = get_origin(annotation), get_args(annotation)
+    if kind in (Union, UnionType):
+        return any(_is_of(value, parameter) for parameter in parameters)
+    if kind is tuple and parameters[1:] == (...,):
+        return isinstance(value, tuple) and all(_is_of(item, parameters[0]) for item in value)
+    if annotation in (int, float):
+        kind = numbers.Integral if annotation is int else numbers.Real
+        return isinstance(value, kind) and not isinstance(value, bool)
+    kind = type(None) if annotation is None else kind or annotation
+    return not isinstance(kind, type) or isinstance(value, kind)
 
 
 def _checked_number(label, value, field):

@@ -1,12 +1,14 @@
 """Named, weighted penalties on the outputs of a model: one total, and what it is made of."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -17,7 +19,8 @@ from penalties_jax.terms.base import Numeric, Penalty
 
 __all__ = ["Objective", "Term"]
 
-Outputs = Mapping[str, Any]
+# What a model returns: a mapping, a dataclass, a NamedTuple, or a module with attributes.
+Outputs = Any
 Metrics = dict[str, Float[Array, ""]]
 
 
@@ -48,21 +51,22 @@ class Term(Pytree):
     enabled: ArrayLike = number(default=1.0)
 
     def __post_init__(self):
-        super().__post_init__()
         if not isinstance(self.penalty, Penalty):
             raise TypeError(f"Term.penalty must be a config such as pj.L1(), got {self.penalty!r}")
+        super().__post_init__()
 
     def _evaluate(self, name: str, outputs: Outputs) -> Metrics:
         weight = check_scalar(
             f"the weight of term {name!r}", jnp.where(self.enabled, self.weight, 0)
         )
-        outputs = {key: jax.tree.map(partial(_gate, weight), x) for key, x in outputs.items()}
+        gate = partial(_gate, weight)
+        outputs = replace_named(outputs, jax.tree.map(gate, named(outputs)))
         inputs = pick_inputs(f"term {name!r}", outputs, self.on)
         if self.where is None or callable(self.where):
             mask = self.where and self.where(outputs)
         else:
             mask = pick(f"term {name!r}", outputs, self.where)
-        penalty = jax.tree.map(partial(_gate, weight), self.penalty)
+        penalty = jax.tree.map(gate, self.penalty)
         value = check_scalar(f"term {name!r}", penalty(*inputs, where=mask))
         counted = jnp.where((weight != 0) | jnp.isfinite(value), value, 0)
         return {name: value, f"{name}/weighted": weight * counted}
@@ -117,7 +121,8 @@ class Objective(Pytree):
         """The total, and what it is made of.
 
         Args:
-            outputs: What the loss and the terms pick their inputs from, by name.
+            outputs: What the loss and the terms pick their inputs from, by name: a mapping, a
+                dataclass, a NamedTuple, or a module with attributes. Functions are given the same.
             step: The optimiser step, for schedules.
 
         Returns:
@@ -126,7 +131,8 @@ class Objective(Pytree):
 
         Raises:
             KeyError: If an input is missing: names the term, the key and the keys there are.
-            TypeError: If a schedule needs the `step` and there is none.
+            TypeError: If a schedule needs the `step` and there is none, or the outputs have no
+                names.
             ValueError: If the loss, a term or its weight is not a scalar.
         """
         metrics = self._metrics(outputs, step)
@@ -166,7 +172,7 @@ class Objective(Pytree):
 
         def gradient_norms(objective, names):
             values, pullback = jax.vjp(
-                lambda inputs: objective._metrics({**outputs, **inputs}, step), inputs
+                lambda inputs: objective._metrics(replace_named(outputs, inputs), step), inputs
             )
             for name in names:
                 one_hot = {other: jnp.full_like(v, other == name) for other, v in values.items()}
@@ -197,19 +203,21 @@ class Objective(Pytree):
             total = total + metrics[f"{name}/weighted"]
         return metrics | {"total": total}
 
-    def with_weight(self, name: str, weight: Numeric) -> Self:
+    def with_weight(self, name: str, weight: Numeric) -> "Objective":
         """The same objective with another weight for one term."""
         return self.replace(name, weight=weight)
 
-    def enable(self, name: str) -> Self:
+    def enable(self, name: str) -> "Objective":
         """The same objective with one term switched on, at the weight it had."""
         return self._with_term(name, enabled=1.0)
 
-    def disable(self, name: str) -> Self:
+    def disable(self, name: str) -> "Objective":
         """The same objective with one term switched off; its value is still reported."""
         return self._with_term(name, enabled=0.0)
 
-    def replace(self, name: str, *, weight: Numeric | None = None, **hyperparameters: Any) -> Self:
+    def replace(
+        self, name: str, *, weight: Numeric | None = None, **hyperparameters: Any
+    ) -> "Objective":
         """The same objective with other hyperparameters, or another weight, for one term."""
         changes: dict[str, Any] = {} if weight is None else {"weight": weight}
         if hyperparameters:
@@ -244,11 +252,41 @@ def _gate(weight, x):
     return _gated(weight, x) if floating else x
 
 
+def named(outputs: Outputs) -> dict[str, Any]:
+    """The outputs by name; a TypeError if they have no names."""
+    if isinstance(outputs, Mapping):
+        return dict(outputs)
+    if dataclasses.is_dataclass(outputs):
+        return {field.name: getattr(outputs, field.name) for field in dataclasses.fields(outputs)}
+    if hasattr(outputs, "_asdict"):
+        return outputs._asdict()
+    if isinstance(outputs, (jax.Array, np.ndarray)) or not hasattr(outputs, "__dict__"):
+        raise TypeError(
+            "outputs must be a mapping, a dataclass, a NamedTuple or a module with attributes, "
+            f"got a {type(outputs).__name__}"
+        )
+    return {name: value for name, value in vars(outputs).items() if not name.startswith("_")}
+
+
+def replace_named(outputs: Outputs, values: Mapping[str, Any]) -> Outputs:
+    """The same outputs with other values, of a type from which they can be read as before."""
+    if isinstance(outputs, Mapping):
+        return {**outputs, **values}
+    if hasattr(outputs, "_replace"):
+        return outputs._replace(**values)
+    # Neither a frozen dataclass nor one that makes its fields itself takes them otherwise.
+    outputs = copy.copy(outputs)
+    for name, value in values.items():
+        object.__setattr__(outputs, name, value)
+    return outputs
+
+
 def pick(label: str, outputs: Outputs, key: str) -> Any:
     """One of the outputs; a KeyError that names who needs it, the key and the keys there are."""
-    if key not in outputs:
-        raise KeyError(f"{label} needs {key!r}; the outputs have {sorted(outputs)}")
-    return outputs[key]
+    values = named(outputs)
+    if key not in values:
+        raise KeyError(f"{label} needs {key!r}; the outputs have {sorted(values)}")
+    return values[key]
 
 
 def pick_inputs(label: str, outputs: Outputs, on: Any) -> tuple[Any, ...]:

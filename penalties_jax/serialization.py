@@ -1,5 +1,7 @@
 """Configs as plain dicts, JSON and YAML."""
 
+import contextlib
+import dataclasses
 import json
 from typing import Any
 
@@ -47,17 +49,14 @@ def from_dict(data: dict[str, Any]) -> Any:
 
     Raises:
         ValueError: If "type" is missing or unknown, or a value is out of range.
-        TypeError: If a field is missing or unknown.
+        TypeError: If a field is missing or unknown, or a value is of another type. Each names the
+            path of what is wrong, such as `Objective.terms['kl'].penalty`.
 
     Examples:
         >>> pj.from_dict({"type": "SmoothL0", "gamma": 0.1}).gamma
         0.1
     """
-    kind = data.get("type") if isinstance(data, dict) else data
-    if kind is data or not isinstance(kind, str) or kind not in TYPES:
-        raise ValueError(f"type must be one of {sorted(TYPES)}, got {kind!r}")
-    values = {name: _decode(value) for name, value in data.items() if name != "type"}
-    return TYPES[kind](**values)
+    return _config(data, "")
 
 
 def to_json(config: Pytree) -> str:
@@ -87,21 +86,23 @@ def to_yaml(config: Pytree) -> str:
         >>> pj.from_yaml(pj.to_yaml(pj.Lp(p=0.5))) == pj.Lp(p=0.5)
         True
     """
-    import yaml
+    from penalties_jax import _yaml
 
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    return _yaml.dump(to_dict(config))
 
 
 def from_yaml(text: str) -> Any:
     """The config that `pj.to_yaml` was given, by `pj.from_dict`; a `yaml.YAMLError` for other text.
 
+    1e-4 is a number and `on` a word, as in YAML 1.2.
+
     Examples:
         >>> pj.from_yaml("{type: L1, reduction: mean}").reduction
         'mean'
     """
-    import yaml
+    from penalties_jax import _yaml
 
-    return from_dict(yaml.safe_load(text))
+    return from_dict(_yaml.load(text))
 
 
 def _encode(value, label):
@@ -128,17 +129,49 @@ def _encode(value, label):
             raise TypeError(f"{label} is {value!r}, which can't be serialised")
 
 
-def _decode(value):
+def _config(data, path):
+    """The config that is at a path; the root's is the name of its type."""
+    kind = data.get("type") if isinstance(data, dict) else data
+    if kind is data or not isinstance(kind, str) or kind not in TYPES:
+        at = path and f"{path}: "
+        raise ValueError(f"{at}type must be one of {sorted(TYPES)}, got {kind!r}")
+    path = path or kind
+    given = {name: value for name, value in data.items() if name != "type"}
+    names = [field.name for field in fields(TYPES[kind])]
+    for name in given.keys() - names:
+        raise TypeError(f"{path}: unknown field {name!r}; fields are {', '.join(names)}")
+    for field in fields(TYPES[kind]):
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if required and field.name not in given:
+            raise TypeError(f"{path}: missing field {field.name!r}")
+    values = {name: _decode(value, f"{path}.{name}") for name, value in given.items()}
+    with _errors_at(path, kind):
+        return TYPES[kind](**values)
+
+
+def _decode(value, path):
     match value:
         case {"type": _}:
-            return from_dict(value)
+            return _config(value, path)
         case {"array": items, "dtype": dtype}:
-            return np.asarray(items, jnp.dtype(dtype))
-        case {"tuple": items}:
-            return tuple(_decode(item) for item in items)
+            with _errors_at(path):
+                return np.asarray(items, jnp.dtype(dtype))
+        case {"tuple": list(items)}:
+            return tuple(_decode(items, path))
         case dict():
-            return {key: _decode(item) for key, item in value.items()}
+            return {key: _decode(item, f"{path}[{key!r}]") for key, item in value.items()}
         case list():
-            return [_decode(item) for item in value]
+            return [_decode(item, f"{path}[{i}]") for i, item in enumerate(value)]
         case _:
             return value
+
+
+@contextlib.contextmanager
+def _errors_at(path, kind=""):
+    """Gives an error the path of what it is about, in place of the name of a type."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        own, dot, field = str(error).partition(".")
+        message = f"{path}.{field}" if dot and own == kind else f"{path}: {error}"
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(message) from error

@@ -11,7 +11,7 @@ from optax._src.base import NO_PARAMS_MSG
 
 from penalties_jax.functional.checks import NONNEGATIVE
 from penalties_jax.functional.reduction import promote
-from penalties_jax.terms.base import Numeric, Penalty, is_absent
+from penalties_jax.terms.base import Numeric, Penalty, check_one_input, is_absent
 
 __all__ = ["add_penalty", "proximal"]
 
@@ -44,7 +44,7 @@ def add_penalty(
         are no part of the penalty, and their updates pass through.
 
     Raises:
-        TypeError: If `penalty` is not a config.
+        TypeError: If `penalty` is not a config, or compares two inputs.
         ValueError: In `update`, if it is called without parameters.
 
     References:
@@ -122,6 +122,7 @@ def _check_config(penalty, name):
             f"inject_hyperparams, write optax.inject_hyperparams(pj.{name}, "
             'static_args=("penalty", "mask"))'
         )
+    check_one_input(f"pj.{name}", penalty)
 
 
 def _at(value: Any, count: Array) -> Any:

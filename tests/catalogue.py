@@ -54,7 +54,8 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Penalty(Entry):
-    """A sum over entries, or over the norms of groups along the last axis if not separable.
+    """A sum over entries, or over norms if not separable: of groups along the last axis, or of
+    matrices.
 
     `oracle(x, **hyperparameters)` gives each entry's value; it may ask for `where`.
     """
@@ -63,6 +64,7 @@ class Penalty(Entry):
     convex: Fact = dataclasses.field(kw_only=True)
     proximal: Fact = dataclasses.field(default=False, kw_only=True)
     grouped: bool = dataclasses.field(default=False, kw_only=True)
+    by_matrix: bool = dataclasses.field(default=False, kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -172,9 +174,13 @@ class Case:
     def reduced(self):
         return "reduction" in self.parameters
 
+    def of_entries(self, mask):
+        """A mask of what the function averages, as one of each entry of its input."""
+        return np.broadcast_to(mask.reshape(mask.shape + (1,) * (3 - mask.ndim)), SHAPE)
+
     @property
     def streamed(self):
-        """Whether it is differentiable once, and in reverse mode only."""
+        """Whether it goes by in blocks, and its first derivative is in reverse mode only."""
         return "block_size" in self.parameters
 
     @property
@@ -183,7 +189,7 @@ class Case:
 
     @property
     def mask_shape(self):
-        return SHAPE[:-1] if self.by_row else SHAPE
+        return SHAPE[: 1 if self.is_a("by_matrix") else 2 if self.by_row else 3]
 
     @property
     def numbers(self):
@@ -225,6 +231,13 @@ class Case:
     def without_noise(self):
         """The key that a gate is given in evaluation."""
         return {"key": None} if "key" in self.parameters else {}
+
+    @property
+    def shape(self):
+        """What its first input may have: of as many axes as it says, if it does."""
+        first = self.parameters[arrays_of(self.function)[0]].annotation
+        axes = get_args(first)[0].dim_str.split()
+        return SHAPE if any(axis[0] in ".*" for axis in axes) else SHAPE[-len(axes) :]
 
     def data(self, seed=0, shape=SHAPE):
         """Inputs that no two entries of are equal, so that differences are off every kink."""
@@ -441,6 +454,23 @@ PENALTIES = [
         proximal=True,
     ),
     Penalty(
+        F.scad,
+        pj.SCAD,
+        lambda x, a, lam: np.where(
+            abs(x) <= lam,
+            lam * abs(x),
+            np.where(
+                abs(x) <= a * lam,
+                (2 * a * lam * abs(x) - x**2 - lam**2) / (2 * (a - 1)),
+                lam**2 * (a + 1) / 2,
+            ),
+        ),
+        # The proximal operator's steps are these a - 1 and a + 1 too.
+        variants={"": {"a": 2.5, "lam": 0.5}, "default": {}},
+        convex=False,
+        proximal=True,
+    ),
+    Penalty(
         F.group_lasso,
         pj.GroupLasso,
         lambda x: np.linalg.norm(x, axis=-1),
@@ -449,6 +479,14 @@ PENALTIES = [
         proximal=True,
         separable=False,
         grouped=True,
+    ),
+    Penalty(
+        F.spectral_norm,
+        pj.SpectralNorm,
+        lambda x: np.linalg.norm(x, 2, axis=(-2, -1)),
+        convex=True,
+        separable=False,
+        by_matrix=True,
     ),
 ]
 
@@ -537,6 +575,36 @@ def _consistency(a, b, metric):
     return abs(a - b) if metric == "l1" else (a - b) ** 2
 
 
+def _transport(log_p, log_q, order):
+    """Of each row, by its quantile functions at the middle of where both are constant."""
+
+    def of_row(p, q):
+        classes = np.arange(len(p))
+        if order == 1:
+            return stats.wasserstein_distance(classes, classes, p, q)
+        ends = [np.cumsum(x)[:-1] for x in (p, q)]
+        edges = np.concatenate([[0], np.sort(np.concatenate(ends)), [1]])
+        at = (edges[1:] + edges[:-1]) / 2
+        i, j = (np.searchsorted(x, at) for x in ends)
+        return (np.diff(edges) * abs(i - j) ** order).sum()
+
+    return np.vectorize(of_row, signature="(n),(n)->()")(np.exp(log_p), np.exp(log_q))
+
+
+def _mmd(x, y, scales, unbiased):
+    """Pair by pair."""
+
+    def kernel(a, b):
+        square = ((a - b) ** 2).sum()
+        return np.mean([np.exp(-square / (2 * s**2)) for s in np.ravel(scales)])
+
+    def mean(a, b, skip):
+        pairs = [(i, j) for i in range(len(a)) for j in range(len(b)) if not (skip and i == j)]
+        return np.mean([kernel(a[i], b[j]) for i, j in pairs])
+
+    return mean(x, x, unbiased) + mean(y, y, unbiased) - 2 * mean(x, y, False)
+
+
 def _orthogonality(x, mode, normalize, axis):
     """By the Gram matrix of the rows, entry by entry."""
     last = {"rows": x, "sequence": np.moveaxis(x, 1, 0), "vocabulary": np.moveaxis(x, -1, 0)}[axis]
@@ -575,6 +643,20 @@ CONSTRAINTS = [
         variants={name: {"metric": name} for name in ("mse", "l1", "cosine", "kl")},
         by_row=lambda metric: metric in ("cosine", "kl"),
         distributions=lambda metric: metric == "kl",
+    ),
+    Constraint(
+        F.wasserstein,
+        pj.Wasserstein,
+        _transport,
+        variants={"": {}, "2": {"order": 2}, "3": {"order": 3}},
+        by_row=True,
+        distributions=True,
+    ),
+    Constraint(
+        F.mmd,
+        pj.MMD,
+        _mmd,
+        variants={"": {"scales": 0.7}, "unbiased": {"unbiased": True}},
     ),
     Constraint(
         F.output_magnitude,

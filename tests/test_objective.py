@@ -1,19 +1,23 @@
 """Objectives: what they report, how they change, and how they run in a train step."""
 
+import dataclasses
 import pickle
 from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx, struct
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import penalties_jax as pj
 from tests.oracles import assert_close, lattice
-from tests.programs import jit_once
+from tests.programs import doubles, jit_once
 
 MASK = np.arange(8) % 3 != 0
 OUTPUTS = {
@@ -115,6 +119,97 @@ def test_inputs_and_masks(settings, value):
     assert float(one_term(pj.L1(), **settings)(outputs)[0]) == value
 
 
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    x: Any
+    keep: Any
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    x: Any
+    keep: Any
+
+
+@dataclasses.dataclass
+class Derived:
+    """A dataclass whose constructor does not take what it holds."""
+
+    tree: dataclasses.InitVar[Any]
+    x: Any = dataclasses.field(init=False)
+    keep: Any = dataclasses.field(init=False)
+
+    def __post_init__(self, tree):
+        self.x, self.keep = tree
+
+
+@struct.dataclass
+class Registered:
+    x: Any
+    keep: Any
+
+
+class Named(NamedTuple):
+    x: Any
+    keep: Any
+
+
+class Module(nnx.Module):
+    def __init__(self, x, keep):
+        self.x = nnx.Intermediate(x)
+        self.keep = nnx.data(keep)
+
+
+@pytest.mark.parametrize("weight", [0.5, 0.0])
+@pytest.mark.parametrize(
+    "make",
+    [
+        Frozen,
+        Slots,
+        lambda x, keep: Derived((x, keep)),
+        Registered,
+        Named,
+        Module,
+        lambda x, keep: SimpleNamespace(x=x, keep=keep),
+    ],
+)
+def test_outputs_with_named_fields(make, weight):
+    """By key and by function, and with the gradients of a mapping's."""
+    by_key = pj.Term(pj.L2(), on="x", where="keep", weight=weight)
+    by_function = pj.Term(
+        pj.L1(), on=lambda outputs: 1 * outputs.x, where=lambda outputs: outputs.keep
+    )
+    objective = pj.Objective(
+        lambda outputs: jnp.sum(jnp.asarray(outputs.x)), {"l2": by_key, "l1": by_function}
+    )
+
+    def metrics(x):
+        return objective(make(x, KEEP))[1]
+
+    assert scalars(metrics(X)) == {
+        "loss": 3, "l2": 5, "l2/weighted": 5 * weight, "l1": 3, "l1/weighted": 3,
+        "total": 6 + 5 * weight,
+    }  # fmt: skip
+    slopes = jax.jacobian(metrics)(X)
+    assert slopes["total"].tolist() == [2 + 2 * weight, -4 * weight, 1]
+    norms = objective.grad_norms(make(X, KEEP), wrt=("x",))
+    for name in ("loss", "l1", "l2/weighted", "total"):
+        assert_close(norms[name], np.linalg.norm(slopes[name]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("outputs", [X, np.ones(3), [X], (X,), 3.0, "x", None])
+def test_outputs_without_names(outputs):
+    objective = one_term()
+    for call in (objective, partial(objective.grad_norms, wrt=("x",)), pj.nnx.Loss(objective)):
+        with pytest.raises(TypeError, match=r"outputs must be a mapping, a dataclass, .* got a"):
+            call(outputs)
+
+
+def test_a_missing_field():
+    with pytest.raises(KeyError, match=r"term 'term' needs 'y'; the outputs have \['keep', 'x'\]"):
+        one_term(on="y")(Named(X, KEEP))
+
+
 def test_half_precision_and_integers_are_promoted():
     outputs = {"x": jnp.ones(3, jnp.bfloat16), "loss": jnp.int32(2)}
     total, metrics = one_term(loss=lambda outputs: outputs["loss"])(outputs)
@@ -123,6 +218,27 @@ def test_half_precision_and_integers_are_promoted():
     with jax.enable_x64(True):
         total, _ = one_term()({"x": jnp.ones(3)})
     assert total.dtype == jnp.float64
+
+
+@pytest.mark.parametrize("loss", [None, lambda outputs: 2.0])
+def test_python_numbers_never_widen(loss, x64):
+    """Nor do those that a schedule or a weight makes arrays of."""
+    weight = pj.anneal(0.0, 1.0, start=0, end=4)
+    terms = {
+        "l1": pj.Term(pj.L1(weights=0.5), on="x", weight=weight),
+        "sum": pj.Term(0.5 * pj.Huber(delta=0.3) + pj.L2(center=1.0), on="x", weight=0.25),
+    }
+    outputs = {"x": jnp.ones(4, jnp.float32)}
+    objective = pj.Objective(loss, terms).disable("sum")
+    for step in (2, jnp.int32(2)):
+        assert doubles(objective(outputs, step=step)) == []
+    assert doubles(objective.grad_norms(outputs, wrt=("x",), step=2)) == []
+    (total, _), _ = jax.lax.scan(
+        lambda carry, step: (objective(outputs, step=step), None),
+        objective(outputs, step=0),
+        jnp.arange(3),
+    )
+    assert float(total) == (0 if loss is None else 2) + 0.5 * 2
 
 
 # Schedules.

@@ -84,9 +84,9 @@ def test_round_trip(config, there, back):
 @pytest.mark.parametrize("array", ARRAYS.values(), ids=ARRAYS.keys())
 @every_route
 def test_arrays_keep_dtype_shape_and_values(array, there, back):
-    weights = back(there(pj.L1(weights=array))).weights
-    assert np.asarray(weights).dtype == np.asarray(array).dtype
-    np.testing.assert_array_equal(np.asarray(weights), np.asarray(array))
+    center = back(there(pj.L2(center=array))).center
+    assert np.asarray(center).dtype == np.asarray(array).dtype
+    np.testing.assert_array_equal(np.asarray(center), np.asarray(array))
 
 
 @pytest.mark.parametrize("config", [*CONFIGS.values(), pj.L1(weights=ARRAYS["bfloat16"])])
@@ -175,6 +175,87 @@ def test_bad_data(data, error, message):
         pj.from_dict(data)
 
 
+PENALTY = {"type": "SmoothL0", "gamma": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("penalty", "error", "message"),
+    [
+        ({"type": "L3"}, ValueError, r": type must be one of .*'L1'.* got 'L3'"),
+        (PENALTY | {"gama": 1.0}, TypeError, r": unknown field 'gama'; fields are .*gamma"),
+        ({"type": "SmoothL0"}, TypeError, ": missing field 'gamma'"),
+        (PENALTY | {"gamma": -1}, ValueError, r"\.gamma must be above 0, got -1"),
+        (PENALTY | {"gamma": "1"}, TypeError, r"\.gamma must be a number, .* got '1'"),
+        (PENALTY | {"reduction": "avg"}, ValueError, r"\.reduction must be one of 'sum'"),
+        (
+            PENALTY | {"normalize_at_one": "yes"},
+            TypeError,
+            r"\.normalize_at_one must be of type bool, got 'yes'",
+        ),
+        ({"type": "GroupLasso", "axis": "rows"}, TypeError, r"\.axis must be of type int \| tuple"),
+        (
+            PENALTY | {"weights": {"array": ["a"], "dtype": "float32"}},
+            ValueError,
+            r"\.weights: could not convert",
+        ),
+        (
+            {"type": "Sum", "penalties": [PENALTY, PENALTY | {"gamma": 0}]},
+            ValueError,
+            r"\.penalties\[1\]\.gamma must be above 0",
+        ),
+        (
+            {"type": "Sum", "penalties": [PENALTY, 3]},
+            TypeError,
+            r"\.penalties must be of type tuple\[Penalty, \.\.\.\], got \(SmoothL0",
+        ),
+        (
+            {"type": "Scaled", "scale": 1.0, "penalty": 3},
+            TypeError,
+            r"\.penalty must be of type Penalty, got 3",
+        ),
+        (3, TypeError, r" must be a config such as pj\.L1\(\), got 3"),
+    ],
+)
+def test_what_is_wrong_is_named_by_its_path(penalty, error, message):
+    data = {"type": "Objective", "terms": {"kl": {"type": "Term", "on": "x", "penalty": penalty}}}
+    for read in (
+        lambda: pj.from_dict(data),
+        lambda: pj.from_json(json.dumps(data)),
+        lambda: pj.from_yaml(yaml.dump(data)),
+    ):
+        with pytest.raises(error, match=rf"^Objective\.terms\['kl'\]\.penalty{message}") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"terms": 3}, r"Objective\.terms must be of type Mapping\[str, Term\], got 3"),
+        ({"terms": {"kl": 3}}, r"Objective: term 'kl' must be a pj\.Term, got 3"),
+        ({"terms": {"kl": {"type": "Term", "penalty": PENALTY, "on": 3}}}, r"\['kl'\]\.on must be"),
+    ],
+)
+def test_an_objective_of_something_else(change, message):
+    with pytest.raises(TypeError, match=message):
+        pj.from_dict({"type": "Objective"} | change)
+
+
+def test_yaml_as_it_is_written_by_hand():
+    """Numbers with an exponent, and the key `on`, which YAML 1.1 takes for true."""
+    text = "{type: Term, on: hidden, weight: 1e-4, penalty: {type: SmoothL0, gamma: -.5E1}}"
+    with pytest.raises(ValueError, match=r"Term\.penalty\.gamma must be above 0, got -5\.0"):
+        pj.from_yaml(text)
+    term = pj.Term(pj.SmoothL0(gamma=5.0), on="hidden", weight=1e-4)
+    assert pj.from_yaml(text.replace("-.5E1", "+.5E1")) == term
+    for on in ("1e-4", "on", "true", "1.0", "~"):
+        again = pj.Term(pj.L1(), on=on)
+        assert pj.from_yaml(pj.to_yaml(again)) == again
+    for weight in (1e-4, 1e-5, 1e300):
+        written = pj.to_yaml(pj.L1(weights=weight))
+        assert pj.from_yaml(written).weights == yaml.safe_load(written)["weights"] == weight
+
+
 def test_bad_text():
     with pytest.raises(ValueError, match="Expecting"):
         pj.from_json("{type: L1}")
@@ -206,3 +287,18 @@ def test_an_orbax_checkpoint(tmp_path):
     x = jnp.array([0.5, -1.0])
     value = jax.jit(lambda penalty: penalty.at(5)(x))
     assert_close(value(restored["penalty"]), value(state["penalty"]))
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (pj.Wasserstein, {"order": 2}),
+        (pj.GroupLasso, {"axis": np.int64(0)}),
+        (pj.KLDivergence, {"inputs": "logits", "block_size": 8}),
+        (pj.L1, {"axis_name": ["a", "b"]}),
+    ],
+)
+def test_options_of_a_type_that_will_do(config, options):
+    """An integer is a real number, and a list of names a tuple of them."""
+    ((name, value),) = list(options.items())[-1:]
+    assert getattr(config(**options), name) == (tuple(value) if name == "axis_name" else value)

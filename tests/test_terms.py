@@ -46,7 +46,7 @@ def weights_of(case):
 
 @few_configs
 def test_a_config_is_its_function(case):
-    mask = case.where(MASK[:, 1]) if case.by_row else MASK
+    mask = {1: MASK[0, 0], 2: case.where(MASK[:, 1]), 3: MASK}[len(case.mask_shape)]
 
     def pairs(inputs):
         if not case.reduced:
@@ -137,9 +137,11 @@ def test_numbers_never_retrace_and_options_do(case):
     assert_close(second, changed(*inputs), rtol=1e-5)
     if jax.tree.leaves(changed):
         assert first != second
-    option = {"normalize": not getattr(config, "normalize", False)}
     if case.reduced:
         option = {"reduction": "sum" if config.reduction == "mean" else "mean"}
+    else:
+        name = next(x.name for x in dataclasses.fields(config) if type(x.default) is bool)
+        option = {name: not getattr(config, name)}
     with pytest.raises(AssertionError, match="traced"):
         value(dataclasses.replace(config, **option), inputs)
 
@@ -290,6 +292,8 @@ def test_leaf_by_leaf():
         (pj.GroupLasso(axis=1, reduction="mean"), 5),
         (pj.GroupLasso(axis=1, weights=weights), 15),
         (pj.GroupLasso(axis=1, reduction="none"), {"a": [5, 0], "b": [10]}),
+        (pj.SpectralNorm(), 15),
+        (pj.SpectralNorm(reduction="mean", weights={"a": 3.0, "b": 0.5}), 10),
         (pj.Orthogonality(), 0),
     ]
     tree = {"a": jnp.array([[3.0, 4.0], [0.0, 0.0]]), "b": jnp.array([[6.0, 8.0]])}
@@ -299,6 +303,18 @@ def test_leaf_by_leaf():
             expected = {name: np.float32(x) for name, x in expected.items()}
         chex.assert_trees_all_close(value, expected, rtol=1e-6)
     assert_close(pj.Orthogonality()({"a": jnp.ones((2, 2)), "b": None, "c": jnp.eye(3)}), 2)
+
+
+@pytest.mark.parametrize("axis", ["rows", "vocabulary"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_orthogonality_without_rows_that_a_mask_excludes(axis, normalize):
+    penalty = pj.Orthogonality(normalize=normalize, axis=axis)
+    x = jnp.array([[1.0, 1.0], [jnp.nan, jnp.inf], [1.0, 2.0]])
+    where = jnp.array([[True], [False], [True]])
+    assert_close(penalty({"x": x}, where=where), penalty(x[::2]))
+    slope = jax.grad(lambda x: penalty(x, where=where))(x)
+    assert_close(slope[::2], jax.grad(penalty)(x[::2]))
+    assert slope[1].tolist() == [0, 0]
 
 
 def test_two_trees_are_compared():
@@ -318,7 +334,8 @@ def test_two_trees_are_compared():
         (lambda: pj.L2(center=jnp.ones(2))({"a": jnp.ones(3)}), r"\(3,\).*\(2,\)"),
         (lambda: pj.KLDivergence()(jnp.zeros((2, 3)), jnp.zeros((3, 2))), r"\(2, 3\).*\(3, 2\)"),
         (lambda: pj.Orthogonality()(jnp.ones(3)), r"two axes.*\(3,\)"),
-        (lambda: pj.Orthogonality()(jnp.eye(2), where=jnp.ones(2, bool)), "where"),
+        (lambda: pj.Orthogonality("hard")(jnp.eye(2), where=jnp.ones(2, bool)), "takes no where"),
+        (lambda: pj.Orthogonality()(jnp.eye(2), where=jnp.ones(3, bool)), "where must broadcast"),
     ],
 )
 def test_what_does_not_fit(call, message):

@@ -15,7 +15,7 @@ from sklearn.datasets import load_diabetes
 
 import penalties_jax as pj
 from tests.oracles import assert_close, lattice
-from tests.programs import jit_once
+from tests.programs import doubles, jit_once
 
 PARAMS = {
     "kernel": lattice(0, 4, 3).astype(np.float32),
@@ -238,6 +238,24 @@ def test_dtypes_are_kept(dtype, weight):
     assert optax.apply_updates(params, updates).tolist() == [1.5, -1.5, 0, 0]
 
 
+@pytest.mark.parametrize("number", [0.5, pj.anneal(0.0, 1.0, start=0, end=4)])
+def test_python_numbers_never_widen(number, x64):
+    params = {"w": jnp.ones(3, jnp.float32)}
+    for transformation in (
+        pj.add_penalty(pj.Huber(delta=0.5), weight=number),
+        pj.proximal(pj.L1(weights=0.5), number, weight=0.5),
+    ):
+        state = transformation.init(params)
+
+        def step(carry, _, transformation=transformation):
+            params, state = carry
+            updates, state = transformation.update(params, state, params)
+            return (optax.apply_updates(params, updates), state), updates
+
+        carry, updates = jax.lax.scan(step, (params, state), length=2)
+        assert doubles((carry, updates)) == []
+
+
 def test_float64():
     with jax.enable_x64(True):
         params = jnp.array([1 / 3])
@@ -341,6 +359,18 @@ def test_parameters_are_required(mask):
             optimizer.update(GRADIENTS, optimizer.init(PARAMS))
     with pytest.raises(ValueError, match=message):
         optax.add_decayed_weights(0.1).update(GRADIENTS, optax.EmptyState(), None)
+
+
+@pytest.mark.parametrize(
+    "penalty", [pj.KLDivergence(), 0.1 * pj.Consistency(), pj.L1() + 2 * pj.KLEstimate()], ids=repr
+)
+def test_penalties_of_two_inputs(penalty):
+    for make in (pj.add_penalty, lambda penalty: pj.proximal(penalty, 0.1)):
+        with pytest.raises(TypeError, match=r"^pj\.\w+ takes a penalty of one input, and .* 2: "):
+            make(penalty)
+    for make in (pj.nnx.ActivityPenalty, pj.linen.ActivityPenalty):
+        with pytest.raises(TypeError, match=r"^ActivityPenalty takes a penalty of one input"):
+            make(penalty)
 
 
 def test_no_proximal_operator():

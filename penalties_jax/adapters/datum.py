@@ -5,24 +5,27 @@ A record is anything with `loss_fn_inputs`, a mapping from names to arrays, such
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 from penalties_jax.objective import Metrics, Objective, Outputs, pick, pick_inputs
 from penalties_jax.terms.base import Penalty
-from penalties_jax.terms.reduced import Reduced
 
 __all__ = ["Record", "collate", "is_sampled", "measure", "objective_for", "penalty_for"]
 
 Target = Literal["logprobs", "probs"] | tuple[Literal["field"], str]
 
+# How far from 1 the probabilities of all classes may sum, in half precision too.
+NORMALIZED_WITHIN = 1e-2
 
+
+@runtime_checkable
 class Record(Protocol):
     """What a batch is made of: anything with arrays by name, each [T] or [T, C].
 
@@ -62,7 +65,8 @@ def collate(
     Returns:
         "logprobs" [rows, length] or [rows, length, C]; "mask" [rows, length], False where nothing
         is; "reference" like "logprobs" if one is given; `"field/<name>"` for every field of
-        numbers that all records have, one entry for each position. Padding is 0.
+        numbers that all records have, one entry for each position; other fields are left out.
+        Padding is 0.
 
     Raises:
         KeyError: If a record lacks the field of its log-probabilities or of its reference.
@@ -94,9 +98,7 @@ def collate(
     shared = set.intersection(*(set(record.loss_fn_inputs) for record in records))
     for name in sorted(shared):
         values = [_to_numpy(x) for x in _field(records, name)]
-        numbers = all(x.dtype.kind in "biuf" for x in values)
-        alike = len({x.shape[1:] for x in values}) == 1
-        if numbers and alike and [x.shape[:1] for x in values] == [(n,) for n in lengths]:
+        if not _misfit(name, values, lengths):
             arrays[f"field/{name}"] = values
     rows, length = rows or len(records), length or max(lengths)
     if rows < len(records) or length < max(lengths):
@@ -110,7 +112,7 @@ def collate(
 
 
 def measure(
-    penalty: Reduced,
+    penalty: Penalty,
     records: Sequence[Record],
     logprobs: Sequence[Any] | None = None,
     *,
@@ -123,8 +125,8 @@ def measure(
     r"""A penalty on a batch of records, and what is usually logged of it.
 
     Args:
-        penalty: `pj.L1()`, `pj.L2()`, `pj.KLDivergence()`, `pj.KLEstimate()` or `pj.Entropy()`. The
-            last three are of the log-probabilities.
+        penalty: `pj.L1()`, `pj.L2()`, `pj.KLDivergence()`, `pj.KLEstimate()`, `pj.Entropy()`, or
+            a multiple of one. The last three are of the log-probabilities.
         records, logprobs, reference_logprobs, reference_field, compute_reference: As for `collate`.
         target: What L1 and L2 are of: "logprobs", "probs", or ("field", name) for a field of the
             records, which has one entry for each position.
@@ -133,15 +135,16 @@ def measure(
     Returns:
         The value by the penalty's own reduction, of shape [], and a flat dict of scalars: of L1
         "l1_raw" (the sum, $\sum_i w_i |x_i|$) and "l1_mean"; of L2 "l2_raw"
-        ($\sum_i w_i x_i^2$), "l2_mean" and "l2_max"; of a KL "kl_divergence" (the mean over
-        positions), "kl_max" and "kl_min"; of an entropy "entropy", its mean. All are 0 without
-        any position.
+        ($\sum_i w_i x_i^2$, without its center and clip), "l2_mean" and "l2_max"; of a KL
+        "kl_divergence" (the mean over positions), "kl_max" and "kl_min"; of an entropy "entropy",
+        its mean. They are those of the penalty before it is multiplied. All are 0 without any
+        position.
 
     Raises:
         KeyError: If a field is not in all records.
         TypeError: If the penalty is none of those.
         ValueError: As `collate` and `penalty_for`; if a KL has no reference, or another target than
-            the log-probabilities.
+            the log-probabilities; if those of classes don't sum to 1, as of the top ones only.
 
     Examples:
         >>> from types import SimpleNamespace
@@ -150,9 +153,13 @@ def measure(
         >>> {name: float(value) for name, value in metrics.items()}
         {'l1_mean': 2.0, 'l1_raw': 4.0}
     """
-    kind = penalty.measured_as
-    if kind is None:
-        raise TypeError(f"expected L1, L2, KLDivergence, KLEstimate or Entropy, got {penalty!r}")
+    first, *others = penalty.summands
+    kind = first.measured_as
+    if kind is None or any(other != first for other in others):
+        raise TypeError(
+            "expected L1, L2, KLDivergence, KLEstimate or Entropy, or a multiple of one, got "
+            f"{penalty!r}: measure each by itself"
+        )
     batch = collate(
         records,
         logprobs,
@@ -170,8 +177,9 @@ def measure(
                 "a KL needs one of reference_logprobs, reference_field and compute_reference"
             )
     elif kind in ("l1", "l2"):
-        names = [_name_of(target, batch)]
+        names = [_name_of(target, batch, records)]
     adapted = penalty_for(penalty, sampled=is_sampled(batch, sampled))
+    check_distributions(adapted, batch, names, lambda: batch["mask"])
     return _measure(adapted, [batch[name] for name in names], batch["mask"], kind, target)
 
 
@@ -213,10 +221,17 @@ def objective_for(objective: Objective, *, sampled: bool) -> Objective:
             Each leaves out the padding, beside what its own mask leaves out; a mask [..., T] is one
             of positions, and a field that is a mask may hold 0 and 1. The objective's `loss` has to
             leave the padding out itself, by "mask".
+
+            A term on a function keeps its penalty, which is given what the function returns. Of
+            entries or positions [rows, T, ...] the padding is left out, of [rows, ...] the rows
+            without any position, and of other shapes nothing: inside a row, and where it changes
+            the rows, the function leaves the padding out itself, by "mask".
         sampled: As for `penalty_for`: whether log-probabilities are [..., T], not [..., T, C].
 
     Raises:
-        ValueError: As `penalty_for`; if a term adds penalties of entries to some of positions.
+        ValueError: As `penalty_for`; if a term adds penalties of entries to some of positions, or
+            has one that takes no mask. In a call, if log-probabilities [..., T] should be those of
+            classes.
 
     Examples:
         >>> objective = pj.Objective(terms={"l1": pj.Term(pj.L1(), on="logprobs")})
@@ -227,13 +242,20 @@ def objective_for(objective: Objective, *, sampled: bool) -> Objective:
     """
 
     def adapt(name, term):
-        penalty = penalty_for(term.penalty, sampled=sampled)
-        positions = {node.class_axis is not None for node in penalty.summands}
-        if len(positions) > 1:
+        own = callable(term.on)
+        penalty = term.penalty if own else penalty_for(term.penalty, sampled=sampled)
+        axes = {node.class_axis for node in penalty.summands}
+        if len(axes) > 1:
             raise ValueError(
                 f"term {name!r} adds penalties of entries to penalties of positions: make them two"
             )
-        where = _Included(name, term.on, term.where, positions.pop())
+        unmasked = [node for node in penalty.summands if not node.takes_where]
+        if unmasked and not own:
+            raise ValueError(
+                f"term {name!r}: {unmasked[0]!r} takes no mask, and would count the padding: "
+                "leave it out in a function as on="
+            )
+        where = term.where if unmasked else _Included(name, term.on, term.where, axes.pop())
         return dataclasses.replace(term, penalty=penalty, where=where)
 
     terms = {name: adapt(name, term) for name, term in objective.terms.items()}
@@ -247,18 +269,33 @@ class _Included:
     name: str
     on: Any
     where: Any
-    of_positions: bool
+    class_axis: int | None
 
-    def __call__(self, outputs: Outputs) -> Bool[Array, "..."]:
-        """The mask."""
+    def __call__(self, outputs: Outputs) -> PyTree[Bool[Array, "..."] | None]:
+        """The mask, or one for each array of the first input."""
         label, mask = f"term {self.name!r}", jnp.asarray(outputs["mask"])
-        if not self.of_positions:
-            first, *_ = pick_inputs(label, outputs, self.on)
-            mask = _with_axes_of(jax.tree.leaves(first)[0], mask)
-        if self.where is None:
-            return mask
-        own = self.where(outputs) if callable(self.where) else pick(label, outputs, self.where)
-        return mask & _with_axes_of(mask, jnp.asarray(own) != 0)
+        own = self.where(outputs) if callable(self.where) else self.where
+        own = pick(label, outputs, own) if isinstance(own, str) else own
+        first, *_ = pick_inputs(label, outputs, self.on)
+
+        def included(x):
+            shape = jnp.shape(x)
+            if self.class_axis is not None:
+                if not callable(self.on) and len(shape) == mask.ndim:
+                    raise ValueError(
+                        f"{label}: sampled=False needs log-probabilities [T, C] of classes, got [T]"
+                    )
+                shape = tuple(n for a, n in enumerate(shape) if a != self.class_axis % len(shape))
+            masks = [] if own is None else [jnp.asarray(own) != 0]
+            if shape[:2] == mask.shape:
+                masks.append(mask)
+            elif shape[:1] == mask.shape[:1]:
+                masks.append(jnp.any(mask, axis=1))
+            ndim = max([len(shape), *(m.ndim for m in masks)])
+            masks = [m.reshape(*m.shape, *(1,) * (ndim - m.ndim)) for m in masks]
+            return functools.reduce(jnp.logical_and, masks) if masks else None
+
+        return jax.tree.map(included, first)
 
 
 def _with_axes_of(x, mask):
@@ -266,13 +303,15 @@ def _with_axes_of(x, mask):
     return mask.reshape(*mask.shape, *(1,) * (x.ndim - mask.ndim))
 
 
-@partial(jax.jit, static_argnames=("kind", "target"))
+@functools.partial(jax.jit, static_argnames=("kind", "target"))
 def _measure(penalty, inputs, mask, kind, target):
+    of_one = penalty.summands[0]
     if target == "probs" and kind in ("l1", "l2"):
         inputs = [jnp.exp(x) for x in inputs]
-    where = _with_axes_of(inputs[0], mask) if penalty.class_axis is None else mask
+    where = _with_axes_of(inputs[0], mask) if of_one.class_axis is None else mask
     value = penalty(*inputs, where=where)
-    values = dataclasses.replace(penalty, reduction="none")(*inputs, where=where)
+    raw = {"center": None, "clip": None} if kind == "l2" else {}
+    values = dataclasses.replace(of_one, reduction="none", **raw)(*inputs, where=where)
     total, included = jnp.sum(values), jnp.broadcast_to(where, values.shape)
     mean = total / jnp.maximum(jnp.sum(included), 1)
     largest = jnp.max(values, where=included, initial=-jnp.inf)
@@ -282,19 +321,53 @@ def _measure(penalty, inputs, mask, kind, target):
         "l1": {"l1_raw": total, "l1_mean": mean},
         "l2": {"l2_raw": total, "l2_mean": mean, "l2_max": largest},
         "kl": {"kl_divergence": mean, "kl_max": largest, "kl_min": smallest},
-        "entropy": {"entropy": -mean if getattr(penalty, "maximize", False) else mean},
+        "entropy": {"entropy": -mean if getattr(of_one, "maximize", False) else mean},
     }[kind]
 
 
-def _name_of(target, batch):
-    name = f"field/{target[1]}" if isinstance(target, tuple) and target[0] == "field" else target
+def check_distributions(
+    penalty: Penalty,
+    batch: Mapping[str, Any],
+    names: Sequence[str],
+    included: Callable[[], Any],
+) -> None:
+    """Raises ValueError for classes whose probabilities don't sum to 1, if a divergence needs it.
+
+    Args:
+        penalty: What is applied to those arrays; only a divergence needs it.
+        batch: What `collate` returned, which is on the host.
+        names: The arrays in it.
+        included: Returns the mask of the positions that count.
+    """
+    if not any(node.of_distributions for node in penalty.summands):
+        return
+    for name in (name for name in names if batch[name].ndim > 2):
+        with np.errstate(over="ignore"):
+            sums = np.exp(batch[name]).sum(-1)
+        off = batch["mask"] & ~(np.abs(sums - 1) <= NORMALIZED_WITHIN)
+        if off.any() and (off := off & np.asarray(included())).any():
+            record, position = np.argwhere(off)[0]
+            raise ValueError(
+                f"record {record}: the probabilities of {name!r} at position {position} sum to "
+                f"{sums[record, position]:.3g} over {batch[name].shape[-1]} classes, and a "
+                "divergence needs all classes: renormalise them by jax.nn.log_softmax, or say "
+                "sampled=True if they are of sampled tokens"
+            )
+
+
+def _name_of(target, batch, records):
+    is_field = isinstance(target, tuple) and target[0] == "field"
+    name = f"field/{target[1]}" if is_field else str(target)
     if name == "probs":
         return "logprobs"
     if name not in batch or name == "mask":
         fields = sorted(key.removeprefix("field/") for key in batch if key.startswith("field/"))
+        field = str(target[1] if isinstance(target, tuple) else target)
+        reason = _why_left_out(field, records, batch["mask"].sum(1))
         raise KeyError(
             f"no target {target!r}: there are 'logprobs', 'probs', and ('field', name) for "
             f"fields of all records with an entry for each position, here {fields}"
+            f"{reason and f'; {reason}'}"
         )
     return name
 
@@ -339,6 +412,40 @@ def _field(records, name):
                 f"{sorted(record.loss_fn_inputs)}"
             )
     return [record.loss_fn_inputs[name] for record in records]
+
+
+def explained(error: KeyError, batch: Mapping[str, Any], records: Sequence[Record]) -> KeyError:
+    """The error for a missing key, and why if it is that of a field that `collate` has left out."""
+    names = {name for record in records for name in record.loss_fn_inputs}
+    missing = sorted(name for name in names if repr(f"field/{name}") in str(error))
+    reasons = [_why_left_out(name, records, batch["mask"].sum(1)) for name in missing]
+    return KeyError("; ".join([str(error.args[0]), *filter(None, reasons)]))
+
+
+def _why_left_out(name, records, lengths):
+    having = [name in record.loss_fn_inputs for record in records]
+    if not any(having):
+        return ""
+    if not all(having):
+        return f"record {having.index(False)} has no field {name!r}"
+    return _misfit(name, [_to_numpy(x) for x in _field(records, name)], lengths)
+
+
+def _misfit(name, values, lengths):
+    """Why the values of a field are no entries of positions; "" if they are."""
+    for i, (x, n) in enumerate(zip(values, lengths, strict=False)):
+        if x.dtype.kind not in "biuf":
+            return f"field {name!r} of record {i} holds no numbers"
+        if x.shape[:1] != (n,):
+            return f"field {name!r} of record {i} has {_entries(x)} for {n} positions"
+        if x.shape[1:] != values[0].shape[1:]:
+            shapes = f"{values[0].shape[1:]} in record 0 and {x.shape[1:]} in record {i}"
+            return f"field {name!r} has entries of shapes {shapes}"
+    return ""
+
+
+def _entries(x):
+    return f"{len(x)} entries" if x.ndim else "a single number"
 
 
 def _floats(name, records, values):

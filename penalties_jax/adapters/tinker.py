@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,7 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from penalties_jax.adapters.datum import Record, collate, is_sampled, objective_for
+from penalties_jax.adapters.datum import (
+    Record,
+    check_distributions,
+    collate,
+    explained,
+    is_sampled,
+    objective_for,
+)
 from penalties_jax.objective import Objective
 
 SHORTEST = 16
@@ -42,7 +50,9 @@ def as_loss(
 
     Raises:
         TypeError: If `objective` is not a `pj.Objective`.
-        KeyError, TypeError, ValueError: The function does, as `collate` and the objective.
+        KeyError, TypeError, ValueError: The function does, as `collate`, `objective_for` and the
+            objective; if a divergence is given classes whose probabilities don't sum to 1, as
+            those of the top ones only.
 
     Examples:
         >>> objective = pj.Objective(
@@ -69,8 +79,13 @@ def as_loss(
         )
         # A field that no term reads is no part of the program.
         batch = {k: x for k, x in batch.items() if not k.startswith("field/") or read(k)}
-        adapted = objective_for(objective, sampled=is_sampled(batch, sampled))
-        (total, metrics), gradient = _value_and_gradient(adapted, batch, step)
+        of_samples = is_sampled(batch, None) if sampled is None else sampled
+        adapted = objective_for(objective, sampled=of_samples)
+        try:
+            _check_distributions(adapted, batch)
+            (total, metrics), gradient = _value_and_gradient(adapted, batch, step)
+        except KeyError as error:
+            raise explained(error, batch, data) from error
         gradients = [gradient[i, : len(x)] for i, x in enumerate(logprobs_list)]
         return (
             _as_torch(float(total), gradients, logprobs_list),
@@ -83,10 +98,22 @@ def as_loss(
 @jax.jit
 def _value_and_gradient(objective, batch, step):
     def total(logprobs):
-        outputs = {**batch, "logprobs": logprobs, "probs": jnp.exp(logprobs)}
-        return objective(outputs, step=step)
+        return objective(_outputs({**batch, "logprobs": logprobs}), step=step)
 
     return jax.value_and_grad(total, has_aux=True)(batch["logprobs"])
+
+
+def _outputs(batch):
+    return {**batch, "probs": jnp.exp(batch["logprobs"])}
+
+
+def _check_distributions(objective, batch):
+    for term in objective.terms.values():
+        if not callable(term.on):
+            keys = (term.on,) if isinstance(term.on, str) else term.on
+            names = [key for key in keys if key in batch]
+            included = partial(lambda where: where(_outputs(batch)), term.where)
+            check_distributions(term.penalty, batch, names, included)
 
 
 def _read(objective):

@@ -54,15 +54,25 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
 
 def _door(name, annotation):
     """What is made of an argument that has an annotation."""
-    union = get_origin(annotation) in (Union, UnionType)
-    kinds = get_args(annotation) if union else (annotation,)
-    if any(isinstance(kind, type(PyTree)) or get_origin(kind) is tuple for kind in kinds):
+    kinds = _kinds(annotation)
+    held = [kind for each in kinds if get_origin(each) is tuple for kind in get_args(each)]
+    if any(isinstance(kind, type(PyTree)) for kind in kinds) or any(map(_is_of_arrays, held)):
         return functools.partial(_tree, name)
-    types = [kind for kind in kinds if isinstance(kind, type)]
-    if not any(issubclass(kind, (jax.Array, AbstractArray)) for kind in types):
+    if not _is_of_arrays(annotation):
         return _as_it_is
+    types = [kind for kind in kinds if isinstance(kind, type)]
     words = [type(word) for kind in kinds for word in get_args(kind)]
     return functools.partial(_array, name, tuple({type(None), *words} & {*types, *words}))
+
+
+def _kinds(annotation):
+    union = get_origin(annotation) in (Union, UnionType)
+    return get_args(annotation) if union else (annotation,)
+
+
+def _is_of_arrays(annotation):
+    types = (kind for kind in _kinds(annotation) if isinstance(kind, type))
+    return any(issubclass(kind, (jax.Array, AbstractArray)) for kind in types)
 
 
 def _as_it_is(x):
@@ -124,8 +134,12 @@ POSITIVE = Range("above 0", lambda value: value > 0)
 NONNEGATIVE = Range("at least 0", lambda value: value >= 0)
 BELOW_ZERO = Range("below 0", lambda value: value < 0)
 ABOVE_ONE = Range("above 1", lambda value: value > 1)
+ABOVE_TWO = Range("above 2", lambda value: value > 2)
 AT_LEAST_ONE = Range("at least 1", lambda value: value >= 1)
 UNIT = Range("in [0, 1]", lambda value: (value >= 0) & (value <= 1))
+ASCENDING = Range(
+    "ascending", lambda value: np.array_equal(np.sort(np.atleast_1d(value)), np.atleast_1d(value))
+)
 FINITE = Range("finite", np.isfinite)
 ANY = Range("not NaN", lambda value: value == value)
 
@@ -141,6 +155,13 @@ def check_block_size(block_size: Any, name: str = "block_size") -> None:
     """Raises ValueError for a block size that is not an integer of at least 1."""
     if block_size is not None and not (isinstance(block_size, int) and block_size >= 1):
         raise ValueError(f"{name} must be an integer of at least 1, got {block_size!r}")
+
+
+def check_order(order: Any, name: str = "order") -> None:
+    """Raises unless an exponent that is structure is a plain number of at least 1."""
+    if not isinstance(order, int | float):
+        raise TypeError(f"{name} must be a plain number, got a {type(order).__name__}: {order!r}")
+    AT_LEAST_ONE.check_all(name, order, (order,))
 
 
 def check_same_shape(**arrays: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Real
 
@@ -99,13 +99,13 @@ def _orthogonality(x, *, mode, normalize, axis):
     if normalize:
         x = normalized(x, features)
     # Every row meets every other, so on a mesh with explicit axes the result is replicated.
-    sharded = any(axis is not None for axis in jax.typeof(x).sharding.spec)
+    sharding = jax.typeof(x).sharding
     gram = jnp.tensordot(
         x,
         x,
         (features, features),
         precision=lax.Precision.HIGHEST,
-        out_sharding=PartitionSpec() if sharded else None,
+        out_sharding=NamedSharding(sharding.mesh, PartitionSpec()) if any(sharding.spec) else None,
     )
     size = tuple(x.shape[a] for a in rows)
     n = math.prod(size)

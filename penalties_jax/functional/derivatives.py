@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from penalties_jax.functional.checks import standard_promotion
@@ -70,6 +71,63 @@ def normalized(x: Float[Array, "..."], axis: Axis | None = None) -> Float[Array,
     scaled = x / _scale(x, axis)
     length = _root(jnp.sum(jnp.square(scaled), axis, keepdims=True))
     return scaled / jnp.where(length > 0, length, 1)
+
+
+@jax.custom_jvp
+def largest_singular_value(x: Float[Array, "*matrices m n"]) -> Float[Array, "*matrices"]:
+    """That of each matrix, without overflow; its derivative is u v^T, of one pair of many."""
+    return _leading_triple(x)[0]
+
+
+@largest_singular_value.defjvp
+@standard_promotion()
+def _(primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    value, u, v = _leading_triple(x)
+    return value, jnp.sum(u[..., :, None] * v[..., None, :] * tangent, (-2, -1))
+
+
+def _leading_triple(x):
+    """The largest singular value of each matrix and its vectors, 0 for a matrix of zeros.
+
+    By the Gram matrix of the shorter side: of the largest the squares lose no digits, and its
+    eigenvectors take a fraction of the time of all singular vectors.
+    """
+    if x.shape[-2] < x.shape[-1]:
+        value, v, u = _leading_triple(jnp.swapaxes(x, -2, -1))
+        return value, u, v
+    scale = _scale(x, (-2, -1))
+    x = x / scale
+    # All of a Gram matrix is needed at once: on a mesh with explicit axes it is replicated.
+    sharding = jax.typeof(x).sharding
+    replicated = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:-2], None, None))
+    gram = jnp.matmul(
+        jnp.swapaxes(x, -2, -1),
+        x,
+        precision=lax.Precision.HIGHEST,
+        out_sharding=replicated if any(sharding.spec) else None,
+    )
+    v = _leading_eigenvector(gram)
+    image = jnp.sum(x * v[..., None, :], -1)
+    return norm(image, -1) * jnp.squeeze(scale, (-2, -1)), normalized(image, -1), v
+
+
+@jax.custom_jvp
+def _leading_eigenvector(symmetric):
+    return jnp.linalg.eigh(symmetric)[1][..., -1]
+
+
+@_leading_eigenvector.defjvp
+@standard_promotion()
+def _(primals, tangents):
+    (symmetric,), (tangent,) = primals, tangents
+    values, vectors = jnp.linalg.eigh(symmetric)
+    leading, gaps = vectors[..., -1], values[..., -1:] - values
+    # Of equal values any vector leads, and none of them moves.
+    apart = gaps > 0
+    along = jnp.sum(vectors * jnp.sum(tangent * leading[..., None, :], -1)[..., None], -2)
+    turn = jnp.where(apart, along / jnp.where(apart, gaps, 1), 0)
+    return leading, jnp.sum(vectors * turn[..., None, :], -1)
 
 
 def norm_across(norms: Float[Array, ""], axis_name: str | tuple[str, ...]) -> Float[Array, ""]:

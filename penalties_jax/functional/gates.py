@@ -12,6 +12,7 @@ from numpy.lib.array_utils import normalize_axis_index
 
 from penalties_jax.functional.checks import (
     ABOVE_ONE,
+    ANY,
     BELOW_ZERO,
     POSITIVE,
     check_fits,
@@ -277,11 +278,13 @@ def _(primals, tangents):
     return primals[0], tangents[1]
 
 
-def _noisy(logits, key):
+def _noisy(logits, key, draw=jax.random.logistic):
     (logits,) = promote(logits)
-    if key is None:
-        return logits
-    return logits + jax.random.logistic(key, logits.shape, logits.dtype)
+    if key is not None:
+        logits = logits + draw(key, logits.shape, logits.dtype)
+    # Of a gate that is always open, or never, the derivative in the temperature is no inf times 0.
+    largest = float(jnp.finfo(logits.dtype).max) ** 0.5
+    return jnp.clip(logits, -largest, largest)
 
 
 @partial(jax.jit, static_argnames="hard")
@@ -307,6 +310,7 @@ def _hard_concrete_l0(logits, temperature, stretch):
 
 
 def _at_threshold(function, x, threshold, bandwidth):
+    ANY.check(threshold=threshold)
     check_fits(jnp.shape(x), threshold=threshold)
     _check_scale(x, bandwidth=bandwidth)
     return _meeting(function, x, threshold, bandwidth)
@@ -345,9 +349,8 @@ def _jump_relu(x, threshold, bandwidth):
 
 @partial(jax.jit, static_argnames=("k", "axis"))
 def _top_k_gate(logits, key, temperature, *, k, axis):
-    (noisy, temperature), *_ = lie_alike((*promote(logits), temperature))
-    if key is not None:
-        noisy = noisy + jax.random.gumbel(key, noisy.shape, noisy.dtype)
+    (logits, temperature), *_ = lie_alike((logits, temperature))
+    noisy = _noisy(logits, key, jax.random.gumbel)
     rows = jnp.moveaxis(noisy, axis, -1)
     _, chosen = lax.top_k(lax.stop_gradient(rows), k)
     # Row by row, since a scatter does not say how its result lies on a mesh.

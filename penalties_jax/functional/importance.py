@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,7 @@ class ImportanceStats(NamedTuple):
         penalty: PerValue,
         *,
         where: PyTree[Bool[Array, "..."]] | None = None,
-    ) -> Self:
+    ) -> "ImportanceStats":
         """The statistics of one batch, which can be differentiated."""
         sites, structure = jax.tree.flatten(importances)
         _check_sites(sites)
@@ -133,7 +133,7 @@ class ImportanceStats(NamedTuple):
         )
 
     @classmethod
-    def empty(cls, importances: PyTree[Any]) -> Self:
+    def empty(cls, importances: PyTree[Any]) -> "ImportanceStats":
         """The statistics of no positions, where merging starts.
 
         Args:
@@ -315,7 +315,7 @@ def importance_metrics(
                 site = jax.tree_util.keystr(path, simple=True, separator="/")
                 metrics[f"{label}/{site}"] = jnp.sum(_mean(total, count))
     _, sums, _ = _by_site(stats(_Above(min(thresholds))))
-    dead = sum(jnp.sum(total == 0) for total in sums)
+    dead = sum(jnp.sum(total == 0, dtype=total.dtype) for total in sums)
     metrics["importance/dead"] = dead / sum(total.size for total in sums)
     return metrics
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Real
 
 from penalties_jax.functional.checks import (
     ABOVE_ONE,
+    ABOVE_TWO,
     ANY,
     NONNEGATIVE,
     POSITIVE,
@@ -27,6 +28,7 @@ from penalties_jax.functional.derivatives import (
     Axis,
     absolute,
     elementwise_derivatives,
+    largest_singular_value,
     norm,
     normalized,
 )
@@ -54,7 +56,10 @@ __all__ = [
     "prox_l1",
     "prox_l2",
     "prox_mcp",
+    "prox_scad",
+    "scad",
     "smooth_l0",
+    "spectral_norm",
 ]
 
 
@@ -407,7 +412,8 @@ def _geman_mcclure_gamma_slope(x, gamma):
 
 @elementwise_derivatives(_geman_mcclure_slope, _geman_mcclure_gamma_slope)
 def _geman_mcclure(x, gamma):
-    return gamma / (gamma + gamma * jnp.square(gamma / x))
+    square = jnp.square(_geman_mcclure_ratio(x, gamma))
+    return square / (1 + square)
 
 
 def _geman_mcclure_at_one(x, gamma):
@@ -611,6 +617,92 @@ def _mcp(x, gamma, lam):
 
 
 @public
+def scad(
+    x: Real[ArrayLike, "..."],
+    a: ArrayLike = 3.7,
+    lam: ArrayLike = 1.0,
+    *,
+    weights: ArrayLike = 1.0,
+    reduction: Reduction = "sum",
+    where: Bool[ArrayLike, "..."] | None = None,
+    axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""SCAD: $\lambda |x_i|$ for $|x_i| \le \lambda$, bent down to be constant from $a \lambda$ on.
+
+    The smoothly clipped absolute deviation, which shrinks small entries as L1 does and large ones
+    not at all. Between, it is $\lambda |x_i| - (|x_i| - \lambda)^2 / (2 (a - 1))$, whose slope
+    falls to 0; beyond $a \lambda$ it is $\lambda^2 (a + 1) / 2$.
+
+    Args:
+        x, weights, reduction, where, axis_name: As in `pj.l1`; so are result and errors.
+        a: The $a$, above 2: the larger, the nearer to $\lambda |x_i|$.
+        lam: As in `pj.mcp`.
+
+    References:
+        Fan & Li (2001), Variable selection via nonconcave penalized likelihood and its oracle
+        properties.
+
+    Examples:
+        >>> float(pj.scad(jnp.array([1.0, -5.0]), a=3.0))
+        3.0
+    """
+    ABOVE_TWO.check(a=a)
+    NONNEGATIVE.check(lam=lam)
+    return _penalty(_scad, x, weights, reduction, where, axis_name, a=a, lam=lam)
+
+
+@public
+def prox_scad(
+    v: Real[ArrayLike, "..."], t: ArrayLike, *, a: ArrayLike = 3.7, lam: ArrayLike = 1.0
+) -> Float[Array, "..."]:
+    r"""The soft threshold at $t \lambda$ up to $\lambda (1 + t)$, then a line to v at $a \lambda$.
+
+    The line is $\lambda + (|v| - \lambda (1 + t)) / (1 - t / (a - 1))$. For $t \ge a - 1$ there is
+    none: it is v where $|v|$ is above $\lambda (a + 1 + t) / 2$ (above
+    $\lambda \sqrt{t (a + 1)}$ if $t > a + 1$), else the soft threshold.
+
+    Args:
+        v, t: As in `pj.prox_l1`; so are result and errors.
+        a, lam: As in `pj.scad`.
+
+    Examples:
+        >>> pj.prox_scad(jnp.array([0.5, 1.5, 2.5, 4.0]), 1.0, a=3.0).tolist()
+        [0.0, 0.5, 2.0, 4.0]
+    """
+    ABOVE_TWO.check(a=a)
+    NONNEGATIVE.check(lam=lam)
+    return _proximal(_shrink_or_keep, v, t, a=a, lam=lam)
+
+
+def _shrink_or_keep(v, t, a, lam):
+    magnitude, width = jnp.abs(v), a - 1
+    soft = jnp.clip(magnitude - t * lam, 0, lam)
+    convex = t < width
+    line = soft + jnp.maximum(magnitude - lam * (1 + t), 0) * (
+        width / jnp.where(convex, width - t, width)
+    )
+    kept = magnitude > lam * jnp.where(t <= a + 1, (a + 1 + t) / 2, jnp.sqrt(t * (a + 1)))
+    jump = jnp.where(kept, magnitude, soft)
+    return jnp.sign(v) * jnp.where(convex, jnp.minimum(line, magnitude), jump)
+
+
+def _scad_fall(x, a, lam):
+    """By how much the slope has fallen from lam."""
+    # Where a mask excludes, a is 1.
+    return jnp.clip((absolute(x) - lam) / jnp.maximum(a - 1, 1), 0, lam)
+
+
+@elementwise_derivatives(
+    lambda x, a, lam: jnp.sign(x) * (lam - _scad_fall(x, a, lam)),
+    lambda x, a, lam: jnp.square(_scad_fall(x, a, lam)) / 2,
+    lambda x, a, lam: jnp.minimum(absolute(x), a * lam) + _scad_fall(x, a, lam),
+)
+def _scad(x, a, lam):
+    near, inside = (jnp.minimum(jnp.abs(x), edge) for edge in (lam, a * lam))
+    return lam * near + (inside - near) * (lam - _scad_fall(x, a, lam) / 2)
+
+
+@public
 def group_lasso(
     x: Real[ArrayLike, "..."],
     *,
@@ -672,10 +764,71 @@ def prox_group_lasso(v: Real[ArrayLike, "..."], t: ArrayLike, *, axis: Axis) -> 
     return _prox_group_lasso(v, t, axis=axis)
 
 
+@public
+def spectral_norm(
+    x: Real[ArrayLike, "..."],
+    *,
+    weights: ArrayLike = 1.0,
+    reduction: Reduction = "sum",
+    where: Bool[ArrayLike, "..."] | None = None,
+    axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""The spectral norm: $\sum_k w_k \sigma_1(x_k)$, the largest singular value of each matrix.
+
+    The derivative is $w_k u v^\top$ of its singular vectors, one pair of them where the largest
+    is repeated, and 0 at a matrix of zeros. Matrices are scaled, so that 1e30 does not overflow.
+    The square of the Frobenius norm is `pj.l2`.
+
+    It takes all eigenvectors of the smaller Gram matrix of a matrix [m, n]: about
+    $m n \min(m, n) + 9 \min(m, n)^3$ multiplications, on one device each.
+
+    Args:
+        x: Matrices of shape [..., m, n], of any real dtype; below 32 bits they are upcast to
+            float32.
+        weights: A number of at least 0, or an array that broadcasts to the leading axes [...].
+        reduction: "sum", "mean" (over the matrices) or "none".
+        where: Mask of matrices that broadcasts to the leading axes [...].
+        axis_name: As in `pj.l1`.
+
+    Returns:
+        A scalar, or an array [...] of one value a matrix for "none".
+
+    Raises:
+        ValueError: As `pj.l1`, or if `x` has fewer than two axes.
+        TypeError: As `pj.l1`.
+
+    References:
+        Yoshida & Miyato (2017), Spectral norm regularization for improving the generalizability of
+        deep learning.
+
+    Examples:
+        >>> float(pj.spectral_norm(jnp.array([[3.0, 0.0], [0.0, -4.0], [0.0, 0.0]])))
+        4.0
+    """
+    check_choice("reduction", reduction, Reduction)
+    NONNEGATIVE.check(weights=weights)
+    if jnp.ndim(x) < 2:
+        raise ValueError(
+            f"x must have at least two axes, got shape {jnp.shape(x)}; leave out what is no "
+            "matrix, such as a bias: None in its place, or mask= of pj.add_penalty"
+        )
+    return _spectral_norm(x, weights, reduction, where, axis_name)
+
+
+@partial(jax.jit, static_argnums=(2, 4))
+def _spectral_norm(x, weights, reduction, where, axis_name):
+    check_where(where, x.shape[:-2])
+    (x,) = promote(x)
+    if where is not None:
+        x = jnp.where(jnp.asarray(where)[..., None, None], x, 0)
+    values = largest_singular_value(x)
+    return evaluate(_identity, (values,), {}, reduction, where, axis_name, weights=weights)
+
+
 @partial(jax.jit, static_argnames=("axis", "reduction", "axis_name"))
 def _group_lasso(x, weights, *, axis, where, reduction, axis_name):
     check_where(where, x.shape)
-    (x,) = promote(x)
+    x, weights = promote(x, weights)
     groups = None
     if where is not None:
         where = jnp.broadcast_to(where, x.shape)
@@ -692,7 +845,7 @@ def _group_lasso(x, weights, *, axis, where, reduction, axis_name):
 
 @partial(jax.jit, static_argnames="axis")
 def _prox_group_lasso(v, t, *, axis):
-    (v,) = promote(v)
+    v, t = promote(v, t)
     norms = norm(v, axis)
     check_fits(norms.shape, t=t)
     return normalized(v, axis) * jnp.expand_dims(jnp.maximum(norms - t, 0), axis)
@@ -710,7 +863,6 @@ def _proximal(operator, v, t, **parameters):
 
 @partial(jax.jit, static_argnums=0)
 def _at_point(operator, v, t, parameters):
-    (v,) = promote(v)
-    check_fits(v.shape, t=t, **parameters)
-    (v, t, parameters), *_ = lie_alike((v, t, parameters))
-    return operator(v, t, **parameters)
+    check_fits(jnp.shape(v), t=t, **parameters)
+    (v, t, *numbers), *_ = lie_alike(promote(v, t, *parameters.values()))
+    return operator(v, t, **dict(zip(parameters, numbers, strict=True)))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import jax
+from jax.export import is_symbolic_dim
 
 # Of one array in a block, as float32: within the cache of a CPU's core, and enough to fill a GPU.
 ROW_BYTES = {"cpu": 2**21, "gpu": 2**26}
@@ -11,6 +12,9 @@ ROW_BYTES = {"cpu": 2**21, "gpu": 2**26}
 # has to be worth its reading of the kernel, and its adding to the kernel's gradient.
 PRODUCT_BYTES = {"cpu": 2**26, "gpu": 2**28}
 PRODUCT_ROWS = 240
+
+# What stands for a number of classes that is not known yet: a large vocabulary.
+MOST_CLASSES = 2**17
 
 
 def rows_in_block(classes: int) -> int:
@@ -24,5 +28,6 @@ def rows_in_product(classes: int) -> int:
 
 
 def _rows(classes: int, block_bytes: Mapping[str, int]) -> int:
+    classes = MOST_CLASSES if is_symbolic_dim(classes) else max(classes, 1)
     size = block_bytes.get(jax.default_backend(), block_bytes["gpu"])
-    return max(1, size // (4 * max(classes, 1)))
+    return max(1, size // (4 * classes))

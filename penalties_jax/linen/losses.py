@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.module import _context
 from flax.traverse_util import path_aware_map
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from penalties_jax._pytree import resolve
 from penalties_jax.objective import Metrics, Objective, Outputs, check_scalar
-from penalties_jax.terms.base import Penalty
+from penalties_jax.terms.base import Penalty, check_one_input
 
 PENALTIES = "penalties"
 
@@ -27,9 +28,36 @@ def check_plain(name: str, config: Any) -> None:
 
 def record(module: nn.Module, penalty: Callable[[], Float[Array, ""]]) -> None:
     """Adds a penalty to what the module has recorded, if the caller collects penalties."""
-    if module.is_mutable_collection(PENALTIES) and not module.is_initializing():
-        recorded = module.variable(PENALTIES, "recorded", jnp.zeros, ())
+    if module.is_initializing():
+        return
+    if module.is_mutable_collection(PENALTIES):
+        recorded = module.variable(PENALTIES, "recorded", jnp.zeros, (), jnp.float32)
         recorded.value = recorded.value + check_scalar("penalty", penalty())
+    elif _is_cut_off(module):
+        raise ValueError(
+            f"{'/'.join(module.path)} is under a transform that drops what it records: give it an "
+            'axis, as in nn.scan(..., variable_axes={"params": 0, "penalties": 0})'
+        )
+
+
+def _is_cut_off(module):
+    """Whether the caller collects penalties, and a lifted transform in between doesn't.
+
+    A lifted scope has no link to the scope outside, but its debug path names the transforms. The
+    modules that are being called have scopes: the innermost that isn't lifted is of this `apply`,
+    unless the module that is applied is itself lifted, when nobody knows.
+    """
+    path = module.scope.debug_path
+    if not _is_lifted(path) or "()" in path[0]:
+        return False
+    scopes = (caller.scope for caller in reversed(_context.module_stack) if caller is not None)
+    unlifted = (s for s in scopes if s is not None and not _is_lifted(s.root.debug_path))
+    applied = next(unlifted, None)
+    return applied is not None and applied.is_mutable_collection(PENALTIES)
+
+
+def _is_lifted(debug_path):
+    return any("(" in name for name in debug_path)
 
 
 class Loss(nn.Module):
@@ -74,7 +102,9 @@ class ActivityPenalty(nn.Module):
 
     It is recorded when the collection is mutable, as in training:
     `model.apply(variables, x, mutable=["penalties"])`. `pj.linen.collect_penalties` sums it. Under
-    `nn.scan` the collection needs an axis: `variable_axes={"params": 0, "penalties": 0}`.
+    `nn.scan` and `nn.vmap` the collection needs an axis, else it is a ValueError:
+    `variable_axes={"params": 0, "penalties": 0}`. Where the module that is applied is itself such
+    a transform, `nn.vmap(Model)(...).apply`, nothing tells, and without it nothing is recorded.
 
     Attributes:
         penalty: A config whose numbers are Python numbers; an array is a TypeError.
@@ -93,6 +123,7 @@ class ActivityPenalty(nn.Module):
 
     def __post_init__(self):
         check_plain("penalty", self.penalty)
+        check_one_input("ActivityPenalty", self.penalty)
         check_plain("weight", (self.weight * self.penalty).scale)
         super().__post_init__()
 
@@ -124,7 +155,7 @@ def collect_penalties(variables: Mapping[str, Any]) -> tuple[Float[Array, ""], d
         (3.0, {'batch_stats': {}})
     """
     recorded = jax.tree.leaves(variables.get(PENALTIES, {}))
-    total = sum((jnp.sum(leaf) for leaf in recorded), start=jnp.zeros(()))
+    total = sum((jnp.sum(leaf) for leaf in recorded), start=jnp.zeros((), jnp.float32))
     return total, {name: tree for name, tree in variables.items() if name != PENALTIES}
 
 

@@ -78,7 +78,7 @@ class SparsityGate(nnx.Module):
         self.predictor = ImportancePredictor(features, rngs=rngs)
         self.penalty = as_data(weight * SparsityTarget(target, kind, from_mask=True))
         self.temperature = temperature
-        self.recorded = Penalty(jnp.zeros(()))
+        self.recorded = Penalty(jnp.zeros((), jnp.float32))
         self.rngs = rngs.gate.fork()
         self.deterministic = False
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 
 from penalties_jax._pytree import resolve
 from penalties_jax.objective import Metrics, Objective, Outputs, check_scalar
-from penalties_jax.terms.base import Numeric
+from penalties_jax.terms.base import Numeric, check_one_input
 from penalties_jax.terms.base import Penalty as PenaltyConfig
 
 Tree = TypeVar("Tree")
@@ -88,6 +88,9 @@ class ActivityPenalty(nnx.Module):
         penalty: The $f$: a config, without schedules unless each call is given the `step`.
         weight: The $w$: a number, an array or a schedule.
 
+    Raises:
+        TypeError: If the penalty compares two inputs.
+
     Examples:
         >>> penalised = pj.nnx.ActivityPenalty(pj.L1(), weight=0.5)
         >>> penalised(jnp.array([1.0, -3.0])).tolist()
@@ -97,8 +100,9 @@ class ActivityPenalty(nnx.Module):
     """
 
     def __init__(self, penalty: PenaltyConfig, weight: Numeric = 1.0):
+        check_one_input("ActivityPenalty", penalty)
         self.penalty = as_data(weight * penalty)
-        self.recorded = Penalty(jnp.zeros(()))
+        self.recorded = Penalty(jnp.zeros((), jnp.float32))
         self.deterministic = False
 
     def __call__(
@@ -133,7 +137,7 @@ def collect_penalties(model: nnx.Module) -> Float[Array, ""]:
         >>> float(pj.nnx.collect_penalties(model)), float(pj.nnx.collect_penalties(model))
         (4.0, 0.0)
     """
-    total = jnp.zeros(())
+    total = jnp.zeros((), jnp.float32)
     for _, variable in nnx.iter_graph(model):
         if isinstance(variable, Penalty):
             total = total + jnp.sum(variable[...])

@@ -14,6 +14,7 @@ from penalties_jax.functional.checks import (
     POSITIVE,
 )
 from penalties_jax.functional.gates import logistic_gate, top_k_gate
+from penalties_jax.functional.reduction import promote
 from penalties_jax.functional.sparsity import Kind, balanced_loss, sparsity_rate
 from penalties_jax.functional.tridiagonal import resolvent_diagonal
 from penalties_jax.nnx.gates import ImportancePredictor
@@ -99,8 +100,10 @@ class MixtureOfExperts(nnx.Module):
         initializer = nnx.initializers.lecun_normal(batch_axis=(0,))
         self.top_k = top_k
         self.router = nnx.Linear(features, experts, use_bias=False, rngs=rngs)
-        self.up = nnx.Param(initializer(rngs.params(), (experts, features, 4 * features)))
-        self.down = nnx.Param(initializer(rngs.params(), (experts, 4 * features, features)))
+        shape = (experts, features, 4 * features)
+        self.up = nnx.Param(initializer(rngs.params(), shape, jnp.float32))
+        shape = (experts, 4 * features, features)
+        self.down = nnx.Param(initializer(rngs.params(), shape, jnp.float32))
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*positions d"]) -> Float[Array, "*positions d"]:
@@ -182,7 +185,7 @@ class SparseMoEResNetBKLayer(nnx.Module):
         self.potential = nnx.Linear(d_model, 1, rngs=rngs)
         self.core = SparseBKCore(n_seq, causal=causal, rngs=rngs)
         self.out = nnx.Linear(2, d_model, rngs=rngs)
-        self.scale = nnx.Param(jnp.ones(()))
+        self.scale = nnx.Param(jnp.ones((), jnp.float32))
         # With a dtype: a weakly typed NaN would be traced again once a rate takes its place.
         self.rate = Measurement(jnp.full((), jnp.nan, jnp.float32))
         self.computed = Measurement(jnp.full((), jnp.nan, jnp.float32))
@@ -214,7 +217,7 @@ class SparseMoEResNetBKLayer(nnx.Module):
         features = self.core(self.potential(feed_forward)[..., 0], mask)
         included = mask if where is None else jnp.where(where, mask, 0)
         self.rate[...] = sparsity_rate(mask, where=where)
-        self.computed[...] = jnp.sum(lax.stop_gradient(included))
+        self.computed[...] = jnp.sum(lax.stop_gradient(included)) / max(x.shape[0], 1)
         return feed_forward + self.scale[...] * self.out(features)
 
     def gate(
@@ -251,13 +254,19 @@ class SparseMoEResNetBKLayer(nnx.Module):
                 self.sparsity_loss_weight if sparsity_weight is None else sparsity_weight
             ),
         )
-        sparsity = {"current_sparsity": self.rate[...], "target_sparsity": self.target.target}
+        sparsity = {"current_sparsity": self.rate[...], "target_sparsity": self._target()}
         return total, parts | sparsity
 
     def get_sparsity_stats(self) -> dict[str, Float[Array, ""]]:
-        """The rate of the last call, how many positions it computed, and the target."""
+        """The rate of the last call, how many positions it computed, and the target.
+
+        "num_computed" is a mean over the examples, from 0 to n_seq.
+        """
         return {
             "sparsity_ratio": self.rate[...],
             "num_computed": self.computed[...],
-            "target_sparsity": self.target.target,
+            "target_sparsity": self._target(),
         }
+
+    def _target(self):
+        return promote(self.target.target)[0]

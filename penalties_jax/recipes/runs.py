@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import orbax.checkpoint as ocp
 import yaml
 
+from penalties_jax import _yaml
 from penalties_jax.recipes.options import Options, UsageError, flag
 
 SETTINGS = "config.yaml"
@@ -106,7 +107,7 @@ def _start(folder: Path, settings: dict[str, Any], taken: Iterable[str]) -> None
             elif name != SETTINGS:
                 (folder / name).unlink()
         # Last, so that what is interrupted before is still a run, which can be overwritten.
-        write_file(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False))
+        write_file(folder / SETTINGS, _yaml.dump(settings))
     except OSError as error:
         raise UsageError(f"can't write to the folder {folder}: {error.strerror}") from error
 
@@ -114,7 +115,7 @@ def _start(folder: Path, settings: dict[str, Any], taken: Iterable[str]) -> None
 def _read_settings(folder: Path) -> dict[str, Any]:
     """Return the settings of the run in `folder`; none if there is no readable run."""
     try:
-        found = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
+        found = _yaml.load((folder / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}

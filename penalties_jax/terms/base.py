@@ -1,6 +1,6 @@
 """What every penalty can do: be evaluated, resolved at a step, scaled and added."""
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import jax
 import optax
@@ -8,7 +8,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
-from penalties_jax._pytree import TYPES, Pytree, config, has_schedule, number, resolve
+from penalties_jax._pytree import TYPES, Pytree, Tree, config, has_schedule, number, resolve
 from penalties_jax.functional.checks import (
     bare,
     standard_promotion,
@@ -24,6 +24,8 @@ class Penalty(Pytree):
     # NumPy's arrays and scalars leave `array * config` to the config.
     __array_ufunc__ = None
 
+    # How many inputs it takes.
+    _inputs: ClassVar[int] = 1
     # Whether it is of log-probabilities of sampled tokens, [..., T], not of classes.
     of_samples: ClassVar[bool] = False
     # The name of its metrics in a log.
@@ -33,6 +35,16 @@ class Penalty(Pytree):
     def class_axis(self) -> int | None:
         """The axis that its values and its mask don't have; None where they are of entries."""
         return None
+
+    @property
+    def of_distributions(self) -> bool:
+        """Whether it needs log-probabilities of all classes, whose probabilities sum to 1."""
+        return False
+
+    @property
+    def takes_where(self) -> bool:
+        """Whether it can leave out what a mask excludes."""
+        return True
 
     @property
     def summands(self) -> tuple["Penalty", ...]:
@@ -51,16 +63,24 @@ class Penalty(Pytree):
             A scalar over all arrays; for reduction="none" a pytree of values like the first input.
 
         Raises:
-            TypeError: If a hyperparameter still is a schedule.
-            ValueError: As the function of the same name.
+            TypeError: If a hyperparameter still is a schedule, or inputs are too few or too many.
+            ValueError: As the function of the same name; if it takes no `where` and is given one.
         """
         self._check_resolved()
+        for node in self.summands:
+            if len(inputs) != node._inputs:
+                raise TypeError(
+                    f"{type(node).__name__} takes {node._inputs} input(s), got {len(inputs)}; "
+                    "a mask is passed as where="
+                )
+            if where is not None and not node.takes_where:
+                raise ValueError(f"{node!r} takes no where: leave rows out of its inputs")
         penalty, inputs, where = bare((self, inputs, where))
         with standard_promotion():
             evaluate = type(self)._value if _has_function(self) else _evaluate
             return evaluate(penalty, inputs, where)
 
-    def at(self, step: ArrayLike) -> Self:
+    def at(self: Tree, step: ArrayLike) -> Tree:
         """The same penalty with every schedule replaced by its value at `step`."""
         return resolve(self, step)
 
@@ -112,6 +132,16 @@ class Penalty(Pytree):
 
     def __radd__(self, other: Literal[0]) -> "Penalty":
         return self if other == 0 else NotImplemented
+
+
+def check_one_input(label: str, penalty: Penalty) -> None:
+    """Raises TypeError for a penalty that compares two inputs, where there is only one."""
+    for node in penalty.summands:
+        if node._inputs != 1:
+            raise TypeError(
+                f"{label} takes a penalty of one input, and {node!r} compares {node._inputs}: "
+                "make it a term of an objective, pj.Term(..., on=(..., ...))"
+            )
 
 
 @jax.jit

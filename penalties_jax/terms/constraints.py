@@ -5,8 +5,9 @@ import jax.numpy as jnp
 
 from penalties_jax import functional
 from penalties_jax._pytree import config, option
+from penalties_jax.functional.checks import check_where
 from penalties_jax.functional.constraints import Metric, Mode, Rows
-from penalties_jax.functional.reduction import Reduction
+from penalties_jax.functional.reduction import Reduction, spread
 from penalties_jax.terms.base import Penalty
 from penalties_jax.terms.reduced import Reduced
 
@@ -35,13 +36,18 @@ class Consistency(Reduced):
     def class_axis(self) -> int | None:
         return -1 if self.metric in ("cosine", "kl") else None
 
+    @property
+    def of_distributions(self) -> bool:
+        return self.metric == "kl"
+
 
 @config
 class Orthogonality(Penalty):
     """How far rows are from orthogonal: `pj.orthogonality` as a config, summed over a pytree.
 
     Attributes:
-        mode, normalize, axis: As in `pj.orthogonality`, which takes no `where`.
+        mode, normalize, axis: As in `pj.orthogonality`. With mode "soft" an entry that `where`
+            excludes counts as 0, so that a row of such meets no other; the others take no `where`.
 
     Examples:
         >>> float(pj.Orthogonality()({"a": jnp.eye(2), "b": jnp.eye(2, 3)}))
@@ -52,10 +58,17 @@ class Orthogonality(Penalty):
     normalize: bool = option(default=True, kw_only=True)
     axis: Rows = option(default="rows", choices=Rows, kw_only=True)
 
+    @property
+    def takes_where(self) -> bool:
+        return self.mode == "soft"
+
     def _value(self, inputs, where):
-        if where is not None:
-            raise ValueError("Orthogonality takes no where: leave rows out of its input")
         (tree,) = inputs
         options = {"mode": self.mode, "normalize": self.normalize, "axis": self.axis}
-        values = [functional.orthogonality(x, **options) for x in jax.tree.leaves(tree)]
-        return sum(values, start=jnp.zeros((), jnp.float32))
+        leaves, structure = jax.tree.flatten(tree)
+        total = jnp.zeros((), jnp.float32)
+        for x, mask in zip(leaves, spread(where, structure), strict=True):
+            check_where(mask, jnp.shape(x))
+            x = x if mask is None else jnp.where(mask, x, 0)
+            total = total + functional.orthogonality(x, **options)
+        return total

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 
 from penalties_jax import functional
 from penalties_jax._pytree import abstract, config, fields, number, option
-from penalties_jax.functional.checks import FINITE, POSITIVE, UNIT, check_block_size
+from penalties_jax.functional.checks import (
+    ASCENDING,
+    FINITE,
+    POSITIVE,
+    UNIT,
+    check_block_size,
+    check_order,
+)
 from penalties_jax.functional.divergences.formulas import Direction
 from penalties_jax.functional.estimators import Estimator
 from penalties_jax.functional.reduction import AxisName, Reduction, evaluate
@@ -22,6 +29,7 @@ __all__ = [
     "KLDivergence",
     "KLEstimate",
     "SampledEntropy",
+    "Wasserstein",
 ]
 
 Inputs = Literal["logprobs", "logits"]
@@ -30,6 +38,11 @@ Inputs = Literal["logprobs", "logits"]
 def by_input(*functions: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     """The functions of a divergence by what they take, in the order of `Inputs`."""
     return dict(zip(get_args(Inputs), functions, strict=True))
+
+
+def not_of_samples(penalty: Penalty) -> ValueError:
+    """The error for a penalty that sampled tokens don't tell."""
+    return ValueError(f"{penalty!r} can't be estimated from log-probabilities of sampled tokens")
 
 
 @abstract
@@ -62,8 +75,12 @@ class Divergence(Reduced):
     def class_axis(self) -> int:
         return self.axis
 
+    @property
+    def of_distributions(self) -> bool:
+        return self.inputs == "logprobs" and self._inputs == 2
+
     def estimate(self) -> Penalty:
-        raise ValueError(f"{self!r} can't be estimated from log-probabilities of sampled tokens")
+        raise not_of_samples(self)
 
     def _pure(self):
         return self._functions[self.inputs]
@@ -72,6 +89,9 @@ class Divergence(Reduced):
 @config
 class KLDivergence(Divergence):
     """KL(P||Q), of which P, the first input, is the model: `pj.kl_divergence` as a config.
+
+    Of log-probabilities that are not normalised, such as those of the top classes only, the value
+    is that of the generalised divergence and the derivative is not its own: it isn't 0 where P = Q.
 
     Attributes:
         direction: As in `pj.kl_divergence`.
@@ -218,3 +238,37 @@ class SampledEntropy(Reduced):
     _function = staticmethod(_surprise)
     of_samples = True
     measured_as = "entropy"
+
+
+@config
+class Wasserstein(Reduced):
+    """The Wasserstein distance over ordered classes: `pj.wasserstein` as a config.
+
+    Attributes:
+        positions, order, axis, reduction, axis_name: As in `pj.wasserstein`.
+
+    Examples:
+        >>> log_p, log_q = jnp.log(jnp.array([1.0, 0.0])), jnp.log(jnp.array([0.0, 1.0]))
+        >>> float(pj.Wasserstein(positions=jnp.array([0.0, 3.0]), order=2)(log_p, log_q))
+        9.0
+    """
+
+    positions: Numeric | None = number(default=None, valid=ASCENDING, kw_only=True)
+    order: float = option(default=1, kw_only=True)
+    axis: int = option(default=-1, kw_only=True)
+    reduction: Reduction = option(default="mean", choices=Reduction, kw_only=True)
+
+    _function = staticmethod(functional.wasserstein)
+    _inputs = 2
+    measured_as = "wasserstein"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_order(self.order, "Wasserstein.order")
+
+    @property
+    def class_axis(self) -> int:
+        return self.axis
+
+    def estimate(self) -> Penalty:
+        raise not_of_samples(self)

@@ -34,7 +34,6 @@ class ImportanceMinimality(Penalty):
     axis_name: AxisName | None = option(default=None, kw_only=True)
 
     def __post_init__(self):
-        super().__post_init__()
         if not isinstance(self.penalty, Penalty):
             if not callable(self.penalty):
                 raise TypeError(
@@ -43,6 +42,7 @@ class ImportanceMinimality(Penalty):
                 )
             # A function is structure, as an option is.
             object.__setattr__(self, "penalty", Partial(self.penalty))
+        super().__post_init__()
 
     @property
     def class_axis(self) -> int:
@@ -66,9 +66,5 @@ class ImportanceMinimality(Penalty):
         raise TypeError("ImportanceMinimality is no per-value penalty: pass its .penalty")
 
     def _value(self, inputs, where):
-        if len(inputs) != 1:
-            raise TypeError(
-                f"ImportanceMinimality takes 1 input, got {len(inputs)}; a mask is where="
-            )
         (importances,) = inputs
         return self.parts(importances, where=where).total

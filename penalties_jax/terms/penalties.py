@@ -12,6 +12,7 @@ from penalties_jax import functional
 from penalties_jax._pytree import config, number, option
 from penalties_jax.functional.checks import (
     ABOVE_ONE,
+    ABOVE_TWO,
     NONNEGATIVE,
     POSITIVE,
     UNIT,
@@ -21,7 +22,19 @@ from penalties_jax.functional.reduction import count
 from penalties_jax.terms.base import Numeric, Penalty
 from penalties_jax.terms.reduced import Separable, Weighted
 
-__all__ = ["L1", "L2", "MCP", "ElasticNet", "GroupLasso", "Huber", "LogSum", "Lp", "SmoothL0"]
+__all__ = [
+    "L1",
+    "L2",
+    "MCP",
+    "SCAD",
+    "ElasticNet",
+    "GroupLasso",
+    "Huber",
+    "LogSum",
+    "Lp",
+    "SmoothL0",
+    "SpectralNorm",
+]
 
 
 @config
@@ -194,6 +207,26 @@ class MCP(Separable):
 
 
 @config
+class SCAD(Separable):
+    """The smoothly clipped absolute deviation: `pj.scad` as a config.
+
+    Attributes:
+        a, lam: As in `pj.scad`.
+        weights, reduction, axis_name: As in `pj.L1`.
+
+    Examples:
+        >>> float(pj.SCAD(a=3.0)(jnp.array([1.0, -5.0])))
+        3.0
+    """
+
+    a: Numeric = number(default=3.7, valid=ABOVE_TWO)
+    lam: Numeric = number(default=1.0, valid=NONNEGATIVE)
+
+    _function = staticmethod(functional.scad)
+    _prox = staticmethod(functional.prox_scad)
+
+
+@config
 class GroupLasso(Weighted):
     """The group lasso: `pj.group_lasso` as a config, of each array of a pytree by itself.
 
@@ -215,3 +248,24 @@ class GroupLasso(Weighted):
         in_group = partial(jnp.any, axis=self.axis)
         included = None if where is None else in_group(jnp.broadcast_to(where, jnp.shape(x)))
         return count(jax.eval_shape(in_group, x).shape, included)
+
+
+@config
+class SpectralNorm(Weighted):
+    """The spectral norm: `pj.spectral_norm` as a config, of each array of a pytree by itself.
+
+    A kernel of a convolution, [height, width, in, out], is a matrix [in, out] for each offset.
+
+    Attributes:
+        weights, reduction, axis_name: As in `pj.spectral_norm`; weights as in `pj.L1` too.
+
+    Examples:
+        >>> params = {"kernel": jnp.array([[3.0, 0.0], [0.0, 4.0]]), "bias": None}
+        >>> float(pj.SpectralNorm()(params))
+        4.0
+    """
+
+    _function = staticmethod(functional.spectral_norm)
+
+    def _count(self, x, where):
+        return count(jnp.shape(x)[:-2], where)

@@ -34,18 +34,12 @@ class Reduced(Penalty):
     axis_name: AxisName | None = option(default=None, kw_only=True)
 
     _function: ClassVar[Callable[..., Any]]
-    _inputs: ClassVar[int] = 1
 
     def _pure(self) -> Callable[..., Any]:
         """The function."""
         return type(self)._function
 
     def _value(self, inputs, where):
-        if len(inputs) != self._inputs:
-            raise TypeError(
-                f"{type(self).__name__} takes {self._inputs} input(s), got {len(inputs)}; "
-                "a mask is passed as where="
-            )
         structure = jax.tree.structure(inputs[0], is_leaf=is_absent)
         rows = zip(*(leaves_by_name(tree, structure) for tree in inputs), strict=True)
         leaves = list(zip(self._members(structure), rows, spread(where, structure), strict=True))

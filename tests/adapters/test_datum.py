@@ -1,7 +1,9 @@
 """Batches of records: padding, references, and the metrics of each penalty."""
 
+from functools import partial
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -117,6 +119,79 @@ def test_l1_and_l2(target, rows):
         np.testing.assert_allclose(metrics[name], number, rtol=1e-5)
 
 
+@pytest.mark.parametrize("center", [1.0, "mean", None])
+@pytest.mark.parametrize("clip", [0.5, None])
+def test_l2_is_logged_of_the_values_themselves(center, clip):
+    """Not of what is left of them by a center or a clip, which the loss has."""
+    logprobs, x = sampled(0), flat(sampled(0))
+    penalty = pj.L2(center=center, clip=clip, weights=0.5)
+    value, metrics = datum.measure(penalty, batch(a=logprobs), logprobs)
+    moved = x - {"mean": x.mean(), None: 0.0}.get(center, center)
+    moved = moved if clip is None else np.clip(moved, -clip, clip)
+    np.testing.assert_allclose(value, 0.5 * (moved**2).sum(), rtol=1e-5)
+    expected = {"l2_raw": (x**2).sum(), "l2_mean": (x**2).mean(), "l2_max": (x**2).max()}
+    for name, number in expected.items():
+        np.testing.assert_allclose(metrics[name], 0.5 * number, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [sampled, of_classes])
+@pytest.mark.parametrize(
+    "penalty", [pj.L1(), pj.L2(center=1.0), pj.KLDivergence(), pj.Entropy(maximize=True)]
+)
+def test_a_multiple_has_the_metrics_of_what_is_multiplied(penalty, rows):
+    measure = partial(
+        datum.measure, records=batch(r=rows(1)), logprobs=rows(0), reference_field="r"
+    )
+    value, metrics = measure(penalty)
+    for multiple in (0.1 * penalty, 0.5 * (0.2 * penalty), 0.04 * penalty + 0.06 * penalty):
+        other, same = measure(multiple)
+        np.testing.assert_allclose(other, 0.1 * value, rtol=1e-5)
+        assert same == metrics
+
+
+@pytest.mark.parametrize(
+    "penalty", [pj.L1() + pj.L2(), pj.L1() + pj.L1(weights=2.0), 2 * pj.Huber()]
+)
+def test_what_has_no_metrics_of_its_own(penalty):
+    with pytest.raises(TypeError, match=r"expected L1, .*measure each by itself"):
+        datum.measure(penalty, RECORDS, LOGPROBS)
+
+
+def top(rows, classes=2):
+    return [x[:, :classes] for x in rows]
+
+
+@pytest.mark.parametrize(
+    "penalty", [pj.KLDivergence(), 0.1 * pj.JSDivergence(), pj.Consistency("kl")]
+)
+def test_divergences_need_all_classes(penalty):
+    """Of the top ones only it is none, and has a gradient where the two are equal."""
+    padded = datum.collate(batch(h=top(of_classes(0))), top(of_classes(0)), rows=4)
+    padded["reference"] = np.log(np.full((4, 6, 2), 0.5))
+    on = padded["mask"] & (padded["mask"].cumsum(1) > 2)
+    with pytest.raises(
+        ValueError, match=r"record 0: .*'logprobs' at position 2 sum to .* 2 classes"
+    ):
+        datum.check_distributions(penalty, padded, ["reference", "logprobs"], lambda: on)
+    datum.check_distributions(penalty, padded, ["reference"], lambda: padded["mask"])
+    datum.check_distributions(penalty, padded, ["logprobs"], lambda: np.zeros_like(on))
+    for other in (pj.L1(), pj.Entropy(), pj.KLEstimate(), pj.KLDivergence(inputs="logits")):
+        datum.check_distributions(other, padded, ["logprobs"], lambda: on)
+
+
+def test_top_classes_are_measured_by_nothing_that_needs_all():
+    p, q = top(of_classes(0)), top(of_classes(1))
+    measure = partial(datum.measure, pj.KLDivergence(), batch(h=p))
+    with pytest.raises(ValueError, match="a divergence needs all classes: renormalise"):
+        measure(p, reference_logprobs=q)
+    normalised = [[np.asarray(jax.nn.log_softmax(x)) for x in rows] for rows in (p, q)]
+    value, _ = measure(normalised[0], reference_logprobs=normalised[1])
+    a, b = (np.concatenate(x) for x in normalised)
+    assert float(value) == pytest.approx((np.exp(a) * (a - b)).sum(-1).mean(), rel=1e-5)
+    rounded = [np.log(np.exp(x).astype(np.float16)) for x in normalised[0]]
+    assert np.isfinite(measure(rounded, reference_logprobs=normalised[1])[0])
+
+
 def test_entropy():
     logprobs = of_classes(0)
     each = np.concatenate([-(np.exp(x) * x).sum(-1) for x in logprobs])
@@ -209,6 +284,13 @@ RECORDS = batch(old=LOGPROBS)
         (lambda: datum.measure(pj.KLDivergence(), RECORDS, LOGPROBS), ValueError, "reference"),
         (lambda: datum.measure(pj.Huber(), RECORDS, LOGPROBS), TypeError, "expected L1"),
         (
+            lambda: datum.measure(
+                pj.L1(), batch(w=[[1.0], [1.0, 2.0]]), [[0.0], [0.0] * 3], target=("field", "w")
+            ),
+            KeyError,
+            r"here \[\]; field 'w' of record 1 has 2 entries for 3 positions",
+        ),
+        (
             lambda: datum.measure(pj.L1(), RECORDS, LOGPROBS, target=("field", "new")),
             KeyError,
             r"\('field', 'new'\).*\['old'\]",
@@ -270,6 +352,97 @@ def test_penalties_of_positions_and_of_entries_of_classes():
     assert float(metrics["entropy"]) == pytest.approx(-3 * (np.exp(a) * a).sum(-1).mean())
     assert float(metrics["field"]) == pytest.approx((flat(heights) ** 2).sum())
     assert float(metrics["l1"]) == pytest.approx(np.abs(flat(p)).sum())
+
+
+def candidates(outputs):
+    """Distributions over the entries of a row, of which the padding is none."""
+    keys = ("logprobs", "reference")
+    kept = [jnp.where(outputs["mask"], outputs[key], -jnp.inf) for key in keys]
+    empty = ~jnp.any(outputs["mask"], axis=1, keepdims=True)
+    return tuple(jax.nn.log_softmax(jnp.where(empty, 0, x)) for x in kept)
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_a_term_on_a_function_is_what_it_says(sampled):
+    """Records [K] of candidates are one distribution each, whatever the rank seems to say."""
+    p, q = (np.array(of_classes(seed)[0][:3]) for seed in (0, 1))
+    own = pj.Term(pj.KLDivergence(), on=candidates)
+    batch_of = partial(datum.collate, batch(h=p), p, reference_logprobs=q)
+    expected = (np.exp(p) * (p - q)).sum(-1).mean()
+    for padded in (batch_of(), batch_of(rows=4, length=16)):
+        adapted = datum.objective_for(pj.Objective(terms={"kl": own}), sampled=sampled)
+        assert adapted.terms["kl"].penalty == own.penalty
+        assert float(adapted(padded)[0]) == pytest.approx(expected, rel=1e-5)
+    records = batch(h=p[:, None])
+    classes = datum.collate(records, list(p[:, None]), reference_logprobs=list(q[:, None]))
+    by_key = pj.Objective(terms={"kl": pj.Term(own.penalty, on=("logprobs", "reference"))})
+    total, _ = datum.objective_for(by_key, sampled=False)(classes)
+    assert float(total) == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_is_left_out_of_what_a_function_returns():
+    """Entries of positions, of rows, and of neither; with a mask of the term's own, and a tree."""
+    logprobs = of_classes(0)
+    padded = datum.collate(batch(on=[np.arange(n) % 2 for n in LENGTHS]), logprobs, rows=4)
+    terms = {
+        "positions": pj.Term(pj.L1(), on=lambda outputs: 0 * outputs["logprobs"][..., :2] + 1),
+        "rows": pj.Term(pj.L1(), on=lambda outputs: jnp.ones((4, 5))),
+        "neither": pj.Term(pj.L1(), on=lambda outputs: jnp.ones(7)),
+        "number": pj.Term(pj.L1(), on=lambda outputs: jnp.ones(())),
+        "own": pj.Term(pj.L1(), on=lambda outputs: jnp.ones((4, 6, 2)), where="field/on"),
+        "own of neither": pj.Term(
+            pj.L1(), on=lambda outputs: jnp.ones(7), where=lambda outputs: jnp.arange(7) < 3
+        ),
+        "tree": pj.Term(pj.L1(), on=lambda outputs: {"a": jnp.ones((4, 5)), "b": jnp.ones(7)}),
+        "position": pj.Term(
+            pj.Entropy(reduction="sum"), on=lambda outputs: jnp.log(jnp.ones((4, 6, 2)) / 2)
+        ),
+        "row": pj.Term(
+            pj.Entropy(reduction="sum"), on=lambda outputs: jnp.log(jnp.ones((4, 2)) / 2)
+        ),
+        "one": pj.Term(pj.Entropy(reduction="sum"), on=lambda outputs: jnp.log(jnp.ones(2) / 2)),
+    }
+    _, metrics = datum.objective_for(pj.Objective(terms=terms), sampled=False)(padded)
+    positions, on = sum(LENGTHS), sum(n // 2 for n in LENGTHS)
+    assert {name: float(metrics[name]) for name in terms} == pytest.approx(
+        {
+            "positions": 2 * positions, "rows": 15, "neither": 7, "number": 1, "own": 2 * on,
+            "own of neither": 3, "tree": 22, "position": positions * np.log(2),
+            "row": 3 * np.log(2), "one": np.log(2),
+        }
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [sampled, of_classes])
+@pytest.mark.parametrize("on", ["logprobs", lambda outputs: outputs["logprobs"]])
+def test_orthogonality_leaves_out_padding(make, on):
+    logprobs = make(0)
+    padded = datum.collate(batch(h=logprobs), logprobs, rows=4, length=16)
+    padded["logprobs"] = np.where(padded["logprobs"] == 0, np.nan, padded["logprobs"])
+    objective = pj.Objective(terms={"gram": pj.Term(pj.Orthogonality(normalize=False), on=on)})
+    total, _ = datum.objective_for(objective, sampled=make is sampled)(padded)
+    padded_rows = [np.pad(x, (0, 6 - len(x))) for x in logprobs if x.ndim == 1]
+    x = np.array(padded_rows) if padded_rows else np.concatenate(logprobs)
+    gram = x @ x.T
+    assert float(total) == pytest.approx((gram**2).sum() - (np.diag(gram) ** 2).sum(), rel=1e-4)
+
+
+def test_a_penalty_that_takes_no_mask():
+    """It would count padding; what a function returns is the function's own business."""
+    hard = pj.Orthogonality("hard", normalize=False)
+    objective = pj.Objective(terms={"o": pj.Term(2 * hard, on="logprobs")})
+    with pytest.raises(ValueError, match=r"term 'o': Orthogonality\(.* takes no mask"):
+        datum.objective_for(objective, sampled=True)
+    objective = pj.Objective(terms={"o": pj.Term(hard, on=lambda outputs: 2 * jnp.eye(2))})
+    padded = datum.collate(RECORDS, LOGPROBS, rows=4)
+    assert float(datum.objective_for(objective, sampled=True)(padded)[0]) == 2 * 3**2
+
+
+def test_classes_where_there_are_sampled_tokens():
+    objective = pj.Objective(terms={"kl": pj.Term(pj.KLDivergence(), on=("logprobs", "reference"))})
+    padded = datum.collate(RECORDS, LOGPROBS, reference_field="old")
+    with pytest.raises(ValueError, match=r"term 'kl': sampled=False needs .* of classes, got"):
+        datum.objective_for(objective, sampled=False)(padded)
 
 
 def test_classes_that_are_alternatives_of_samples():

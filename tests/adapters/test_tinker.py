@@ -3,6 +3,8 @@
 import math
 from functools import partial
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -214,6 +216,86 @@ def test_bad_input():
     loss = pj.adapters.tinker.as_loss(objective, reference_field="other")
     with pytest.raises(KeyError, match="record 0 has no field 'other'"):
         sent(loss, records(logprobs), logprobs)
+
+
+@pytest.mark.parametrize("sampled", [None, False])
+def test_a_term_on_a_function_keeps_its_penalty(sampled):
+    """Records [K] of candidates, padded to more of them in rows of more."""
+
+    def candidates(outputs):
+        kept = [jnp.where(outputs["mask"], outputs[key], -1e9) for key in ("logprobs", "reference")]
+        return tuple(map(jax.nn.log_softmax, kept))
+
+    logprobs, reference = (np.concatenate(rows(seed, CLASSES))[:3] for seed in (0, 1))
+    objective = pj.Objective(terms={"kl": pj.Term(pj.KLDivergence(), on=candidates)})
+    loss = pj.adapters.tinker.as_loss(
+        objective, sampled=sampled, reference_logprobs=list(reference)
+    )
+    weights, total, _ = sent(loss, records(reference), list(logprobs))
+
+    def oracle(p):
+        p = [x - np.log(np.exp(x).sum()) for x in p]
+        return np.mean([(np.exp(a) * (a - b)).sum() for a, b in zip(p, reference, strict=True)])
+
+    assert total == pytest.approx(oracle(logprobs), rel=1e-5)
+    expected = differences(oracle, list(logprobs))
+    np.testing.assert_allclose(weights, -np.array(expected), rtol=2e-4, atol=2e-6)
+
+
+def test_orthogonality_is_that_of_the_rows_there_are():
+    logprobs = rows(0, CLASSES)
+    objective = pj.Objective(
+        terms={
+            "logprobs": term(pj.Orthogonality(normalize=False)),
+            "probs": pj.Term(pj.Orthogonality(normalize=False), on="probs"),
+        }
+    )
+    loss = pj.adapters.tinker.as_loss(objective)
+    _, _, metrics = sent(loss, records(logprobs), logprobs)
+    positions = np.concatenate(logprobs)
+    for name, x in {"logprobs": positions, "probs": np.exp(positions)}.items():
+        gram = x @ x.T
+        expected = (gram**2).sum() - (np.diag(gram) ** 2).sum()
+        assert metrics[name] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("where", ["field/on", lambda outputs: outputs["field/on"] == 1])
+def test_a_divergence_needs_all_classes_where_it_is_taken(where):
+    logprobs = [x[:, :3] for x in rows(0, CLASSES)]
+    data = records(logprobs)
+    on = pj.Term(pj.KLDivergence(), on=("logprobs", "reference"), where=where)
+    loss = pj.adapters.tinker.as_loss(pj.Objective(terms={"kl": on}), reference_field="reference")
+
+    def total(first):
+        for datum in data:
+            mask = np.arange(len(datum.loss_fn_inputs["reference"].to_numpy())) >= first
+            datum.loss_fn_inputs["on"] = tinker.TensorData.from_numpy(mask.astype(np.int64))
+        return sent(loss, data, logprobs)[1]
+
+    assert total(100) == 0
+    with pytest.raises(ValueError, match=r"record 0: .*'logprobs' at position 4 sum to 0\."):
+        total(4)
+
+
+@pytest.mark.parametrize(
+    "on", ["field/weights", lambda outputs: outputs["field/weights"]], ids=["key", "function"]
+)
+@pytest.mark.parametrize(
+    ("weights", "reason"),
+    [
+        ([[1.0] * 5, [1.0] * 2, [1.0] * 17], "'weights' of record 1 has 2 entries for 3 positions"),
+        ([[1.0] * 5, [1.0] * 3, None], "record 2 has no field 'weights'"),
+    ],
+)
+def test_a_field_that_is_left_out_is_missed_with_the_reason(on, weights, reason):
+    logprobs = rows(0)
+    data = records(logprobs)
+    for datum, values in zip(data, weights, strict=True):
+        if values is not None:
+            datum.loss_fn_inputs["weights"] = tinker.TensorData.from_numpy(np.array(values))
+    loss = pj.adapters.tinker.as_loss(pj.Objective(terms={"l1": pj.Term(pj.L1(), on=on)}))
+    with pytest.raises(KeyError, match=f"field/weights.*; .*{reason}"):
+        sent(loss, data, logprobs)
 
 
 def test_fields_that_are_not_read_are_no_part_of_the_program():

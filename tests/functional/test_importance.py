@@ -567,7 +567,7 @@ def test_metrics_of_a_diverged_run_are_nan():
         ),
         (lambda c: pj.importance_minimality(c, pj.L1(), beta=c[0]), ValueError, "beta must broad"),
         (lambda c: pj.importance_metrics(c, {}, thresholds=0.1), TypeError, "must be a sequence"),
-        (lambda c: pj.ImportanceMinimality(pj.L1())(c, c), TypeError, "takes 1 input, got 2"),
+        (lambda c: pj.ImportanceMinimality(pj.L1())(c, c), TypeError, r"takes 1 input\(s\), got 2"),
         (
             lambda c: pj.ImportanceStats.empty(c).merge(pj.ImportanceStats.empty(c[:, :1])),
             ValueError,

@@ -76,10 +76,11 @@ def cross_entropy(arrays, labels, **options):
 
 def distillation(arrays, labels, **options):
     hidden_p, kernel_p, bias_p, hidden_q, kernel_q, bias_q = arrays
+    weights = {"kl_weight": 0.3, "cross_entropy_weight": 0.7}
     return F.linear_distillation(
         *(hidden_p, kernel_p, hidden_q, kernel_q, labels),
-        kl_weight=0.3, cross_entropy_weight=0.7, temperature=2.0,
-        bias_p=bias_p, bias_q=bias_q, direction="symmetric", **options,
+        bias_p=bias_p, bias_q=bias_q, temperature=2.0, direction="symmetric",
+        **(weights | options),
     ).total  # fmt: skip
 
 
@@ -172,6 +173,47 @@ def test_value_and_gradients(head, reduction, block_size, x64):
             lambda number, name=name: exact(arrays, **{name: number}), np.array(head.numbers[name])
         )
         assert_close(slope, desired, rtol=1e-7, atol=1e-9)
+
+
+@every_head
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.slow)])
+def test_second_derivatives(head, reduction, x64):
+    """Forward over reverse mode, mapped over directions, and reverse over reverse."""
+    arrays, labels, mask = data(np.float64)
+    weights = np.random.default_rng(1).normal(size=ROWS)
+
+    def ours(arrays):
+        values = head.call(arrays, labels, where=mask, reduction=reduction, block_size=7)
+        return (weights * values**2).sum() if reduction == "none" else values
+
+    def exact(arrays):
+        values = reduced(head.oracle(arrays, labels), mask, reduction)
+        return (weights * values**2).sum() if reduction == "none" else values
+
+    def along(trees, direction):
+        return sum(jnp.vdot(x, d) for x, d in zip(trees, direction, strict=True))
+
+    def moved(*directions):
+        return exact([x + 1e-4 * sum(ds) for x, *ds in zip(arrays, *directions, strict=True)])
+
+    @quick_jit
+    def everything(arrays, directions):
+        slope, first = jax.grad(ours), [d[0] for d in directions]
+        pushed = jax.vmap(lambda d: jax.jvp(slope, (arrays,), (d,))[1])(directions)
+        return pushed, jax.grad(lambda arrays: along(slope(arrays), first))(arrays)
+
+    random = np.random.default_rng(2)
+    u, v, w = ([random.normal(size=x.shape) for x in arrays] for _ in range(3))
+    pushed, pulled = everything(
+        [jnp.asarray(x) for x in arrays], [jnp.stack(pair) for pair in zip(v, w, strict=True)]
+    )
+    minus = [-x for x in u]
+    for i, direction in enumerate((v, w)):
+        back = [-x for x in direction]
+        differences = moved(u, direction) - moved(minus, direction)
+        differences += moved(minus, back) - moved(u, back)
+        assert_close(along([x[i] for x in pushed], u), differences / 4e-8, rtol=1e-5, atol=1e-6)
+    assert_close(along(pulled, u), along([x[0] for x in pushed], u), rtol=1e-9)
 
 
 @pytest.mark.slow
@@ -344,6 +386,32 @@ def test_rows_and_classes_sharded(head, reduction, check_vma):
         assert_close(slope, desired, rtol=1e-4, atol=1e-6)
 
 
+@every(HEADS, "head", slow=lambda head: head not in (HEADS["linear_kl"], HEADS[BOTH]))
+def test_exported_for_any_number_of_positions(head):
+    arrays, labels, _ = data()
+
+    @quick_jit
+    @jax.value_and_grad
+    def both(arrays, labels):
+        return head.call(arrays, labels, block_size=2)
+
+    (batch,) = jax.export.symbolic_shape("b")
+
+    def of_any_batch(x):
+        shape = (batch, *x.shape[1:]) if x.ndim > 1 and x.shape[:2] == ROWS else x.shape
+        return jax.ShapeDtypeStruct(shape, jnp.asarray(x).dtype)
+
+    program = jax.export.export(both)(*jax.tree.map(of_any_batch, (arrays, labels)))
+    again = quick_jit(program.call)
+    for size in (ROWS[0], 5):
+        fewer = [x[:size] if x.shape[:2] == ROWS else x for x in arrays]
+        given = [jnp.asarray(x) for x in fewer], jnp.asarray(labels[:size])
+        (value, slopes), (desired, expected) = again(*given), both(*given)
+        assert_close(value, desired)
+        for slope, exact in zip(slopes, expected, strict=True):
+            assert_close(slope, exact, rtol=1e-4, atol=1e-7)
+
+
 def test_memory():
     """Beside the kernel's gradient there are a few blocks, not the logits."""
     rows, width, classes = 2048, 16, 4096
@@ -364,6 +432,82 @@ def test_half_precision_multiplies_as_it_is_and_accumulates_in_float32():
     assert_close(value, oracles.kl(*logs(rounded)).mean(), rtol=1e-5)
     text = jax.jit(kl).lower(half, labels).as_text()
     assert "bf16>, tensor<" in text.split("dot_general", 1)[1].splitlines()[0]
+
+
+@every_head
+@pytest.mark.parametrize(
+    ("dtype", "reduction"),
+    [
+        (jnp.float16, "mean"),
+        *(
+            pytest.param(dtype, reduction, marks=pytest.mark.slow)
+            for dtype in (jnp.float16, jnp.bfloat16)
+            for reduction in ("mean", "sum", "none")
+            if (dtype, reduction) != (jnp.float16, "mean")
+        ),
+    ],
+)
+def test_half_precision_gradients_under_small_weights_and_loss_scales(head, dtype, reduction):
+    """As exact as the dtype: a gradient is rounded to it once, and after everything else."""
+    arrays, labels, mask = data()
+    half = [jnp.asarray(x, dtype) for x in arrays]
+    exact = [np.asarray(x).astype(np.float64) for x in half]
+    # The mean in three ways, but that each position has a weight of its own in the last.
+    count = mask.sum()
+    by_position = np.ones(ROWS)
+    if reduction == "none":
+        by_position = np.logspace(-4, 0, by_position.size).reshape(ROWS)
+    distilling = head is HEADS["linear_distillation"]
+
+    @quick_jit
+    @jax.grad
+    def ours(arrays, weight, scale):
+        small = {"kl_weight": 0.3 * weight, "cross_entropy_weight": 0.7 * weight}
+        options = {"where": mask, "reduction": reduction, "block_size": 5}
+        values = head.call(arrays, labels, **options, **(small if distilling else {}))
+        factor = (scale if distilling else scale * weight) / (1 if reduction == "mean" else count)
+        return factor * ((by_position * values).sum() if reduction == "none" else values)
+
+    def total(x, i):
+        values = head.oracle([*exact[:i], x, *exact[i + 1 :]], labels)
+        return (by_position * values)[mask].sum() / count
+
+    desired = [oracles.gradient(partial(total, i=i), exact[i]) for i in range(3)]
+    least = float(jnp.finfo(dtype).smallest_subnormal)
+    for weight, scale in ((1.0, 1.0), (1.0, 2.0**15), (1e-6, 1.0), (1e-6, 2.0**15)):
+        found = ours(half, jnp.float32(weight), jnp.float32(scale))
+        for slope, slopes in zip(found, desired, strict=False):
+            assert slope.dtype == dtype
+            error = np.linalg.norm(np.asarray(slope).astype(np.float64) - weight * scale * slopes)
+            size = weight * scale * np.linalg.norm(slopes)
+            assert error <= 1e-2 * size + least * slopes.size**0.5, (weight, scale, error / size)
+
+
+@pytest.mark.slow
+def test_a_loss_scale_of_as_many_rows_as_classes():
+    """Where each slope times 1 / N is below the least number of float16."""
+    n, width, scale = 4096, 16, 2.0**15
+    random = np.random.default_rng(0)
+    shapes = [(n, width), (width, n)] * 2
+    half = [jnp.asarray(0.3 * random.normal(size=shape), jnp.float16) for shape in shapes]
+    hidden, kernel, *other = [np.asarray(x).astype(np.float64) for x in half]
+    labels = random.integers(0, n, size=n)
+    log_p, log_q = (special.log_softmax(h @ k, axis=-1) for h, k in ((hidden, kernel), other))
+    p, ratio = np.exp(log_p), log_p - log_q
+    losses = {
+        F.linear_kl: (half, p * (ratio - (p * ratio).sum(-1, keepdims=True))),
+        F.linear_cross_entropy: ([*half[:2], labels], p - np.eye(n)[labels]),
+    }
+    for function, (inputs, slope) in losses.items():
+
+        def loss(*inputs, function=function):
+            return scale * function(*inputs)
+
+        found = jax.jit(jax.grad(loss, (0, 1)))(*inputs)
+        for ours, desired in zip(found, (slope @ kernel.T, hidden.T @ slope), strict=True):
+            desired = scale / n * desired
+            error = np.linalg.norm(np.asarray(ours).astype(np.float64) - desired)
+            assert error <= 1e-3 * np.linalg.norm(desired)
 
 
 def test_labels_outside_of_the_classes_have_no_loss():

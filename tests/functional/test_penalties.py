@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 import penalties_jax.functional as F  # noqa: N812
-from tests.catalogue import PENALTY_CASES, SEPARABLE, SHAPE, by_structure, every, first_of_each
+from tests.catalogue import PENALTY_CASES, SEPARABLE, by_structure, every, first_of_each
 from tests.oracles import as_float32, assert_close, gradient, lattice
 from tests.programs import quick_jit
 
@@ -200,7 +200,7 @@ def test_masked_hyperparameters_may_hold_anything(case):
     """As arrays, or as one number for all entries of which some hold NaN."""
     (x,), mask = case.data(6), case.mask(6)
     x, arrays = np.float32(x), arrays_of(case, case.mask_shape)
-    included = {"x": np.broadcast_to(case.where(mask), SHAPE)} | dict.fromkeys(arrays, mask)
+    included = {"x": case.of_entries(mask)} | dict.fromkeys(arrays, mask)
     clean = {"x": x} | {name: np.float32(array) for name, array in arrays.items()}
 
     @quick_jit
@@ -309,7 +309,55 @@ def test_group_lasso_masks_entries_and_counts_groups(x64):
     assert np.all(np.asarray(slope)[~mask] == 0)
 
 
+@pytest.mark.parametrize("shape", [(1000, 700), (700, 1000)], ids=str)
+def test_spectral_norm_of_large_matrices(shape):
+    x = np.random.default_rng(0).normal(size=shape)
+    u, s, v = np.linalg.svd(x, full_matrices=False)
+    value, slope = jax.value_and_grad(F.spectral_norm)(np.float32(x))
+    assert_close(value, s[0], rtol=1e-6)
+    assert_close(slope, np.outer(u[:, 0], v[0]), rtol=1e-4, atol=1e-6)
+
+
+ROTATION = np.array([[1.0, 2.0, 2.0], [2.0, 1.0, -2.0], [2.0, -2.0, 1.0]]) / 3
+REPEATED = {
+    "orthogonal": ROTATION,
+    "two": ROTATION @ np.diag([2.0, 2.0, 1.0]),
+    "with zeros": ROTATION @ np.diag([2.0, 0.0, 0.0]),
+    "identity": np.eye(3),
+    "ones": np.ones((3, 3)),
+    "wide": np.eye(2, 3),
+    "row": np.array([[3.0, 4.0]]),
+    "number": np.array([[-3.0]]),
+}
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
+@every(REPEATED, "x")
+def test_spectral_norm_has_a_subgradient_at_repeated_values(x, scale):
+    """Of x, and with singular values that add up to 1; and finite second derivatives."""
+
+    @quick_jit
+    def everything(x):
+        slopes = jax.grad(F.spectral_norm)
+        return F.spectral_norm(x), slopes(x), jax.jvp(slopes, (x,), (jnp.ones_like(x),))[1]
+
+    x = np.float32(x * scale)
+    value, slope, second = everything(x)
+    exact = np.linalg.norm(np.float64(x), 2)
+    assert_close(value, exact, rtol=1e-6)
+    assert_close((np.float64(slope) * x).sum(), exact, rtol=1e-6)
+    assert_close(np.linalg.norm(np.float64(slope), "nuc"), 1, rtol=1e-6)
+    assert np.isfinite(second).all()
+
+
+def test_spectral_norm_at_zero():
+    value, slope = jax.value_and_grad(F.spectral_norm)(jnp.zeros((2, 3, 4)))
+    assert value == 0
+    assert np.all(np.asarray(slope) == 0)
+
+
 ERRORS = {
+    "matrices": (lambda x: F.spectral_norm(x[0]), r"(?=.*two axes)(?=.*\(3,\))(?=.*mask=)"),
     "center": (lambda x: F.l2(x, center="median"), "(?=.*median)(?=.*mean)"),
     "axis": (lambda x: F.group_lasso(x, axis=2), r"(?=.*axis)(?=.*2)"),
     "group weights": (

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import penalties_jax.functional as F  # noqa: N812
+from tests.calls import CALLS
 from tests.catalogue import CASES, PROXIMAL, every, first_of_each, numbers_of, only
 
-NUMBERS = (-1, -0.5, 0, 0.0, 1.5, np.float32(-2), math.nan)
+NUMBERS = (-1, -0.5, 0, 0.0, 1.5, math.nan, np.float32(-2), np.int8(-1), np.float32([-2]))
 
 
 def ranges_of(case, function):
@@ -28,11 +29,11 @@ def ranges_of(case, function):
 def assert_checked(call, name, valid):
     """Raises for plain numbers that are out of range, and reads no array."""
     for number in NUMBERS:
-        if not valid.contains(number):
+        if not np.all(valid.contains(number)):
             message = re.escape(f"{name} must be {valid.description}, got {number!r}")
             with pytest.raises(ValueError, match=message):
                 call(**{name: number})
-            call(**{name: jnp.float32(number)})
+            call(**{name: jnp.asarray(number, jnp.float32)})
 
 
 @every(first_of_each(lambda case: case.function, only(lambda case: case.entry.config, CASES)))
@@ -41,6 +42,15 @@ def test_functions_and_configs_have_the_same_ranges(case):
     for name, valid in ranges_of(case, case.function).items():
         assert_checked(partial(case.raw, *inputs), name, valid)
         assert_checked(case.config, name, valid)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_every_number_of_every_function_is_checked(call):
+    """What no range takes."""
+    for name in call.numbers:
+        for number in (math.nan, np.float32(math.nan)):
+            with pytest.raises(ValueError, match=f"{name} must be .*got .*nan"):
+                call(**{name: number})
 
 
 @every(first_of_each(lambda case: case.function, PROXIMAL))

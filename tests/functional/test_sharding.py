@@ -284,10 +284,10 @@ def test_any_split_of_the_batch_gives_the_same_number(case):
 def test_sharded_arrays_are_never_gathered(case, kind):
     """Value and gradient of arrays sharded along two axes, masked, in one compiled program.
 
-    Groups and classes lie along the axis that is not sharded.
+    Groups and classes lie along the axis that is not sharded, and matrices along two of them.
     """
     grid = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
-    spec = P("data", "model") if len(case.mask_shape) == 2 else P("data", None, "model")
+    spec = {1: P("data"), 2: P("data", "model"), 3: P("data", None, "model")}[len(case.mask_shape)]
     inputs = tuple(lattice(i, 8, 4, 6).astype(np.float32) for i in range(case.inputs))
     mask = np.random.default_rng(7).random((8, 4, 6)[: len(case.mask_shape)]) < 0.7
 
@@ -306,3 +306,18 @@ def test_sharded_arrays_are_never_gathered(case, kind):
         value, case.reduced_entries(*exact_inputs, reduction="mean", where=mask), atol=1e-6
     )
     assert all(s.sharding.is_equivalent_to(placed[0][0].sharding, 3) for s in slopes)
+
+
+@pytest.mark.parametrize("spec", [P("data"), P(None, "model"), P("data", "model")], ids=str)
+@pytest.mark.parametrize("function", [F.orthogonality, F.spectral_norm])
+def test_matrices_sharded_along_explicit_axes(function, spec):
+    """Whose products with themselves can't be sharded along both axes."""
+    grid = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    x = np.float32(lattice(1, 8, 6))
+    call = quick_jit(jax.value_and_grad(function))
+    placed = jax.device_put(x, NamedSharding(grid, spec))
+    value, slope = call(placed)
+    desired, desired_slope = call(x)
+    assert_close(value, desired, rtol=1e-5)
+    assert_close(slope, desired_slope, rtol=1e-4, atol=1e-5)
+    assert slope.sharding.is_equivalent_to(placed.sharding, 2)

@@ -1,5 +1,6 @@
 """Divergences from logits: accuracy, edges, blocks, devices and memory."""
 
+import itertools
 import math
 from functools import partial
 
@@ -350,6 +351,49 @@ def test_a_mixture_out_of_range(mixture):
         with pytest.raises(ValueError, match=r"mixture must be in \[0, 1\]"):
             function(x, x, mixture=mixture)
     assert np.isnan(F.js_divergence(x, x, mixture=jnp.asarray(math.nan)))
+
+
+@every(FUNCTIONS, slow=streamed_again)
+def test_hessians(case, x64):
+    """Forward over reverse mode, and reverse over reverse, also where classes are masked out."""
+    logits = [jnp.asarray(x, jnp.float64) for x in rows(5, 1.0, count=3)][: case.inputs]
+    arguments = tuple(range(case.inputs))
+
+    @quick_jit
+    def both(*logits):
+        slope = jax.grad(partial(case.raw, block_size=2), arguments)
+        return tuple(jacobian(slope, arguments)(*logits) for jacobian in (jax.jacfwd, jax.jacrev))
+
+    def exact(i, row, *logits):
+        return list(case.gradients(*logits))[i][row, 0] / 3
+
+    for found in both(*logits):
+        for i, row in itertools.product(arguments, range(3)):
+            for j in arguments:
+                others = [np.asarray(x) for x in logits]
+                finite = np.isfinite(others[j])
+
+                def slope_of(x, i=i, row=row, j=j, others=others, finite=finite):
+                    moved = [*others]
+                    moved[j] = np.where(finite, x, -INF)
+                    return exact(i, row, *moved)
+
+                desired = gradient(slope_of, np.where(finite, others[j], 0))
+                assert_close(found[i][j][row, 0], desired, rtol=1e-8, atol=1e-10)
+
+
+@every(FUNCTIONS, slow=streamed_again)
+def test_exported_for_any_number_of_positions(case):
+    """One program for two shapes, whose axes of unknown size are not cut into blocks."""
+    both = quick_jit(jax.value_and_grad(partial(case.raw, block_size=2)))
+    shape = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b, c"), 3, 5), jnp.float32)
+    program = jax.export.export(both)(*[shape] * case.inputs)
+    again = quick_jit(program.call)
+    for sizes in ((2, 4), (1, 3)):
+        logits = [jnp.asarray(x) for x in case.data(shape=(*sizes, 3, 5))]
+        (value, slope), (desired, slopes) = again(*logits), both(*logits)
+        assert_close(value, desired)
+        assert_close(slope, slopes, atol=1e-7)
 
 
 def test_forward_mode_is_refused():

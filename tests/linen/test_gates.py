@@ -9,6 +9,7 @@ from flax import nnx
 
 import penalties_jax as pj
 from tests.oracles import assert_close, lattice
+from tests.programs import doubles
 
 X = jnp.asarray(lattice(0, 4, 8, 6), jnp.float32)
 GATE = pj.linen.SparsityGate(target=0.75, weight=0.5)
@@ -82,6 +83,16 @@ def test_gradient_reaches_the_predictor():
     leaves = jax.tree.leaves(gradient)
     assert len(leaves) == 4
     assert all(jnp.any(leaf != 0) for leaf in leaves)
+
+
+def test_python_numbers_never_widen(x64):
+    gate = pj.linen.SparsityGate(target=0.25, temperature=0.5)
+    x = jnp.ones((2, 5, 8), jnp.float32)
+    variables = gate.init(jax.random.key(0), x, deterministic=True)
+    rngs = {"gate": jax.random.key(1)}
+    mask, state = gate.apply(variables, x, rngs=rngs, mutable=["penalties"])
+    assert state["penalties"]
+    assert doubles((variables, mask, state)) == []
 
 
 def test_the_same_numbers_as_nnx():

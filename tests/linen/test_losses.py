@@ -1,5 +1,8 @@
 """Linen objectives and penalties, and that they are those of NNX."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,7 @@ from flax import linen as nn
 
 import penalties_jax as pj
 from tests.oracles import assert_close, lattice
-from tests.programs import jit_once
+from tests.programs import doubles, jit_once
 
 X = jnp.asarray(lattice(0, 2, 3), jnp.float32)
 
@@ -105,6 +108,59 @@ def test_each_penalty_counts_once_a_call(case):
         jax.tree.map(lambda a, b: assert_close(a, b, rtol=1e-4, atol=1e-6), got, gradient)
 
 
+def lifted(transform, **axes):
+    """A model with a block under a transform, whose variables have these axes."""
+    axes = {"params": 0, **axes}
+    options = {"variable_axes": axes, "split_rngs": {"params": True}}
+
+    class Lifted(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            if transform is nn.vmap:
+                return nn.vmap(Block, **options)()(x)
+            scan = nn.scan(lambda block, x, _: (block(x), None), length=3, **options)
+            return scan(Block(), x, None)[0]
+
+    return Lifted()
+
+
+@pytest.mark.parametrize("transform", [nn.scan, nn.vmap])
+def test_a_transform_that_drops_what_is_recorded(transform):
+    model = lifted(transform)
+    variables = model.init(jax.random.key(0), X)
+    assert variables.keys() == {"params"}
+    for options in ({"mutable": ["penalties"]}, {"mutable": True}):
+        with pytest.raises(ValueError, match=r"Block_0/ActivityPenalty_0 is under .* an axis"):
+            model.apply(variables, X, **options)
+    y = model.apply(variables, X)
+    with_axis = lifted(transform, penalties=0)
+    same, state = with_axis.apply(variables, X, mutable=["penalties"])
+    assert_close(y, same)
+    assert float(pj.linen.collect_penalties(state)[0]) > 0
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        lifted(nn.scan),
+        lifted(nn.vmap, penalties=0),
+        nn.vmap(Model, variable_axes={"params": 0}, split_rngs={"params": True})("scan"),
+    ],
+)
+def test_a_model_that_is_applied_inside_another_records_nothing(teacher):
+    """Such as a teacher, whose own call asked for no penalties."""
+    variables = teacher.init(jax.random.key(0), X)
+
+    class Student(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Block()(x) - teacher.apply(variables, x)
+
+    student = Student()
+    _, state = student.apply(student.init(jax.random.key(1), X), X, mutable=["penalties"])
+    assert len(jax.tree.leaves(state)) == 1
+
+
 def test_what_is_not_collected_adds_up():
     model = Model("twice")
     variables = model.init(jax.random.key(0), X)
@@ -125,6 +181,19 @@ def test_nothing_is_recorded_unless_asked():
     _, recorded = model.apply(variables, X, mutable=["penalties"])
     _, state = model.apply(variables | recorded, X, mutable=["batch_stats"])
     assert "penalties" not in state
+
+
+def test_python_numbers_never_widen(x64):
+    penalised = pj.linen.ActivityPenalty(0.5 * pj.SmoothL0(gamma=1.0), weight=0.5)
+    x = jnp.ones(4, jnp.float32)
+
+    def apply(state, _):
+        return penalised.apply(state, x, mutable=["penalties"])[1], None
+
+    state, _ = jax.lax.scan(apply, apply({}, None)[0], length=2)
+    total, _ = pj.linen.collect_penalties(state)
+    assert float(total) == 3 * 0.5
+    assert doubles((state, total, pj.linen.collect_penalties({})[0])) == []
 
 
 def test_other_collections_are_kept():
@@ -192,6 +261,12 @@ def test_loss_counts_its_steps_as_nnx_does():
             name: float(x) for name, x in other.items()
         }
     assert int(state["schedule"]["step"]) == 6
+
+
+def test_outputs_with_named_fields():
+    outputs = SimpleNamespace(x=jnp.ones(4))
+    for loss in (pj.nnx.Loss(annealed()), partial(pj.linen.Loss(annealed()).apply, {})):
+        assert float(loss(outputs, step=4)[0]) == 4
 
 
 def test_loss_that_only_looks():

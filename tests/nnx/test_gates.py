@@ -8,6 +8,7 @@ from flax import nnx
 
 import penalties_jax as pj
 from tests.oracles import assert_close, lattice
+from tests.programs import carried, doubles
 
 X = jnp.asarray(lattice(0, 4, 8, 6), jnp.float32)
 SETTINGS = {"target": 0.75, "weight": 0.5}
@@ -115,6 +116,24 @@ def test_control_of_a_gate_of_any_weight(weight):
     assert_close(pj.nnx.collect_penalties(gate), expected(mask, 0.25, 2.0))
     mask = gate(X)
     assert_close(pj.nnx.collect_penalties(gate), expected(mask, 0.5, weight))
+
+
+@pytest.mark.parametrize(
+    "controller",
+    [pj.DualAscent(target=pj.anneal(0.1, 0.5, start=0, end=4)), pj.AdaptiveSparsityScheduler()],
+)
+def test_python_numbers_never_widen(controller, x64):
+    gate = pj.nnx.SparsityGate(8, target=0.5, rngs=nnx.Rngs(0))
+    x = jnp.ones((2, 5, 8), jnp.float32)
+    state, _ = jax.lax.scan(
+        lambda state, _: (controller.update(state, rate=0.2, value=2.0), controller(state)),
+        controller.init(),
+        length=3,
+    )
+    control = controller(state)
+    gate = carried(gate, lambda gate: (gate(x), gate(x, control=control, temperature=0.5)))
+    assert doubles((state, control, gate(x), nnx.state(gate, pj.nnx.Penalty))) == []
+    assert float(pj.nnx.collect_penalties(gate)) > 0
 
 
 def test_where_leaves_padding_out():

@@ -9,6 +9,7 @@ from flax import nnx
 
 import penalties_jax as pj
 from tests.oracles import assert_close, lattice
+from tests.programs import carried, doubles
 
 X = jnp.asarray(lattice(0, 2, 3), jnp.float32)
 
@@ -185,6 +186,20 @@ def test_no_tracer_leaks():
     with jax.checking_leaks():
         nnx.jit(nnx.value_and_grad(total(nnx.remat(call))))(model, X)
     assert recorded(model) == 0
+
+
+def test_python_numbers_never_widen(x64):
+    weight = pj.anneal(0.0, 1.0, start=0, end=4)
+    penalised = pj.nnx.ActivityPenalty(0.5 * pj.SmoothL0(gamma=1.0), weight=weight)
+    x = jnp.ones(4, jnp.float32)
+    penalised = carried(penalised, lambda penalised: penalised(x, step=2))
+    recorded = nnx.state(penalised, pj.nnx.Penalty)
+    total = pj.nnx.collect_penalties(penalised)
+    assert float(total) == 2 * 0.5 * 0.5 * 2
+    assert doubles((recorded, total, nnx.state(penalised, pj.nnx.Penalty))) == []
+    linear = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    loss = pj.nnx.Loss(pj.Objective(terms={"l1": pj.Term(pj.L1(), on="x", weight=weight)}))
+    assert doubles((pj.nnx.param_penalty(linear, 0.1 * pj.L1()), loss({"x": x}))) == []
 
 
 @pytest.mark.parametrize("transform", [lambda f: f, nnx.jit], ids=["plain", "jit"])

@@ -10,6 +10,7 @@ from scipy import special
 
 import penalties_jax as pj
 from tests.oracles import assert_close, lattice
+from tests.programs import carried, doubles
 
 N, D = 6, 4
 X = jnp.asarray(lattice(0, 2, N, D), jnp.float32)
@@ -242,9 +243,29 @@ def test_stats_are_those_of_the_mask():
     for included, options in ((mask, None), (mask[:, :4], where)):
         for stats in (inside(layer, X, options), layer.get_sparsity_stats()):
             assert stats.keys() == {"sparsity_ratio", "num_computed", "target_sparsity"}
-            assert float(stats["num_computed"]) == included.sum()
+            assert float(stats["num_computed"]) == included.sum() / len(mask)
             assert_close(stats["sparsity_ratio"], 1 - included.mean())
             assert float(stats["target_sparsity"]) == 0.5
+
+
+def test_computed_positions_are_those_of_an_example():
+    layer = make()
+    layer(X, mask=jnp.ones(X.shape[:2]))
+    assert float(layer.get_sparsity_stats()["num_computed"]) == N
+    layer(X, mask=jnp.zeros(X.shape[:2]).at[0, :3].set(1))
+    assert float(layer.get_sparsity_stats()["num_computed"]) == 3 / len(X)
+    layer(X[:0])
+    assert float(layer.get_sparsity_stats()["num_computed"]) == 0
+
+
+def test_python_numbers_never_widen(x64):
+    layer = make()
+    parameters = nnx.state(layer, nnx.Param)
+    layer = carried(layer, lambda layer: layer(X))
+    balanced = [layer.get_balanced_loss(jnp.float32(1), *weights) for weights in ((), (0.5, 2.0))]
+    losses = (layer.get_sparsity_loss(), layer.get_sparsity_loss(0.25))
+    outputs = (layer(X), layer(X, temperature=0.5))
+    assert doubles((parameters, balanced, losses, outputs, layer.get_sparsity_stats())) == []
 
 
 @pytest.mark.slow

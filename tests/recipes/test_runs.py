@@ -110,6 +110,13 @@ def test_overwriting_removes_what_a_run_wrote_and_nothing_else(folder, seed):
     assert run == runs.open_run(Job(out=folder, seed=seed, resume=True), IMAGES, text="a text")
 
 
+def test_settings_that_were_edited_by_hand(folder):
+    """YAML 1.1 would read a string, which no option equals."""
+    settings = (folder / "config.yaml").read_text().replace("- 1.0", "- 1e0")
+    (folder / "config.yaml").write_text(settings)
+    assert runs.open_run(Job(out=folder, resume=True), IMAGES, text="a text").settings["seed"] == 0
+
+
 def test_overwriting_nothing_starts(tmp_path):
     runs.open_run(Job(out=tmp_path, overwrite=True), IMAGES)
     assert (tmp_path / "config.yaml").exists()

@@ -1,11 +1,13 @@
-"""Divergences from log-probabilities, from logits, and from hidden states."""
+"""Divergences from log-probabilities, from logits, and from hidden states; transport."""
 
-from penalties_jax.functional.divergences import hidden, logits, logprobs
+from penalties_jax.functional.divergences import hidden, logits, logprobs, transport
 from penalties_jax.functional.divergences.hidden import *
 from penalties_jax.functional.divergences.logits import *
 from penalties_jax.functional.divergences.logprobs import *
+from penalties_jax.functional.divergences.transport import *
 
 __all__ = []
 __all__ += hidden.__all__
 __all__ += logits.__all__
 __all__ += logprobs.__all__
+__all__ += transport.__all__

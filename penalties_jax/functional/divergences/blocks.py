@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.custom_derivatives import SymbolicZero
+from jax.export import is_symbolic_dim
 from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -37,9 +39,24 @@ def map_rows(
     def walk(rows, shared):
         return sum_rows(lambda block, fresh: (function(block, shared), ()), rows, block_size)[0]
 
-    run = custom_vmap(walk)
+    # JAX's own derivative of a custom_vmap calls its rule without end, and can't be transposed.
+    undifferentiated = custom_vmap(walk)
+    run = jax.custom_jvp(undifferentiated)
 
-    @run.def_vmap
+    @partial(run.defjvp, symbolic_zeros=True)
+    def _(primals, tangents):
+        # What does not move has no tangent, not one of 0: a logit of -inf would make that NaN.
+        moves = jax.tree.map(lambda t: not isinstance(t, SymbolicZero), tangents)
+
+        def moved(to):
+            return walk(*jax.tree.map(lambda m, x, own: own if m else x, moves, primals, to))
+
+        def moving(tree):
+            return (jax.tree.map(lambda m, x: x if m else None, moves, tree),)
+
+        return jax.jvp(moved, moving(primals), moving(tangents))
+
+    @undifferentiated.def_vmap
     def _(size, batched, rows, shared):
         if any(jax.tree.leaves(batched[1])):
             axes = jax.tree.map(lambda own: 0 if own else None, tuple(batched))
@@ -124,7 +141,7 @@ class Grid(NamedTuple):
         """Cuts each axis of positions in two; an axis of size 1 stays whole."""
         # One axis at a time: that is how shardings follow a reshape.
         for axis in reversed(range(len(self.positions))):
-            cut = (self.shards[axis], self.rows[axis]) if x.shape[axis] > 1 else (1, 1)
+            cut = (self.shards[axis], self.rows[axis]) if x.shape[axis] != 1 else (1, 1)
             x = x.reshape(*x.shape[:axis], *cut, *x.shape[axis + 1 :])
         return x
 
@@ -137,13 +154,13 @@ class Grid(NamedTuple):
     def block(self, x: Float[Array, "..."], index: Int[Array, ""] | int) -> Float[Array, "..."]:
         """The rows of a block; past the end of an axis, the last that there are."""
         if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2:
-            # XLA's CPU backend slices half precision by casting the whole array, and casts ahead of
-            # a loop what does not change in it: so slice integers, of what seems to change.
-            x, index = lax.optimization_barrier((x, jnp.asarray(index)))
-            bits = self.block(lax.bitcast_convert_type(x, jnp.uint16), index)
-            return lax.bitcast_convert_type(bits, x.dtype)
+            return _block_of_halves(self, x, jnp.asarray(index))
+        return self.slice(x, index)
+
+    def slice(self, x: Array, index: Int[Array, ""] | int) -> Array:
+        """As `block`."""
         for axis, (start, size) in enumerate(zip(self._starts(index), self.sizes, strict=True)):
-            if x.shape[2 * axis + 1] > 1:
+            if x.shape[2 * axis + 1] != 1:
                 x = lax.dynamic_slice_in_dim(x, start, size, 2 * axis + 1)
         return x
 
@@ -184,21 +201,40 @@ class Grid(NamedTuple):
         return [(g, rows) == (1, 1) != (shards, size) for g, rows, shards, size in cuts]
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _block_of_halves(grid, x, index):
+    # XLA's CPU backend slices half precision by casting the whole array, and casts ahead of a loop
+    # what does not change in it: so slice integers, of what seems to change.
+    x, index = lax.optimization_barrier((x, index))
+    bits = grid.slice(lax.bitcast_convert_type(x, jnp.uint16), index)
+    return lax.bitcast_convert_type(bits, x.dtype)
+
+
+@_block_of_halves.defjvp
+def _(grid, primals, tangents):
+    # Bits have no derivative.
+    return _block_of_halves(grid, *primals), grid.slice(tangents[0], primals[1])
+
+
 def _grid(arrays: Sequence[Array], block_size: int) -> Grid:
-    positions = np.broadcast_shapes(*(x.shape[:-1] for x in arrays))
+    positions = lax.broadcast_shapes(*(x.shape[:-1] for x in arrays))
     shards = tuple(_shards(arrays, axis, size) for axis, size in enumerate(positions))
     rows = tuple(n // g for n, g in zip(positions, shards, strict=True))
-    sizes: tuple[int, ...] = ()
+    sizes: tuple[Any, ...] = ()
     for n in reversed(rows):
-        sizes = (max(1, min(n, block_size)), *sizes)
-        block_size //= sizes[0]
-    counts = tuple(-(-n // size) for n, size in zip(rows, sizes, strict=True))
+        # An axis whose size is not known before the program runs is not cut.
+        cut = not is_symbolic_dim(n)
+        sizes = (max(1, min(n, block_size)) if cut else n, *sizes)
+        block_size //= sizes[0] if cut else 1
+    counts = tuple(1 if n == size else -(-n // size) for n, size in zip(rows, sizes, strict=True))
     return Grid(positions, shards, rows, sizes, counts)
 
 
 def _shards(arrays, axis, size):
     """Into how many parts an axis of positions may be cut across devices."""
-    meshes = [(x, jax.typeof(x).sharding.mesh) for x in arrays if x.shape[axis] > 1]
+    if is_symbolic_dim(size):
+        return 1
+    meshes = [(x, jax.typeof(x).sharding.mesh) for x in arrays if x.shape[axis] != 1]
     if all(mesh.empty for _, mesh in meshes):
         return math.gcd(size, jax.device_count())
     x, mesh = next((x, mesh) for x, mesh in meshes if not mesh.empty)

@@ -33,6 +33,12 @@ class Distributions(NamedTuple):
     label: Bool[Array, "*rows C"] | None = None
 
 
+def log_ratio(log_p: Float[Array, "..."], log_q: Float[Array, "..."]) -> Float[Array, "..."]:
+    """log_q - log_p, 0 where they are equal: also where both are -inf."""
+    same = log_p == log_q
+    return jnp.where(same, 0, log_q) - jnp.where(same, 0, log_p)
+
+
 class Parameter(NamedTuple):
     """A number in a formula: its name, the term of the derivative in it, and its range."""
 
@@ -89,7 +95,7 @@ def _expm1_minus_near(d):
 
 def _generalised_term(p, q, d):
     """The term p (expm1(d) - d) = q - p - p d, d = log q - log p; q at p = 0, inf at only q = 0."""
-    far = jnp.where(jnp.isneginf(d), jnp.inf, jnp.where(p == 0, q, q - p - p * d))
+    far = jnp.where(jnp.isneginf(d), jnp.inf, q - p - p * jnp.where(p == 0, 0, d))
     return jnp.where(jnp.abs(d) < 1, p * _expm1_minus_near(d), far)
 
 
@@ -116,13 +122,14 @@ def _kl_slope_q(x):
 def _kl_centred_p(x):
     """-p d: where only q is 0, the derivative through log p is 0, as if d were 1."""
     p, _ = x.probabilities
-    return jnp.where(jnp.isneginf(x.ratio), -p, jnp.where(p == 0, 0, -p * x.ratio))
+    return -p * jnp.where(jnp.isneginf(x.ratio), 1, jnp.where(p == 0, 0, x.ratio))
 
 
 def _kl_centred_q(x):
     p, q = x.probabilities
-    near = p * (x.ratio + _expm1_minus_near(x.ratio))
-    return jnp.where(jnp.abs(x.ratio) < 1, near, q - p)
+    is_near = jnp.abs(x.ratio) < 1
+    near = p * (jnp.where(is_near, x.ratio, 0) + _expm1_minus_near(x.ratio))
+    return jnp.where(is_near, near, q - p)
 
 
 def _swapped(function):
@@ -234,8 +241,9 @@ def _moved_b(log_p, d, b):
 def _moved(log_p, d, b):
     """What p^a q^b is above p, over b; it tends to p d."""
     p, t, divisor = jnp.exp(log_p), b * d, jnp.where(b == 0, 1, b)
-    near = p * jnp.where(b == 0, d, jnp.expm1(t) / divisor)
-    return jnp.where(jnp.abs(t) < 1, near, (jnp.exp(log_p + t) - p) / divisor)
+    small = jnp.abs(t) < 1
+    near = p * jnp.where(b == 0, d, jnp.expm1(jnp.where(small, t, 0)) / divisor)
+    return jnp.where(small, near, (jnp.exp(log_p + t) - p) / divisor)
 
 
 def _alpha(x, a):

@@ -23,6 +23,7 @@ from penalties_jax.functional.checks import (
     check_classes,
     check_labels,
     check_where,
+    standard_promotion,
 )
 from penalties_jax.functional.divergences.blocks import map_rows, sum_rows
 from penalties_jax.functional.divergences.formulas import Formula
@@ -144,6 +145,7 @@ def _evaluate(
 ):
     positions = heads[0].hidden.shape[:-1]
     check_where(where, positions)
+    heads = jax.tree.map(_as_factor, heads)
     dtype = wide(*(head.hidden for head in heads))
     numbers = tuple(
         by_position(formula, own, positions, dtype)
@@ -153,7 +155,7 @@ def _evaluate(
     (hidden, numbers), (weights, labels, included), kernels = lie_alike(
         ([head.hidden for head in heads], numbers),
         (weights, labels, included),
-        [head[1:] for head in heads],
+        [(head.kernel, head.bias) for head in heads],
         axis=-1,
     )
     heads = tuple(
@@ -164,7 +166,7 @@ def _evaluate(
         entries = included[..., None]
         heads = tuple(head._replace(hidden=jnp.where(entries, head.hidden, 0)) for head in heads)
         numbers = jax.tree.map(lambda x: x if x.size == 1 else jnp.where(entries, x, 1), numbers)
-    walk = Walk(block_size or rows_in_product(heads[0].kernel.shape[1]), class_axis_name)
+    walk = Walk(block_size or rows_in_product(jnp.shape(heads[0].kernel)[1]), class_axis_name)
     inputs = Inputs(heads, numbers, None if labels is None else labels[..., None])
     if reduction == "none":
         values: Any = _values_by_position(formulas, walk, vary_alike(inputs))
@@ -196,11 +198,12 @@ def _values_by_position_forward(formulas, walk, inputs):
     return _values(formulas, walk, inputs), inputs
 
 
+@standard_promotion()
 def _values_by_position_backward(formulas, walk, inputs, cotangents):
     everything = jax.tree.map(lambda _: True, inputs)
     weights = jnp.stack(cotangents, -1)
-    _, (heads, parameters) = _values_and_gradients(formulas, walk, everything, inputs, weights)
-    return (Inputs(heads, parameters, None),)
+    _, gradients = _values_and_gradients(formulas, walk, everything, inputs, weights)
+    return (_like(inputs, 1, gradients),)
 
 
 _values_by_position.defvjp(_values_by_position_forward, _values_by_position_backward)
@@ -223,10 +226,11 @@ def _total(
 
 def _weigh(values, weights, each):
     # What `each` excludes may be infinite.
-    parts = [jnp.sum(jnp.where(each > 0, each * v, 0)) for v in values]
+    parts = [jnp.sum(each * jnp.where(each > 0, v, 0)) for v in values]
     return functools.reduce(jnp.add, map(jnp.multiply, weights, parts)), parts
 
 
+@standard_promotion()
 def _total_forward(formulas, walk, inputs, weights, each):
     def value(tree):
         return jax.tree.map(lambda x: x.value, tree)
@@ -236,19 +240,32 @@ def _total_forward(formulas, walk, inputs, weights, each):
     by = jnp.stack([w * each for w in weights], -1)
     values, gradients = _values_and_gradients(formulas, walk, perturbed, inputs, by)
     total, parts = _weigh(values, weights, each)
-    return (total, parts), (gradients, parts)
+    # Empty arrays, for the types of the inputs without the inputs.
+    empty = jax.tree.map(lambda x: jnp.zeros(0, x.dtype), inputs)
+    return (total, parts), (empty, gradients, parts)
 
 
+@standard_promotion()
 def _total_backward(formulas, walk, residuals, cotangents):
-    gradients, parts = residuals
+    inputs, gradients, parts = residuals
     cotangent, _ = cotangents
     if isinstance(cotangent, SymbolicZero):
         return None, None, None
-    heads, parameters = jax.tree.map(lambda g: (cotangent * g).astype(g.dtype), gradients)
-    return Inputs(heads, parameters, None), tuple(cotangent * part for part in parts), None
+    by_inputs = _like(inputs, cotangent, gradients)
+    return by_inputs, tuple(cotangent * part for part in parts), None
 
 
 _total.defvjp(_total_forward, _total_backward, symbolic_zeros=True)
+
+
+def _like(inputs, factor, gradients):
+    """Gradients of heads and parameters times a factor, of the types of the inputs."""
+    heads, parameters = jax.tree.map(
+        lambda x, g: None if g is None else (factor * g).astype(x.dtype),
+        (inputs.heads, inputs.parameters),
+        gradients,
+    )
+    return Inputs(heads, parameters, None)
 
 
 def _values(formulas, walk, inputs):
@@ -263,7 +280,7 @@ def _values(formulas, walk, inputs):
 
 
 def _values_and_gradients(formulas, walk, perturbed, inputs, weights):
-    """The values, and the gradient of their sum by weights [*positions, parts].
+    """The values, and the gradient of their sum by weights [*positions, parts], not yet rounded.
 
     The gradients of what is not perturbed are None.
     """
@@ -293,11 +310,7 @@ def _values_and_gradients(formulas, walk, perturbed, inputs, weights):
     parameters = jax.tree.map(
         lambda x, rows: None if rows is None else sum_to(x, rows), inputs.parameters, by_rows
     )
-    return values, jax.tree.map(
-        lambda x, own: None if own is None else own.astype(x.dtype),
-        (inputs.heads, inputs.parameters),
-        (heads, parameters),
-    )
+    return values, (heads, parameters)
 
 
 def _by_row(inputs):
@@ -335,6 +348,13 @@ def _parts(formulas, walk, wanted, inputs):
     return values, through_logits, through_parameters
 
 
+def _as_factor(x):
+    """What is narrower than half precision in it, which holds the same numbers."""
+    if x.dtype.itemsize == 1:
+        return x.astype(jnp.bfloat16)
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
+
+
 def _logits(head):
     hidden, kernel, bias = head
     z = jnp.einsum("...d,dc->...c", hidden, kernel, preferred_element_type=wide(hidden, kernel))
@@ -352,25 +372,29 @@ def _weighted(by, through_logits, i):
 def _through(head, slope, want, fresh):
     """The gradients of a head from those of its logits; None for what is not wanted."""
     hidden, kernel, bias = head
-    dtype = wide(hidden, kernel)
-    narrow = slope.astype(jnp.result_type(hidden, kernel))
+    dtype, accumulated = jnp.result_type(hidden, kernel), wide(hidden, kernel)
+    scale = _scale(slope, dtype)
+    narrow = (slope / scale).astype(dtype)
     by_hidden = by_kernel = by_bias = None
     if want.hidden:
         by_hidden = jnp.einsum(
             "...c,dc->...d",
             narrow,
             kernel,
-            preferred_element_type=dtype,
+            preferred_element_type=accumulated,
             out_sharding=_explicit_sharding(hidden),
-        ).astype(hidden.dtype)
+        )
+        by_hidden *= scale
     if want.kernel:
+        most = jnp.max(scale, initial=jnp.finfo(scale.dtype).tiny)
         by_kernel = jnp.einsum(
             "...d,...c->dc",
-            jnp.where(fresh[..., None], hidden, 0),
+            jnp.where(fresh[..., None], hidden * (scale / most).astype(hidden.dtype), 0),
             narrow,
-            preferred_element_type=dtype,
+            preferred_element_type=accumulated,
             out_sharding=_explicit_sharding(kernel),
         )
+        by_kernel *= most
     if want.bias:
         by_bias = jnp.einsum(
             "...,...c->c",
@@ -379,6 +403,15 @@ def _through(head, slope, want, fresh):
             out_sharding=_explicit_sharding(bias),
         )
     return head._replace(hidden=by_hidden, kernel=by_kernel, bias=by_bias)
+
+
+def _scale(slope, dtype):
+    """Powers of two [*rows, 1] that bring slopes into the range of a narrower dtype."""
+    exact = jnp.finfo(slope.dtype)
+    if jnp.finfo(dtype).minexp <= exact.minexp:
+        return jnp.ones((1,) * slope.ndim, slope.dtype)
+    largest = jnp.max(jnp.abs(lax.stop_gradient(slope)), -1, keepdims=True)
+    return lax.reduce_precision(jnp.clip(largest, exact.tiny, 1 / exact.tiny), exact.nexp, 0)
 
 
 def _explicit_sharding(x):

@@ -73,8 +73,9 @@ def linear_kl(
     at a time. In value and gradient together each product is computed once; beside the gradients
     themselves, of which the kernel's is accumulated in float32, a few blocks are in memory.
 
-    Half-precision factors are multiplied as they are, and accumulated in float32. Differentiable
-    once, in reverse mode. In a loop over microbatches take gradients inside of the loop:
+    Half-precision factors are multiplied as they are, and accumulated in float32, where gradients
+    stay until their cotangent, a loss scale or a small weight, has come. Differentiable, and
+    exported, as `pj.kl_from_logits`. In a loop over microbatches take gradients inside of the loop:
     differentiating through it stores a kernel's gradient for each step. Means of microbatches that
     are masked unevenly don't average to the mean: use reduction="sum" there, and divide by the
     number of included positions of the whole batch. Under `jit` on sharded rows the kernel's

@@ -41,10 +41,12 @@ def kl_from_logits(
     Hinton's distillation, optax and torch have the expectation over the reference, which is
     direction="reverse".
 
-    Differentiable once, in reverse mode. Works on arrays sharded over positions, of which nothing
-    is gathered. On a CPU, gradients for both logits together may hold an array or two of their
-    size, and a few rows that fit the last cache take less time as `pj.kl_divergence` of their
-    `jax.nn.log_softmax`.
+    Differentiable in reverse mode, and after that any number of times in both modes, as by
+    `jax.hessian`; a second reverse pass holds ten arrays of the size of the logits. Works on arrays
+    sharded over positions, of which nothing is gathered. In `jax.export` a symbolic axis of
+    positions is not cut into blocks. On a CPU, gradients for both logits together may hold an array
+    or two of their size, and a few rows that fit the last cache take less time as
+    `pj.kl_divergence` of their `jax.nn.log_softmax`.
 
     Args:
         logits_p: Unnormalised log-probabilities, classes last. By convention the model.

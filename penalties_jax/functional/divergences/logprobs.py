@@ -24,6 +24,7 @@ from penalties_jax.functional.divergences.formulas import (
     Direction,
     Distributions,
     Formula,
+    log_ratio,
 )
 from penalties_jax.functional.reduction import AxisName, Reduction, evaluate
 
@@ -237,6 +238,4 @@ def _distributions(*logs):
     probabilities = tuple(map(jnp.exp, logs))
     if len(logs) == 1:
         return Distributions(probabilities, logs)
-    log_p, log_q = logs
-    neither = jnp.isneginf(log_p) & jnp.isneginf(log_q)
-    return Distributions(probabilities, logs, jnp.where(neither, 0, log_q - log_p))
+    return Distributions(probabilities, logs, log_ratio(*logs))

@@ -25,9 +25,10 @@ from penalties_jax.functional.checks import (
     check_fits,
     check_same_shape,
     check_where,
+    standard_promotion,
 )
 from penalties_jax.functional.divergences.blocks import map_rows
-from penalties_jax.functional.divergences.formulas import Distributions, Formula
+from penalties_jax.functional.divergences.formulas import Distributions, Formula, log_ratio
 from penalties_jax.functional.platform import rows_in_block
 from penalties_jax.functional.reduction import (
     AxisName,
@@ -176,6 +177,7 @@ def _divergences(formula: Formula, walk: Walk, rows: Rows) -> Float[Array, "*pos
     return statistics_of(formula, walk, nothing, rows)[0]
 
 
+@standard_promotion()
 def _divergences_forward(formula, walk, rows):
     perturbed, rows = (
         jax.tree.map(lambda x, part=part: getattr(x, part), rows) for part in ("perturbed", "value")
@@ -185,6 +187,7 @@ def _divergences_forward(formula, walk, rows):
     return values, (rows, statistics)
 
 
+@standard_promotion()
 def _divergences_backward(formula, walk, residuals, cotangent):
     rows, statistics = residuals
     if isinstance(cotangent, SymbolicZero):
@@ -193,11 +196,11 @@ def _divergences_backward(formula, walk, residuals, cotangent):
     ignored = cotangent == 0
 
     def through(logit, gradient):
-        weighted = jnp.where(ignored[..., None], 0, cotangent[..., None] * gradient)
+        weighted = cotangent[..., None] * jnp.where(ignored[..., None], 0, gradient)
         return weighted.astype(logit.dtype)
 
     def through_parameter(parameter, slope):
-        return sum_to(parameter, jnp.where(ignored, 0, cotangent * slope))
+        return sum_to(parameter, cotangent * jnp.where(ignored, 0, slope))
 
     gradients = gradients_of(formula, walk, rows, statistics)
     return (
@@ -243,7 +246,7 @@ def _statistics(formula, class_axis_name, wanted, rows):
         s - p * total(s, by_temperature)[..., None]
         for s, p in zip(slopes, x.probabilities, strict=True)
     ]
-    towards = sum(jnp.where(g == 0, 0, g * log) for g, log in zip(gradients, x.logs, strict=True))
+    towards = sum(g * jnp.where(g == 0, 0, log) for g, log in zip(gradients, x.logs, strict=True))
     statistics = Statistics(
         normalisers=normalisers,
         slope_sums=tuple(map(total, slopes, wanted.logits)),
@@ -274,7 +277,8 @@ def gradients_of(
 
 def _normaliser(z, temperature, class_axis_name):
     """The normaliser of each row, over all members that hold some of its classes."""
-    peak = jnp.max(z, -1)
+    # The normaliser does not depend on it.
+    peak = lax.stop_gradient(jnp.max(z, -1))
     if class_axis_name is not None:
         peak = lax.pmax(peak, class_axis_name)
     total = jnp.sum(jnp.exp((z - peak[..., None]) / temperature), -1)
@@ -294,7 +298,7 @@ def _distributions(rows, class_axis_name, normalisers):
     shift = (n_q.peak - n_p.peak)[..., None] / temperature + jnp.log(n_q.total / n_p.total)[
         ..., None
     ]
-    ratio = jnp.where(z_p == z_q, 0, z_q - z_p) / temperature - shift
+    ratio = log_ratio(z_p, z_q) / temperature - shift
     return Distributions(probabilities, logs, ratio)
 
 
