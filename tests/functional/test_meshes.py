@@ -30,9 +30,9 @@ MESHES = {"4": {"data": 4}, "2x4": {"data": 2, "model": 4}}
 SHARDED, REPLICATED, UNPLACED = range(3)
 
 POSITIONS = (8, 4)
-SIZES = {"C": 6, "D": 3, "E": 5, "n": 6, "n-1": 5}
+SIZES = {"C": 6, "D": 3, "E": 5, "d": 3, "m": 4, "n": 8, "n-1": 7}
 # Where an annotation names no axes, the largest that fits is taken.
-SHAPES = ((*POSITIONS, SIZES["C"]), POSITIONS, ())
+SHAPES = ((*POSITIONS, SIZES["C"]), POSITIONS, POSITIONS[:1], ())
 
 # What is needed beside arrays, where no entry of the catalogue says so.
 SETTINGS = {
@@ -40,6 +40,7 @@ SETTINGS = {
     "importance_metrics": {"penalties": {"l0": pj.SmoothL0(gamma=0.5)}},
     "importance_minimality": {"penalty": pj.SmoothL0(gamma=0.5)},
     "interpolated_gradient_penalty": {"f": lambda x: jnp.sum(x**3)},
+    "mmd": {"scales": (0.5, 1.0)},
     "sparsity_rate": {"axis": -1},
     "sparsity_target_loss": {"kind": "huber"},
 }
@@ -93,7 +94,8 @@ def place(x, mesh, level):
     """An array that is sharded along positions, if it has them, or replicated, or unplaced."""
     if level == UNPLACED:
         return jnp.asarray(x)
-    names = mesh.axis_names if x.shape[:2] == POSITIONS and level == SHARDED else ()
+    names = mesh.axis_names[: x.ndim] if level == SHARDED else ()
+    names = names if x.shape[: len(names)] == POSITIONS[: len(names)] else ()
     return jax.device_put(x, NamedSharding(mesh, P(*names)))
 
 
@@ -173,7 +175,9 @@ def _call(function, settings):
             options |= {name: value} if name in settings else {}
         elif kind[0] != "Number" and parameter.default is parameter.empty:
             arrays[name] = array_of(name, kind[0], 0.0, shapes_of(kind[1])[0])
-        elif isinstance(value, str) and "Literal" in str(parameter.annotation):
+        elif isinstance(value, tuple) or (
+            value == "mean" and "Literal" in str(parameter.annotation)
+        ):
             options[name] = value
         elif not isinstance(value, complex):
             numbers[name] = value if isinstance(value, float) else NUMBERS.get(name, 1.0)
@@ -349,14 +353,9 @@ def test_configs_of_trees():
     for levels in ((SHARDED, REPLICATED, UNPLACED), (UNPLACED, SHARDED, REPLICATED)):
         with jax.set_mesh(mesh):
             placed = [
-                {
-                    name: jax.device_put(x, NamedSharding(mesh, P("data")))
-                    if level == SHARDED
-                    else place(x, mesh, level)
-                    for (name, x), level in zip(
-                        part.items(), (levels[i], levels[i - 1]), strict=True
-                    )
-                }
-                for i, part in enumerate((tree, numbers, masks))
+                {"a": place(part["a"], mesh, level), "b": place(part["b"], mesh, other)}
+                for part, level, other in zip(
+                    (tree, numbers, masks), levels, levels[::-1], strict=True
+                )
             ]
             jax.tree.map(assert_near, slopes(*placed), desired)

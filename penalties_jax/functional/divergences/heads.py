@@ -158,7 +158,10 @@ def _evaluate(
         [(head.kernel, head.bias) for head in heads],
         axis=-1,
     )
-    heads = tuple(Head(h, *own) for h, own in zip(hidden, kernels, strict=True))
+    heads = tuple(
+        head._replace(hidden=h, kernel=kernel, bias=bias)
+        for head, h, (kernel, bias) in zip(heads, hidden, kernels, strict=True)
+    )
     if where is not None:
         entries = included[..., None]
         heads = tuple(head._replace(hidden=jnp.where(entries, head.hidden, 0)) for head in heads)
