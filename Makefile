@@ -10,7 +10,7 @@ PYTHONS ?= 3.11 3.13
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-matrix lint notebooks docs bench bench-quick clean
+.PHONY: help demo test test-slow test-types test-matrix lint notebooks docs bench bench-quick clean
 
 help:  ## show what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +29,12 @@ test-matrix: $(PYTHONS:%=test-%)  ## the tests on the oldest and on the newest P
 # Where pyenv is, its python3.13 is there only for who asks for that version.
 test-3.%:
 	PYENV_VERSION=3.$* $(MAKE) test VENV=.venv-3.$* PYTHON=python3.$*
+
+# An int is a float, as PEP 484 has it.
+TYPES := penalties_jax,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
+
+test-types:  ## the tests on the newest Python and jax, while every annotation is checked
+	$(MAKE) test-3.13 ARGS='"--jaxtyping-packages=$(TYPES)" $(ARGS)'
 
 lint: $(LINT)/.lint  ## ruff and basedpyright
 	$(LINT)/bin/ruff check .
