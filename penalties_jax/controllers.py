@@ -17,12 +17,7 @@ from penalties_jax._pytree import (
     number,
     option,
 )
-from penalties_jax.functional.checks import (
-    NONNEGATIVE,
-    POSITIVE,
-    UNIT,
-    check_fits,
-)
+from penalties_jax.functional.checks import NONNEGATIVE, POSITIVE, UNIT, check_fits
 from penalties_jax.schedules import Shape, anneal
 
 __all__ = ["AdaptiveSparsityScheduler", "DualAscent", "SparsityControl"]

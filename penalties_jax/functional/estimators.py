@@ -6,11 +6,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Real
 
-from penalties_jax.functional.checks import (
-    check_choice,
-    check_same_shape,
-    public,
-)
+from penalties_jax.functional.checks import check_choice, check_same_shape, public
 from penalties_jax.functional.divergences.formulas import expm1_minus
 from penalties_jax.functional.reduction import AxisName, Reduction, evaluate
 

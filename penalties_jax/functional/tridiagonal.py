@@ -9,10 +9,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Complex, Real
 
-from penalties_jax.functional.checks import (
-    check_choice,
-    public,
-)
+from penalties_jax.functional.checks import check_choice, public
 from penalties_jax.functional.reduction import lie_alike, promote
 
 __all__ = ["resolvent_diagonal"]

@@ -6,10 +6,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from penalties_jax.controllers import SparsityControl
-from penalties_jax.functional.checks import (
-    NONNEGATIVE,
-    POSITIVE,
-)
+from penalties_jax.functional.checks import NONNEGATIVE, POSITIVE
 from penalties_jax.functional.gates import logistic_gate
 from penalties_jax.functional.sparsity import Kind
 from penalties_jax.nnx.losses import Penalty, as_data

@@ -9,10 +9,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from penalties_jax.functional.checks import (
-    NONNEGATIVE,
-    POSITIVE,
-)
+from penalties_jax.functional.checks import NONNEGATIVE, POSITIVE
 from penalties_jax.functional.gates import logistic_gate, top_k_gate
 from penalties_jax.functional.reduction import promote
 from penalties_jax.functional.sparsity import Kind, balanced_loss, sparsity_rate

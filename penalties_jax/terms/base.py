@@ -9,10 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from penalties_jax._pytree import TYPES, Pytree, Tree, config, has_schedule, number, resolve
-from penalties_jax.functional.checks import (
-    bare,
-    standard_promotion,
-)
+from penalties_jax.functional.checks import bare, standard_promotion
 
 # A number, an array or a schedule; or a pytree of them like the input.
 Numeric = Any

@@ -10,13 +10,7 @@ from jaxtyping import PyTree
 
 from penalties_jax import functional
 from penalties_jax._pytree import config, number, option
-from penalties_jax.functional.checks import (
-    ABOVE_ONE,
-    ABOVE_TWO,
-    NONNEGATIVE,
-    POSITIVE,
-    UNIT,
-)
+from penalties_jax.functional.checks import ABOVE_ONE, ABOVE_TWO, NONNEGATIVE, POSITIVE, UNIT
 from penalties_jax.functional.derivatives import Axis
 from penalties_jax.functional.reduction import count
 from penalties_jax.terms.base import Numeric, Penalty

@@ -12,10 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 from penalties_jax._pytree import abstract, fields, number, option
-from penalties_jax.functional.checks import (
-    NONNEGATIVE,
-    bare,
-)
+from penalties_jax.functional.checks import NONNEGATIVE, bare
 from penalties_jax.functional.reduction import (
     AxisName,
     Reduction,

@@ -7,12 +7,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Real
 
-from penalties_jax.functional.checks import (
-    FINITE,
-    check_choice,
-    check_fits,
-    public,
-)
+from penalties_jax.functional.checks import FINITE, check_choice, check_fits, public
 from penalties_jax.functional.divergences.formulas import ALPHA, CROSS_ENTROPY, JS, KL, Direction
 from penalties_jax.functional.divergences.heads import Head, Part, divergence_of_heads, sum_of_parts
 from penalties_jax.functional.divergences.rows import Options

@@ -5,11 +5,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Real
 
-from penalties_jax.functional.checks import (
-    check_choice,
-    check_classes,
-    public,
-)
+from penalties_jax.functional.checks import check_choice, check_classes, public
 from penalties_jax.functional.divergences.formulas import ALPHA, ENTROPY, JS, KL, Direction
 from penalties_jax.functional.divergences.logprobs import entropy_scale
 from penalties_jax.functional.divergences.rows import Options, divergence_of_logits

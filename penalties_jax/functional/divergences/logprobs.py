@@ -9,12 +9,7 @@ from jax.nn import log_softmax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Real
 
-from penalties_jax.functional.checks import (
-    POSITIVE,
-    check_choice,
-    check_same_shape,
-    public,
-)
+from penalties_jax.functional.checks import POSITIVE, check_choice, check_same_shape, public
 from penalties_jax.functional.derivatives import elementwise_derivatives
 from penalties_jax.functional.divergences.formulas import (
     ALPHA,
