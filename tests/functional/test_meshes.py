@@ -34,6 +34,9 @@ SIZES = {"C": 6, "D": 3, "E": 5, "d": 3, "m": 4, "n": 8, "n-1": 7}
 # Where an annotation names no axes, the largest that fits is taken.
 SHAPES = ((*POSITIONS, SIZES["C"]), POSITIONS, POSITIONS[:1], ())
 
+# On no mesh, since none is around here.
+KEY = jax.random.key(0)
+
 # What is needed beside arrays, where no entry of the catalogue says so.
 SETTINGS = {
     "gradient_penalty": {"f": lambda x: jnp.sum(x**3)},
@@ -170,7 +173,7 @@ def _call(function, settings):
     for name, parameter in parameters.items():
         value, kind = settings.get(name, parameter.default), kind_of(parameter.annotation)
         if name == "key":
-            options[name] = jax.random.key(0)
+            options[name] = KEY
         elif kind is None:
             options |= {name: value} if name in settings else {}
         elif kind[0] != "Number" and parameter.default is parameter.empty:
@@ -250,14 +253,16 @@ def test_any_pair_with_the_first_array(function):
 @pytest.mark.parametrize("name", MESHES)
 @every_function
 def test_any_pair(function, name):
+    """All variants are traced, and the first is computed."""
     mesh = mesh_of(name)
+    calls = [calls_of(function, **own) for own in reductions_of(function)]
     with jax.set_mesh(mesh):
-        for options in reductions_of(function):
-            first, *others = calls_of(function, **options)
-            assert_as_on_one_device(first, [first.placed(mesh, row) for row in first.rows()])
-            for call in others:
-                for row in call.rows(few=True):
+        for variants in calls:
+            for call in variants:
+                for row in call.rows(few=call is not variants[0]):
                     jax.jit(call.slopes).trace(call.placed(mesh, row))
+        first = calls[0][0]
+        assert_as_on_one_device(first, [first.placed(mesh, row) for row in first.rows(few=True)])
 
 
 # One for each way in which arrays meet.
