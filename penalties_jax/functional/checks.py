@@ -17,6 +17,9 @@ from jaxtyping import AbstractArray, PyTree
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# An integer, or what jax.export has for one that is open.
+Size = Any
+
 # What is read, where a number is checked.
 PLAIN: Any = (np.ndarray, np.generic, numbers.Number)
 
@@ -173,7 +176,7 @@ def check_same_shape(**arrays: Any) -> None:
         )
 
 
-def check_fits(shape: tuple[int, ...], **arrays: Any) -> None:
+def check_fits(shape: tuple[Size, ...], **arrays: Any) -> None:
     """Raises ValueError that shows both shapes if an array does not broadcast to `shape`."""
     for name, array in arrays.items():
         own = jnp.shape(array)
@@ -184,7 +187,7 @@ def check_fits(shape: tuple[int, ...], **arrays: Any) -> None:
             raise ValueError(f"{name} must broadcast to shape {shape}, got shape {own}")
 
 
-def check_where(where: Any, shape: tuple[int, ...]) -> None:
+def check_where(where: Any, shape: tuple[Size, ...]) -> None:
     """Raises TypeError for a mask that is not boolean, ValueError for one that does not fit."""
     if where is None:
         return
@@ -193,7 +196,7 @@ def check_where(where: Any, shape: tuple[int, ...]) -> None:
     check_fits(shape, where=where)
 
 
-def check_labels(labels: Any, positions: tuple[int, ...]) -> None:
+def check_labels(labels: Any, positions: tuple[Size, ...]) -> None:
     """Raises TypeError for labels that are not integers, ValueError unless there is one each."""
     if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
         raise TypeError(f"labels must be integers, got {jnp.result_type(labels)}")

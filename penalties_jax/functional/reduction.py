@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 from numpy.lib.array_utils import normalize_axis_index, normalize_axis_tuple
 
-from penalties_jax.functional.checks import check_choice, check_fits, check_where
+from penalties_jax.functional.checks import Size, check_choice, check_fits, check_where
 from penalties_jax.functional.derivatives import Axis
 
 Reduction = Literal["sum", "mean", "none"]
@@ -42,7 +42,7 @@ def promote(*inputs: Any) -> tuple[Array, ...]:
 
 
 def count(
-    shape: tuple[int, ...],
+    shape: tuple[Size, ...],
     where: Bool[ArrayLike, "..."] | None,
     *,
     dtype: Any = jnp.float32,

@@ -336,6 +336,5 @@ ERRORS = {
 
 @pytest.mark.parametrize(("call", "fragments"), ERRORS.values(), ids=ERRORS.keys())
 def test_errors(call, fragments):
-    with pytest.raises(ValueError, match=r".") as raised:
+    with pytest.raises(ValueError, match=".*".join(map(re.escape, fragments))):
         call(jnp.ones((2, 3)))
-    assert all(fragment in str(raised.value) for fragment in fragments)

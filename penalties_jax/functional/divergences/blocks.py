@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,14 @@ from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 from jax.export import is_symbolic_dim
 from jax.sharding import AxisType
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree, Shaped
+
+from penalties_jax.functional.checks import Size
 
 
 def map_rows(
     function: Callable[..., PyTree[Array]],
-    rows: PyTree[Float[Array, "..."]],
+    rows: PyTree[Shaped[Array, "..."]],
     block_size: int,
     shared: PyTree[Array] = (),
 ) -> PyTree[Array]:
@@ -73,7 +75,7 @@ def map_rows(
 
 def sum_rows(
     function: Callable[..., tuple[PyTree[Array], PyTree[Array]]],
-    rows: PyTree[Float[Array, "..."]],
+    rows: PyTree[Shaped[Array, "..."]],
     block_size: int,
 ) -> tuple[PyTree[Array], PyTree[Array]]:
     """As `map_rows`, and adds up what belongs to no row.
@@ -121,23 +123,23 @@ class Grid(NamedTuple):
         counts: The number of blocks along each axis.
     """
 
-    positions: tuple[int, ...]
-    shards: tuple[int, ...]
-    rows: tuple[int, ...]
-    sizes: tuple[int, ...]
-    counts: tuple[int, ...]
+    positions: tuple[Size, ...]
+    shards: tuple[Size, ...]
+    rows: tuple[Size, ...]
+    sizes: tuple[Size, ...]
+    counts: tuple[Size, ...]
 
     @property
-    def length(self) -> int:
+    def length(self) -> Size:
         """The number of blocks."""
         return math.prod(self.counts)
 
     @property
-    def block_shape(self) -> tuple[int, ...]:
+    def block_shape(self) -> tuple[Size, ...]:
         """The axes of a block, two for each axis of positions."""
         return tuple(n for axis in zip(self.shards, self.sizes, strict=True) for n in axis)
 
-    def split(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def split(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         """Cuts each axis of positions in two; an axis of size 1 stays whole."""
         # One axis at a time: that is how shardings follow a reshape.
         for axis in reversed(range(len(self.positions))):
@@ -151,7 +153,7 @@ class Grid(NamedTuple):
             x = x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
         return x
 
-    def block(self, x: Float[Array, "..."], index: Int[Array, ""] | int) -> Float[Array, "..."]:
+    def block(self, x: Shaped[Array, "..."], index: Int[Array, ""] | int) -> Shaped[Array, "..."]:
         """The rows of a block; past the end of an axis, the last that there are."""
         if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2:
             return _block_of_halves(self, x, jnp.asarray(index))
@@ -220,7 +222,7 @@ def _grid(arrays: Sequence[Array], block_size: int) -> Grid:
     positions = lax.broadcast_shapes(*(x.shape[:-1] for x in arrays))
     shards = tuple(_shards(arrays, axis, size) for axis, size in enumerate(positions))
     rows = tuple(n // g for n, g in zip(positions, shards, strict=True))
-    sizes: tuple[Any, ...] = ()
+    sizes: tuple[Size, ...] = ()
     for n in reversed(rows):
         # An axis whose size is not known before the program runs is not cut.
         cut = not is_symbolic_dim(n)

@@ -9,7 +9,7 @@ from jax.nn import log_softmax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Real
 
-from penalties_jax.functional.checks import POSITIVE, check_choice, check_same_shape, public
+from penalties_jax.functional.checks import POSITIVE, Size, check_choice, check_same_shape, public
 from penalties_jax.functional.derivatives import elementwise_derivatives
 from penalties_jax.functional.divergences.formulas import (
     ALPHA,
@@ -185,7 +185,7 @@ def entropy(
     return evaluate(_tempered_entropy, (log_p,), parameters, weights=scale, axis=axis, **options)
 
 
-def entropy_scale(classes: int) -> float:
+def entropy_scale(classes: Size) -> float:
     """What divides the entropy by that of the uniform distribution; 0 for a single class."""
     return 1 / math.log(classes) if classes > 1 else 0.0
 

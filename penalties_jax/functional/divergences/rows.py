@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from penalties_jax.functional.checks import (
     POSITIVE,
+    Size,
     check_block_size,
     check_choice,
     check_classes,
@@ -157,7 +158,7 @@ def _evaluate(
 
 
 def by_position(
-    formula: Formula, parameters: Mapping[str, ArrayLike], positions: tuple[int, ...], dtype: Any
+    formula: Formula, parameters: Mapping[str, ArrayLike], positions: tuple[Size, ...], dtype: Any
 ) -> tuple[Float[Array, "*positions 1"], ...]:
     """The temperature and the formula's parameters, each one for all positions or for each.
 
