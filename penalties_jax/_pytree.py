@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from penalties_jax.functional.checks import ANY, Range, check_choice, holds_array
+from penalties_jax.functional.checks import ANY, Range, bare, check_choice
 
 Class = TypeVar("Class", bound=type)
 Tree = TypeVar("Tree")
@@ -269,6 +269,8 @@ def _is_of(value, annotation):
 
 
 def _checked_number(label, value, field):
+    # A number is what a variable holds now: it does not move along with a model.
+    value = bare(value)
     if isinstance(value, str) and field.metadata["choices"]:
         check_choice(label, value, field.metadata["choices"])
         return value
@@ -285,8 +287,8 @@ def _checked_number(label, value, field):
         valid.check_all(label, number, ends)
         if isinstance(number, numbers.Integral):
             return float(number)
-        if callable(number) and not is_schedule(number) and not holds_array(number):
+        if callable(number) and not is_schedule(number):
             return BareSchedule(number, label)
         return number
 
-    return jax.tree.map(check, value, is_leaf=lambda x: is_schedule(x) or holds_array(x))
+    return jax.tree.map(check, value, is_leaf=is_schedule)

@@ -17,7 +17,7 @@ from penalties_jax._pytree import (
     number,
     option,
 )
-from penalties_jax.functional.checks import NONNEGATIVE, POSITIVE, UNIT, check_fits
+from penalties_jax.functional.checks import NONNEGATIVE, POSITIVE, UNIT, check_fits, public
 from penalties_jax.schedules import Shape, anneal
 
 __all__ = ["AdaptiveSparsityScheduler", "DualAscent", "SparsityControl"]
@@ -174,6 +174,7 @@ class AdaptiveSparsityScheduler(Controller):
             hold=jnp.zeros((), jnp.float32),
         )
 
+    @public
     def update(
         self, state: AdaptiveState, *, value: ArrayLike | None = None, **extra: Any
     ) -> AdaptiveState:
@@ -181,6 +182,7 @@ class AdaptiveSparsityScheduler(Controller):
         observed = self._observe(state, value)
         return observed._replace(count=jnp.asarray(optax.safe_increment(state.count)))
 
+    @public
     def __call__(
         self, state: AdaptiveState, *, value: ArrayLike | None = None, **extra: Any
     ) -> SparsityControl:
@@ -290,6 +292,7 @@ class DualAscent(Controller):
         super().__post_init__()
         object.__setattr__(self, "target", Setpoint(self.target))
 
+    @public
     def init(self) -> DualState:
         """The state before the first step."""
         target = self.target(self.target.init())
@@ -300,6 +303,7 @@ class DualAscent(Controller):
             jnp.zeros((), jnp.int32), jnp.broadcast_to(weight, shape).astype(jnp.float32)
         )
 
+    @public
     def update(
         self,
         state: DualState,
@@ -318,6 +322,7 @@ class DualAscent(Controller):
         count = jnp.asarray(optax.safe_increment(state.count))
         return DualState(count, weight.astype(jnp.float32))
 
+    @public
     def __call__(
         self, state: DualState, *, value: ArrayLike | None = None, **extra: Any
     ) -> SparsityControl:

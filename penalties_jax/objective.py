@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from penalties_jax._pytree import Pytree, config, has_schedule, number, option, resolve
+from penalties_jax.functional.checks import standard_promotion
 from penalties_jax.functional.derivatives import norm
 from penalties_jax.functional.reduction import promote
 from penalties_jax.terms.base import Numeric, Penalty
@@ -55,6 +56,7 @@ class Term(Pytree):
             raise TypeError(f"Term.penalty must be a config such as pj.L1(), got {self.penalty!r}")
         super().__post_init__()
 
+    @standard_promotion()
     def _evaluate(self, name: str, outputs: Outputs) -> Metrics:
         weight = check_scalar(
             f"the weight of term {name!r}", jnp.where(self.enabled, self.weight, 0)
@@ -197,11 +199,11 @@ class Objective(Pytree):
             objective = resolve(self, step)
         loss = 0.0 if self.loss is None else self.loss(outputs)
         metrics = {"loss": check_scalar("the loss", loss)}
-        total = metrics["loss"]
         for name, term in objective.terms.items():
             metrics |= term._evaluate(name, outputs)
-            total = total + metrics[f"{name}/weighted"]
-        return metrics | {"total": total}
+        with standard_promotion():
+            weighted = (metrics[f"{name}/weighted"] for name in objective.terms)
+            return metrics | {"total": sum(weighted, start=metrics["loss"])}
 
     def with_weight(self, name: str, weight: Numeric) -> "Objective":
         """The same objective with another weight for one term."""

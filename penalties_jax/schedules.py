@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from penalties_jax._pytree import Pytree, Schedule, config, number, option
+from penalties_jax.functional.checks import public
 
 __all__ = ["anneal", "anneal_fraction"]
 
@@ -41,6 +42,7 @@ class Anneal(Pytree, Schedule):
         """The values before and after."""
         return self.init, self.final
 
+    @public
     def __call__(self, count: ArrayLike) -> Float[Array, "..."]:
         """The value at step `count`."""
         elapsed = jnp.asarray(count) - self.start

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array
 from optax._src.base import NO_PARAMS_MSG
 
-from penalties_jax.functional.checks import NONNEGATIVE
+from penalties_jax.functional.checks import ANY, NONNEGATIVE, bare, standard_promotion
 from penalties_jax.functional.reduction import promote
 from penalties_jax.terms.base import Numeric, Penalty, check_one_input, is_absent
 
@@ -59,6 +59,8 @@ def add_penalty(
         [-0.5, 0.5, -0.0]
     """
     _check_config(penalty, "add_penalty")
+    weight = bare(weight)
+    ANY.check(weight=weight)
 
     def change(updates, params, count):
         resolved, scale = penalty.at(count), _at(weight, count)
@@ -66,7 +68,7 @@ def add_penalty(
         params = jax.tree.map(lambda p: promote(p)[0], params)
         gradients = jax.grad(lambda params: resolved(params))(params)
         return jax.tree.map(
-            lambda u, g: jnp.asarray(u + scale * g, jnp.result_type(u)), updates, gradients
+            lambda u, g: jnp.asarray(promote(u)[0] + scale * g, u.dtype), updates, gradients
         )
 
     return _transformation(change, mask)
@@ -104,13 +106,14 @@ def proximal(
         [1.5, 0.0]
     """
     _check_config(penalty, "proximal")
+    learning_rate, weight = bare((learning_rate, weight))
     NONNEGATIVE.check(learning_rate=learning_rate, weight=weight)
 
     def change(updates, params, count):
         step_size = _at(learning_rate, count) * _at(weight, count)
-        moved = jax.tree.map(jnp.add, params, updates)
+        moved = jax.tree.map(lambda p, u: sum(promote(p, u)), params, updates)
         nearest = penalty.at(count).prox(moved, step_size)
-        return jax.tree.map(lambda z, p: jnp.asarray(z - p, jnp.result_type(p)), nearest, params)
+        return jax.tree.map(lambda z, p: jnp.asarray(z - promote(p)[0], p.dtype), nearest, params)
 
     return _transformation(change, mask)
 
@@ -136,6 +139,7 @@ def _transformation(change, mask):
         del params
         return PenaltyState(count=jnp.zeros((), jnp.int32))
 
+    @standard_promotion()
     def update(updates, state, params=None):
         if params is None:
             raise ValueError(NO_PARAMS_MSG)

@@ -4,6 +4,8 @@ Where what is computed is the same program, its values are the same, and nothing
 """
 
 import inspect
+from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from flax import nnx
 from jax.experimental import checkify
 
 import penalties_jax as pj
+from penalties_jax.schedules import Shape
 from tests.calls import CALLS, PUBLIC, is_floating
 from tests.catalogue import CONFIGS, EXAMPLES, SHAPE
 from tests.oracles import lattice
@@ -93,6 +96,47 @@ def inputs_of(config):
     return tuple(jax.nn.log_softmax(jnp.float32(x)) for x in case.data(shape=case.shape))
 
 
+def _anneal(count, shape):
+    return pj.anneal(1.0, 0.1, start=1, end=9, shape=shape)(count)
+
+
+def _controlled(count):
+    adaptive, ascent = pj.AdaptiveSparsityScheduler(remember=True), pj.DualAscent(target=0.5)
+    states = adaptive.update(adaptive.init(), value=count), ascent.update(ascent.init(), rate=count)
+    return adaptive(states[0], value=count), ascent(states[1])
+
+
+def _objective(count):
+    term = pj.Term(pj.L2(), on="x", weight=pj.anneal(0.0, 1.0, start=0, end=9))
+    objective = pj.Objective(loss=lambda outputs: jnp.sum(outputs["x"]), terms={"l2": term})
+    return jax.grad(jax.jit(lambda x: objective({"x": x}, step=count)[0]))(jnp.ones(3))
+
+
+def _step(count):
+    params = {"a": jnp.ones(3, jnp.bfloat16), "frozen": jnp.ones(2, jnp.float8_e4m3fn)}
+    weight = pj.anneal(0.0, 1.0, start=0, end=9)
+    transforms = pj.add_penalty(pj.L2(), weight), pj.proximal(pj.L1(), np.float64(0.5), weight)
+    updates = jax.tree.map(jnp.zeros_like, params)
+    for transform in transforms:
+        state = transform.init(params)._replace(count=count)
+        updates, _ = transform.update(updates, state, params)
+    return updates
+
+
+COUNTED = {shape: partial(_anneal, shape=shape) for shape in get_args(Shape)} | {
+    "controllers": _controlled,
+    "objective": _objective,
+    "transforms": _step,
+}
+
+
+@pytest.mark.parametrize("function", COUNTED.values(), ids=COUNTED)
+def test_what_counts_steps_under_strict_promotion(function):
+    usual = operations(function, jnp.int32(3))
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        assert operations(function, jnp.int32(3)) == usual
+
+
 # What holds an array.
 
 
@@ -117,6 +161,18 @@ def test_a_config_may_hold_variables(config):
     assert operations(lambda x: held(*held_by(nnx.Param, x)), inputs) == operations(
         lambda x: bare(*x), inputs
     )
+
+
+def test_a_config_holds_what_a_variable_held():
+    """As it was when the config was made: a centre does not move along with the model."""
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    weight = nnx.Param(jnp.float32(2.0))
+    penalty = weight * pj.L2(center=nnx.state(model))
+    for variable in (model.kernel, model.bias, weight):
+        variable[...] += 1
+    assert float(penalty(nnx.state(model))) == pytest.approx(18.0)
+    slope = jax.grad(lambda x: pj.Lp(p=nnx.Param(x))(jnp.array([2.0])))(1.0)
+    assert float(slope) == pytest.approx(2 * np.log(2), rel=1e-6)
 
 
 def test_trees_match_by_their_names():

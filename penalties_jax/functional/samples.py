@@ -58,6 +58,8 @@ def mmd(
         >>> round(float(pj.mmd(x, y, scales=(1.0, 2.0))), 4)
         0.3145
     """
+    if not jax.tree.leaves(scales):
+        raise ValueError("scales must hold at least one number, got none")
     for scale in jax.tree.leaves(scales):
         POSITIVE.check(scales=scale)
     shapes = jnp.shape(x), jnp.shape(y)

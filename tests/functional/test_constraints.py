@@ -1,5 +1,6 @@
 """Structural penalties against plain numpy loops, with their edges."""
 
+import re
 from functools import partial
 
 import jax

@@ -120,6 +120,7 @@ ERRORS = {
     "rows": (lambda: F.mmd(X, Y[:1], unbiased=True), "y needs at least 2 rows, got 1"),
     "none": (lambda: F.mmd(X[:0], Y), "x needs at least 1 rows, got 0"),
     "scale": (lambda: F.mmd(X, Y, scales=(1.0, 0.0)), "scales must be above 0, got 0.0"),
+    "no scale": (lambda: F.mmd(X, Y, scales=()), "scales must hold at least one number"),
     "where": (lambda: pj.MMD()(X, Y, where=True), r"MMD.* takes no where"),
 }
 

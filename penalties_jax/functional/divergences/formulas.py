@@ -34,9 +34,9 @@ class Distributions(NamedTuple):
 
 
 def log_ratio(log_p: Float[Array, "..."], log_q: Float[Array, "..."]) -> Float[Array, "..."]:
-    """log_q - log_p, 0 where they are equal: also where both are -inf."""
-    same = log_p == log_q
-    return jnp.where(same, 0, log_q) - jnp.where(same, 0, log_p)
+    """log_q - log_p, 0 where both are -inf."""
+    neither = jnp.isinf(log_p) & (log_p == log_q)
+    return jnp.where(neither, 0, log_q) - jnp.where(neither, 0, log_p)
 
 
 class Parameter(NamedTuple):

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Real
 
@@ -82,7 +83,7 @@ class _Transport(NamedTuple):
         # probabilities. Equal ones stay in the order of their classes: F_0, G_0, F_1, G_1, ...
         both = jnp.stack([jnp.cumsum(jnp.exp(x), -1)[..., :-1] for x in (log_p, log_q)], -1)
         both = both.reshape(*both.shape[:-2], -1)
-        rank = jnp.argsort(both, -1)
+        rank = jnp.argsort(lax.stop_gradient(both), -1)
         lower, upper = rank[..., :-1], rank[..., 1:]
         i = jnp.cumsum(lower % 2 == 0, -1)
         j = jnp.cumsum(lower % 2, -1)
