@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from penalties_jax.functional.checks import ANY, Range, bare, check_choice
+from penalties_jax.functional.checks import ANY, Range, as_number, bare, check_choice
 
 Class = TypeVar("Class", bound=type)
 Tree = TypeVar("Tree")
@@ -25,14 +25,15 @@ def number(
     default: Any = dataclasses.MISSING,
     valid: Range = ANY,
     choices: Any = None,
+    single: bool = False,
     kw_only: bool = False,
 ) -> Any:
-    """A field that is a leaf: a number, an array, a schedule, or a pytree of them.
+    """A field that is a leaf: a number, an array, a schedule, or a pytree of them if not `single`.
 
     A plain number has to be in the range `valid`; a default of None makes it optional. `choices` is
     a `Literal` of names that stand for a computed number; they are structure.
     """
-    metadata = {"valid": valid, "choices": choices}
+    metadata = {"valid": valid, "choices": choices, "single": single}
     return dataclasses.field(default=default, kw_only=kw_only, metadata=metadata)
 
 
@@ -278,6 +279,7 @@ def _checked_number(label, value, field):
         (isinstance(value, Pytree) and not is_schedule(value))
         or isinstance(value, str | complex)
         or (value is None and field.default is not None)
+        or (field.metadata["single"] and isinstance(value, list | tuple | dict))
     ):
         raise TypeError(f"{label} must be a number, an array or a schedule, got {value!r}")
     valid = field.metadata["valid"]
@@ -285,10 +287,12 @@ def _checked_number(label, value, field):
     def check(number):
         ends = number.endpoints() if is_schedule(number) else (number,)
         valid.check_all(label, number, ends)
+        if isinstance(number, str):
+            raise TypeError(f"{label} must be a number, an array or a schedule, got {value!r}")
         if isinstance(number, numbers.Integral):
             return float(number)
         if callable(number) and not is_schedule(number):
             return BareSchedule(number, label)
-        return number
+        return as_number(number)
 
     return jax.tree.map(check, value, is_leaf=is_schedule)

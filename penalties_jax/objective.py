@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from penalties_jax._pytree import Pytree, config, has_schedule, number, option, resolve
-from penalties_jax.functional.checks import standard_promotion
+from penalties_jax.functional.checks import bare, standard_promotion
 from penalties_jax.functional.derivatives import norm
 from penalties_jax.functional.reduction import promote
 from penalties_jax.terms.base import Numeric, Penalty
@@ -48,8 +48,8 @@ class Term(Pytree):
     penalty: Penalty
     on: str | tuple[str, ...] | Callable[[Outputs], Any] = option()
     where: str | Callable[[Outputs], Any] | None = option(default=None)
-    weight: Numeric = number(default=1.0)
-    enabled: ArrayLike = number(default=1.0)
+    weight: Numeric = number(default=1.0, single=True)
+    enabled: ArrayLike = number(default=1.0, single=True)
 
     def __post_init__(self):
         if not isinstance(self.penalty, Penalty):
@@ -183,7 +183,7 @@ class Objective(Pytree):
                     for leaf in jax.tree.leaves(pullback(one_hot))
                     if leaf.dtype != jax.dtypes.float0
                 ]
-                yield name, norm(jnp.array(norms))
+                yield name, norm(jnp.array(promote(*norms)))
 
         weighted = [f"{name}/weighted" for name in self.terms]
         return {
@@ -301,6 +301,7 @@ def pick_inputs(label: str, outputs: Outputs, on: Any) -> tuple[Any, ...]:
 
 def check_scalar(label: str, value: Any) -> Array:
     """Raises ValueError for what is not a single number; returns it in float32 or wider."""
+    value = bare(value)
     if jax.tree.structure(value) != jax.tree.structure(0) or jnp.ndim(value):
         shapes = jax.tree.map(jnp.shape, value)
         raise ValueError(f"{label} must be a scalar, got {shapes}; reduce it by 'sum' or 'mean'")

@@ -1,15 +1,16 @@
 """Schedules: functions of the step that are pytrees, so that annealing never recompiles."""
 
 import math
-import numbers
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from penalties_jax._pytree import Pytree, Schedule, config, number, option
-from penalties_jax.functional.checks import public
+from penalties_jax.functional.checks import PLAIN, public
+from penalties_jax.functional.reduction import wide
 
 __all__ = ["anneal", "anneal_fraction"]
 
@@ -20,23 +21,22 @@ Shape = Literal["linear", "cosine", "exponential", "cubic", "quarters"]
 class Anneal(Pytree, Schedule):
     """A value that moves from `init` to `final` between two steps; made by `pj.anneal`."""
 
-    init: Any = number()
-    final: Any = number()
-    start: Any = number()
-    end: Any = number()
+    init: Any = number(single=True)
+    final: Any = number(single=True)
+    start: Any = number(single=True)
+    end: Any = number(single=True)
     shape: Shape = option(default="linear", choices=Shape, kw_only=True)
 
     def __post_init__(self):
         super().__post_init__()
-        if _plain(self.start, self.end) and not self.start <= self.end:
+        if _plain(self.start, self.end) and not np.all(self.start <= self.end):
             raise ValueError(f"start must be at most end, got start={self.start}, end={self.end}")
-        if self.shape == "exponential" and _plain(self.init, self.final):
-            same_sign = self.init > 0 < self.final or self.init < 0 > self.final
-            if not same_sign:
-                raise ValueError(
-                    "an exponential anneal needs init and final nonzero and of one sign, "
-                    f"got init={self.init}, final={self.final}"
-                )
+        known = self.shape == "exponential" and _plain(self.init, self.final)
+        if known and not np.all(np.sign(self.init) * np.sign(self.final) > 0):
+            raise ValueError(
+                "an exponential anneal needs init and final nonzero and of one sign, "
+                f"got init={self.init}, final={self.final}"
+            )
 
     def endpoints(self) -> tuple[Any, ...]:
         """The values before and after."""
@@ -59,9 +59,9 @@ class Anneal(Pytree, Schedule):
                 value = self.init + (self.final - self.init) * fraction
             case shape:
                 value = self.init + (self.final - self.init) * _fraction(shape, u)
-        return jnp.where(
-            jnp.asarray(count) >= self.end, self.final, jnp.where(elapsed <= 0, self.init, value)
-        )
+        value = jnp.where(elapsed <= 0, self.init, value)
+        value = jnp.where(jnp.asarray(count) >= self.end, self.final, value)
+        return value.astype(wide(self.init, self.final))
 
 
 def _fraction(shape, u):
@@ -75,7 +75,7 @@ def _fraction(shape, u):
 
 
 def _plain(*values: Any) -> bool:
-    return all(isinstance(value, numbers.Real) for value in values)
+    return all(isinstance(value, PLAIN) for value in values)
 
 
 def anneal(

@@ -172,13 +172,13 @@ OTHERS = [
     _given(
         F.importance_minimality,
         arrays={"importances": IMPORTANCES, "where": np.arange(4) != 1},
-        numbers={"beta": 0.5, "reference_count": 8.0},
+        numbers={"beta": 0.5, "reference_count": 6.0},
         penalty=pj.SmoothL0(gamma=0.5),
     ),
     _given(
         F.importance_metrics,
         arrays={"importances": IMPORTANCES, "where": np.arange(4) != 1},
-        numbers={"beta": 0.5, "reference_count": 8.0},
+        numbers={"beta": 0.5, "reference_count": 6.0},
         penalties={"l1": pj.L1(), "lp": pj.Lp(p=0.5)},
     ),
     _given(

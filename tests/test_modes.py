@@ -217,6 +217,15 @@ def test_python_numbers_never_widen(call, x64):
             assert not leaf.weak_type
 
 
+@every_call
+def test_numbers_of_any_dtype(call):
+    """Also of those that don't promote by themselves."""
+    for dtype in (jnp.float8_e4m3fn, jnp.int4):
+        narrow = {name: jnp.asarray(x, dtype) for name, x in call.numbers.items() if name != "z"}
+        result = jax.eval_shape(lambda numbers: call(**numbers), narrow)
+        assert all(x.dtype in (jnp.float32, jnp.complex64) for x in jax.tree.leaves(result))
+
+
 @every_config
 def test_a_config_never_widens(config, x64):
     result = jax.eval_shape(config, *inputs_of(config))

@@ -21,7 +21,7 @@ R = TypeVar("R")
 Size = Any
 
 # What is read, where a number is checked.
-PLAIN: Any = (np.ndarray, np.generic, numbers.Number)
+PLAIN: Any = (np.ndarray, np.generic, bool, int, float, complex)
 
 
 @contextlib.contextmanager
@@ -60,12 +60,14 @@ def _door(name, annotation):
     kinds = _kinds(annotation)
     held = [kind for each in kinds if get_origin(each) is tuple for kind in get_args(each)]
     if any(isinstance(kind, type(PyTree)) for kind in kinds) or any(map(_is_of_arrays, held)):
-        return functools.partial(_tree, name)
+        return functools.partial(let_in, name)
     if not _is_of_arrays(annotation):
         return _as_it_is
     types = [kind for kind in kinds if isinstance(kind, type)]
     words = [type(word) for kind in kinds for word in get_args(kind)]
-    return functools.partial(_array, name, tuple({type(None), *words} & {*types, *words}))
+    of_numbers = float in types and not any(issubclass(kind, AbstractArray) for kind in types)
+    others = tuple({type(None), *words} & {*types, *words})
+    return functools.partial(_number if of_numbers else _array, name, others)
 
 
 def _kinds(annotation):
@@ -85,14 +87,26 @@ def _as_it_is(x):
 def _array(name, others, x):
     if holds_array(x):
         x = x.__jax_array__()
-    if not isinstance(x, (jax.Array, *PLAIN, *others)):
+    numeric = not isinstance(x, (np.ndarray, np.generic)) or x.dtype.kind not in "OSUMm"
+    if not (numeric and isinstance(x, (jax.Array, *PLAIN, *others))):
         if callable(x):
             raise TypeError(f"{name} is a schedule, {x!r}: pass its value at the step")
         raise TypeError(f"{name} must be an array, got a {type(x).__name__}: {x!r}")
     return x
 
 
-def _tree(name, tree):
+def _number(name, others, x):
+    return as_number(_array(name, others, x))
+
+
+def as_number(x: Any) -> Any:
+    """A number in a dtype that meets others, as float8 and int4 do not."""
+    dtype = np.dtype(getattr(x, "dtype", float))
+    return x.astype(np.float32) if dtype.kind == "V" and dtype.itemsize == 1 else x
+
+
+def let_in(name: str, tree: Any) -> Any:
+    """A pytree of arrays, as they are let in; a TypeError for what is none."""
     return jax.tree.map(functools.partial(_array, name, ()), tree, is_leaf=holds_array)
 
 
@@ -128,6 +142,8 @@ class Range(NamedTuple):
         for value in values:
             if not isinstance(value, PLAIN):
                 continue
+            if np.iscomplexobj(value):
+                raise TypeError(f"{name} must be real, got {shown!r}")
             valid = self.contains(value)
             if not np.all(valid | np.isnan(value) if np.ndim(value) else valid):
                 raise ValueError(f"{name} must be {self.description}, got {shown!r}")
@@ -162,9 +178,10 @@ def check_block_size(block_size: Any, name: str = "block_size") -> None:
 
 def check_order(order: Any, name: str = "order") -> None:
     """Raises unless an exponent that is structure is a plain number of at least 1."""
-    if not isinstance(order, int | float):
+    if not isinstance(order, numbers.Real) or isinstance(order, bool):
         raise TypeError(f"{name} must be a plain number, got a {type(order).__name__}: {order!r}")
-    AT_LEAST_ONE.check_all(name, order, (order,))
+    AT_LEAST_ONE.check(**{name: order})
+    FINITE.check(**{name: order})
 
 
 def check_same_shape(**arrays: Any) -> None:

@@ -289,7 +289,7 @@ def _noisy(logits, key, draw=jax.random.logistic):
 
 @partial(jax.jit, static_argnames="hard")
 def _logistic_gate(logits, key, temperature, *, hard):
-    (logits, temperature), *_ = lie_alike((logits, temperature))
+    (logits, temperature), *_ = lie_alike(promote(logits, temperature))
     noisy = _noisy(logits, key)
     soft = lax.logistic(noisy / temperature)
     return _straight_through((noisy > 0).astype(soft.dtype), soft) if hard else soft
@@ -349,7 +349,7 @@ def _jump_relu(x, threshold, bandwidth):
 
 @partial(jax.jit, static_argnames=("k", "axis"))
 def _top_k_gate(logits, key, temperature, *, k, axis):
-    (logits, temperature), *_ = lie_alike((logits, temperature))
+    (logits, temperature), *_ = lie_alike(promote(logits, temperature))
     noisy = _noisy(logits, key, jax.random.gumbel)
     rows = jnp.moveaxis(noisy, axis, -1)
     _, chosen = lax.top_k(lax.stop_gradient(rows), k)

@@ -142,10 +142,12 @@ class ImportanceStats(NamedTuple):
             importances: Arrays like those to come, or `jax.ShapeDtypeStruct` of them. Inside of
                 `jax.shard_map` arrays: the carry of a scan has to vary as they do.
         """
-        sites, structure = jax.tree.flatten(importances)
+        sites, structure = jax.tree.flatten(bare(importances))
         _check_sites(sites)
+        doubles = [site.dtype == jnp.float64 for site in sites]
         sums = [
-            jnp.zeros(site.shape[-1], jnp.result_type(site.dtype, jnp.float32)) for site in sites
+            jnp.zeros(site.shape[-1], jnp.float64 if double else jnp.float32)
+            for site, double in zip(sites, doubles, strict=True)
         ]
         zero = jnp.zeros((), jnp.int32)
         stats = cls(

@@ -277,7 +277,7 @@ def _threshold_and_shrink(v, t, l1_ratio):
 
 def _elastic_net_slope(x, l1_ratio):
     rest = 1 - l1_ratio
-    return l1_ratio * jnp.sign(x) + jnp.where((rest > 0) | jnp.isfinite(x), 2 * rest * x, 0)
+    return l1_ratio * jnp.sign(x) + 2 * rest * jnp.where((rest > 0) | jnp.isfinite(x), x, 0)
 
 
 def _elastic_net_ratio_slope(x, l1_ratio):
@@ -525,7 +525,8 @@ def prox_huber(
 
 def _shrink_or_shift(v, t, delta):
     inside = jnp.abs(v) <= delta * (1 + t)
-    return jnp.where(inside, v / (1 + t), v - jnp.where(inside, 0, t * delta) * jnp.sign(v))
+    shrunk = jnp.where(inside, v, 0) / (1 + t)
+    return jnp.where(inside, shrunk, v - jnp.where(inside, 0, t * delta) * jnp.sign(v))
 
 
 def _huber_slope(x, delta):

@@ -197,7 +197,7 @@ def balanced_loss(
 def _balance(losses, weights):
     values = promote(*losses.values(), *weights.values())
     losses, weights = (dict(zip(losses, part, strict=True)) for part in (values[:2], values[2:]))
-    total = sum(jnp.where(weights[name] != 0, weights[name] * losses[name], 0) for name in losses)
+    total = sum(weights[name] * jnp.where(weights[name] != 0, losses[name], 0) for name in losses)
     parts = {f"{name}_loss": loss for name, loss in losses.items()}
     parts |= {f"{name}_weight": weight for name, weight in weights.items()}
     return total, {"total_loss": total, **parts}

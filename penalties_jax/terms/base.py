@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from penalties_jax._pytree import TYPES, Pytree, Tree, config, has_schedule, number, resolve
-from penalties_jax.functional.checks import bare, standard_promotion
+from penalties_jax.functional.checks import bare, let_in, public, standard_promotion
 
 # A number, an array or a schedule; or a pytree of them like the input.
 Numeric = Any
@@ -72,7 +72,9 @@ class Penalty(Pytree):
                 )
             if where is not None and not node.takes_where:
                 raise ValueError(f"{node!r} takes no where: leave rows out of its inputs")
-        penalty, inputs, where = bare((self, inputs, where))
+        penalty = bare(self)
+        inputs = tuple(let_in("an input", x) for x in inputs)
+        where = let_in("where", where)
         with standard_promotion():
             evaluate = type(self)._value if _has_function(self) else _evaluate
             return evaluate(penalty, inputs, where)
@@ -157,16 +159,18 @@ class Scaled(Penalty):
     """`scale * penalty`."""
 
     penalty: Penalty
-    scale: Numeric = number()
+    scale: Numeric = number(single=True)
 
     @property
     def summands(self) -> tuple[Penalty, ...]:
         return self.penalty.summands
 
+    @public
     def elementwise(self, x: PyTree) -> PyTree:
         self._check_resolved()
         return self._times(self.penalty.elementwise(x))
 
+    @public
     def prox(self, v: PyTree, step_size: ArrayLike) -> PyTree:
         self._check_resolved()
         return self.penalty.prox(v, self.scale * step_size)
@@ -191,6 +195,7 @@ class Sum(Penalty):
     def summands(self) -> tuple[Penalty, ...]:
         return tuple(part for penalty in self.penalties for part in penalty.summands)
 
+    @public
     def elementwise(self, x: PyTree) -> PyTree:
         return _add(penalty.elementwise(x) for penalty in self.penalties)
 

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 from penalties_jax._pytree import abstract, fields, number, option
-from penalties_jax.functional.checks import NONNEGATIVE, bare
+from penalties_jax.functional.checks import NONNEGATIVE, bare, public
 from penalties_jax.functional.reduction import (
     AxisName,
     Reduction,
@@ -97,6 +97,7 @@ class Weighted(Reduced):
 
     _prox: ClassVar[Callable[..., Array] | None] = None
 
+    @public
     def prox(self, v: PyTree, step_size: ArrayLike) -> PyTree:
         operator = type(self)._prox
         if operator is None:
@@ -104,7 +105,7 @@ class Weighted(Reduced):
         self._check_resolved()
         if self.reduction == "none":
             raise ValueError('prox needs a scalar penalty: reduction must be "sum" or "mean"')
-        self, v = bare((self, v))
+        self = bare(self)
         leaves, structure = jax.tree.flatten(v, is_leaf=is_absent)
         if self.reduction == "mean":
             total = sum(self._count(leaf, None) for leaf in leaves if not is_absent(leaf))
@@ -121,5 +122,6 @@ class Weighted(Reduced):
 class Separable(Weighted):
     """A sum over single values."""
 
+    @public
     def elementwise(self, x: PyTree) -> PyTree:
         return self._with(reduction="none", axis_name=None)(x)

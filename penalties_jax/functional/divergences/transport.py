@@ -82,7 +82,7 @@ class _Transport(NamedTuple):
         # Mass moves from class i to class j between two neighbours in the order of all cumulative
         # probabilities. Equal ones stay in the order of their classes: F_0, G_0, F_1, G_1, ...
         both = jnp.stack([jnp.cumsum(jnp.exp(x), -1)[..., :-1] for x in (log_p, log_q)], -1)
-        both = both.reshape(*both.shape[:-2], -1)
+        both = both.reshape(*both.shape[:-2], 2 * both.shape[-2])
         rank = jnp.argsort(lax.stop_gradient(both), -1)
         lower, upper = rank[..., :-1], rank[..., 1:]
         i = jnp.cumsum(lower % 2 == 0, -1)
