@@ -67,8 +67,8 @@ class Penalty(Pytree):
         for node in self.summands:
             if len(inputs) != node._inputs:
                 raise TypeError(
-                    f"{type(node).__name__} takes {node._inputs} input(s), got {len(inputs)}; "
-                    "a mask is passed as where="
+                    f"{type(node).__name__} takes {node._inputs} input(s), got {len(inputs)}"
+                    + "; a mask is passed as where=" * node.takes_where
                 )
             if where is not None and not node.takes_where:
                 raise ValueError(f"{node!r} takes no where: leave rows out of its inputs")
