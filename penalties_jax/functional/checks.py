@@ -107,6 +107,8 @@ def as_number(x: Any) -> Any:
 
 def let_in(name: str, tree: Any) -> Any:
     """A pytree of arrays, as they are let in; a TypeError for what is none."""
+    if tree is None or isinstance(tree, jax.Array):
+        return tree
     return jax.tree.map(functools.partial(_array, name, ()), tree, is_leaf=holds_array)
 
 

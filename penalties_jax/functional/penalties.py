@@ -412,8 +412,10 @@ def _geman_mcclure_gamma_slope(x, gamma):
 
 @elementwise_derivatives(_geman_mcclure_slope, _geman_mcclure_gamma_slope)
 def _geman_mcclure(x, gamma):
-    square = jnp.square(_geman_mcclure_ratio(x, gamma))
-    return square / (1 + square)
+    # Nothing in common with the slope, which XLA would keep in memory from one to the other.
+    zero = x == 0
+    inverse = gamma / jnp.where(zero, 1, x)
+    return jnp.where(zero, 0, gamma / (gamma + gamma * jnp.square(inverse)))
 
 
 def _geman_mcclure_at_one(x, gamma):
