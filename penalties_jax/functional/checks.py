@@ -31,8 +31,12 @@ def standard_promotion() -> Iterator[None]:
     Around what is called from outside, and around what is differentiated later: the rules of
     declared derivatives.
     """
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    modes: Any = jax.config
+    if (modes.jax_numpy_dtype_promotion, modes.jax_numpy_rank_promotion) == ("standard", "allow"):
         yield
+    else:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            yield
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:
