@@ -58,9 +58,8 @@ class Term(Pytree):
 
     @standard_promotion()
     def _evaluate(self, name: str, outputs: Outputs) -> Metrics:
-        weight = check_scalar(
-            f"the weight of term {name!r}", jnp.where(self.enabled, self.weight, 0)
-        )
+        weight = jnp.where(self.enabled, self.weight, 0)
+        weight = as_scalar(f"the weight of term {name!r}", weight)
         gate = partial(_gate, weight)
         outputs = replace_named(outputs, jax.tree.map(gate, named(outputs)))
         inputs = pick_inputs(f"term {name!r}", outputs, self.on)
@@ -301,8 +300,13 @@ def pick_inputs(label: str, outputs: Outputs, on: Any) -> tuple[Any, ...]:
 
 def check_scalar(label: str, value: Any) -> Array:
     """Raises ValueError for what is not a single number; returns it in float32 or wider."""
+    return promote(as_scalar(label, value))[0]
+
+
+def as_scalar(label: str, value: Any) -> Any:
+    """As `check_scalar`, of a number that takes the dtype of what it meets."""
     value = bare(value)
     if jax.tree.structure(value) != jax.tree.structure(0) or jnp.ndim(value):
         shapes = jax.tree.map(jnp.shape, value)
         raise ValueError(f"{label} must be a scalar, got {shapes}; reduce it by 'sum' or 'mean'")
-    return promote(value)[0]
+    return value

@@ -95,7 +95,7 @@ def _expm1_minus_near(d):
 
 def _generalised_term(p, q, d):
     """The term p (expm1(d) - d) = q - p - p d, d = log q - log p; q at p = 0, inf at only q = 0."""
-    far = jnp.where(jnp.isneginf(d), jnp.inf, q - p - p * jnp.where(p == 0, 0, d))
+    far = jnp.where(jnp.isneginf(d), jnp.inf, q - p - p * jnp.minimum(d, MOST))
     return jnp.where(jnp.abs(d) < 1, p * _expm1_minus_near(d), far)
 
 
@@ -122,14 +122,13 @@ def _kl_slope_q(x):
 def _kl_centred_p(x):
     """-p d: where only q is 0, the derivative through log p is 0, as if d were 1."""
     p, _ = x.probabilities
-    return -p * jnp.where(jnp.isneginf(x.ratio), 1, jnp.where(p == 0, 0, x.ratio))
+    return -p * jnp.where(jnp.isneginf(x.ratio), 1, jnp.minimum(x.ratio, MOST))
 
 
 def _kl_centred_q(x):
     p, q = x.probabilities
-    is_near = jnp.abs(x.ratio) < 1
-    near = p * (jnp.where(is_near, x.ratio, 0) + _expm1_minus_near(x.ratio))
-    return jnp.where(is_near, near, q - p)
+    near = p * (jnp.clip(x.ratio, -1, 1) + _expm1_minus_near(x.ratio))
+    return jnp.where(jnp.abs(x.ratio) < 1, near, q - p)
 
 
 def _swapped(function):
