@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Real
 
 from penalties_jax.functional.checks import ASCENDING, check_order, check_same_shape, public
 from penalties_jax.functional.derivatives import absolute, elementwise_derivatives
+from penalties_jax.functional.divergences.formulas import log_ratio
 from penalties_jax.functional.reduction import AxisName, Reduction, evaluate
 
 __all__ = ["wasserstein"]
@@ -107,6 +108,5 @@ def _take(values, indices):
 @elementwise_derivatives(lambda log_p, log_q: jnp.exp(log_p), lambda log_p, log_q: -jnp.exp(log_q))
 def _difference(log_p, log_q):
     """P - q, with the digits that the difference of near probabilities has lost."""
-    equal = log_p == log_q
-    ratio = jnp.where(equal, 0, log_p) - jnp.where(equal, 0, log_q)
-    return -jnp.sign(ratio) * jnp.exp(jnp.maximum(log_p, log_q)) * jnp.expm1(-jnp.abs(ratio))
+    ratio = log_ratio(log_p, log_q)
+    return jnp.sign(ratio) * jnp.exp(jnp.maximum(log_p, log_q)) * jnp.expm1(-jnp.abs(ratio))
