@@ -81,6 +81,9 @@ class Call:
                 x[0, ..., 0] = x[1, ..., 1 + i] = -np.inf
                 x[2] = -np.inf
                 x[2, ..., i] = 0
+                if "where" in self.arrays:
+                    # What is excluded may be no distribution.
+                    x[~np.broadcast_to(self.arrays["where"], x.shape[:-1])] = -np.inf
             else:
                 x[..., 0], x[0, ..., 1], x[1, ..., 1], x[1, ..., 2] = 0, 1e18, -1e18, 1e-30
         return self.arrays | arrays

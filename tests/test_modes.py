@@ -271,3 +271,23 @@ def test_no_false_alarm(call):
     with jax.debug_nans(True):
         jax.block_until_ready(results)
     assert not any(np.isnan(leaf).any() for leaf in jax.tree.leaves(results))
+
+
+# Sizes that are not known.
+
+
+@every_call
+def test_exported_for_any_batch(call):
+    """Value and gradient are one program for whatever the first axis may be."""
+    (batch,) = jax.export.symbolic_shape("b")
+    sizes = {x.shape[0] for x in jax.tree.leaves(call.arrays) if np.ndim(x) > 1}
+
+    def of_any_batch(x):
+        shape = jnp.shape(x)
+        shape = (batch, *shape[1:]) if len(sizes) == 1 and {*shape[:1]} == sizes else shape
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+
+    def everything(arrays):
+        return call(**arrays), call.slopes(**arrays)
+
+    jax.export.export(jax.jit(everything))(jax.tree.map(of_any_batch, call.arrays))

@@ -336,6 +336,10 @@ def test_two_trees_are_compared():
         (lambda: pj.Orthogonality()(jnp.ones(3)), r"two axes.*\(3,\)"),
         (lambda: pj.Orthogonality("hard")(jnp.eye(2), where=jnp.ones(2, bool)), "takes no where"),
         (lambda: pj.Orthogonality()(jnp.eye(2), where=jnp.ones(3, bool)), "where must broadcast"),
+        (lambda: pj.L1()({"a": jnp.ones(3)}, where=[True]), "where must be a tree like the input"),
+        (lambda: pj.L2(center={"b": 1.0})({"a": jnp.ones(3)}), "center must be a tree like"),
+        (lambda: pj.Consistency()({"a": jnp.ones(3)}, {"b": jnp.ones(3)}), "an input must be a"),
+        (lambda: pj.Consistency()({"a": jnp.ones(3)}, {"a": None}), "None in the other"),
     ],
 )
 def test_what_does_not_fit(call, message):

@@ -93,6 +93,9 @@ def _leading_triple(x):
     By the Gram matrix of the shorter side: of the largest the squares lose no digits, and its
     eigenvectors take a fraction of the time of all singular vectors.
     """
+    if 0 in x.shape[-2:]:
+        *matrices, m, n = x.shape
+        return tuple(jnp.zeros((*matrices, *side), x.dtype) for side in ((), (m,), (n,)))
     if x.shape[-2] < x.shape[-1]:
         value, v, u = _leading_triple(jnp.swapaxes(x, -2, -1))
         return value, u, v

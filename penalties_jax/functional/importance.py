@@ -113,7 +113,7 @@ class ImportanceStats(NamedTuple):
         """The statistics of one batch, which can be differentiated."""
         sites, structure = jax.tree.flatten(importances)
         _check_sites(sites)
-        masks = spread(where, structure)
+        masks = spread("where", where, structure)
         for site, mask in zip(sites, masks, strict=True):
             check_where(mask, jnp.shape(site)[:-1])
         if hasattr(penalty, "elementwise"):

@@ -107,20 +107,26 @@ def add_up(
     return total / jnp.maximum(included, 1)
 
 
-def spread(value: Any, structure: Any) -> list[Any]:
+def spread(name: str, value: Any, structure: Any) -> list[Any]:
     """One value for each leaf of a tree: `value` for all of them, or its own at each."""
     if value is None or jax.tree_util.all_leaves([value]):
         return [value] * structure.num_leaves
-    return leaves_by_name(value, structure)
+    return leaves_by_name(name, value, structure)
 
 
-def leaves_by_name(tree: Any, structure: Any) -> list[Any]:
+def leaves_by_name(name: str, tree: Any, structure: Any) -> list[Any]:
     """The leaves of a tree in the order of another, whose mappings may be of other types.
 
     So a dict of arrays matches an `nnx.State` of the same names.
+
+    Raises:
+        ValueError: If it has other names.
     """
     order = _plain(structure.unflatten(range(structure.num_leaves)))
-    leaves = jax.tree.structure(order).flatten_up_to(_plain(tree))
+    try:
+        leaves = jax.tree.structure(order).flatten_up_to(_plain(tree))
+    except ValueError as error:
+        raise ValueError(f"{name} must be a tree like the input: {error}") from error
     return [
         leaf for _, leaf in sorted(zip(jax.tree.leaves(order), leaves, strict=True), key=_first)
     ]

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Real
@@ -67,7 +68,7 @@ def mmd(
         raise ValueError(f"x and y must be [n, d] and [m, d], got {shapes[0]} and {shapes[1]}")
     least = 2 if unbiased else 1
     for name, (rows, _) in zip("xy", shapes, strict=True):
-        if rows < least:
+        if not is_symbolic_dim(rows) and rows < least:
             raise ValueError(f"{name} needs at least {least} rows, got {rows}")
     return _mmd(x, y, scales, unbiased=unbiased)
 
@@ -94,7 +95,8 @@ def _mmd(x, y, scales, *, unbiased):
         size = jnp.where(index < n, n, m)
         return jnp.sum(jnp.where(own, kernel / (size - unbiased), -kernel / size))
 
-    values = lax.map(witness, index, batch_size=rows_in_product(n + m))
+    block = None if is_symbolic_dim(n + m) else rows_in_product(n + m)
+    values = lax.map(witness, index, batch_size=block)
     return jnp.mean(values[:n]) + jnp.mean(values[n:])
 
 

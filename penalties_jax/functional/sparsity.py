@@ -88,7 +88,7 @@ def _sparsity_rate(mask, *, axis, where, axis_name):
         return reduce(skipped, reduction="mean", where=where, axis_name=axis_name, axis=axis)
 
     masks, structure = jax.tree.flatten(mask)
-    return structure.unflatten(map(rate, masks, spread(where, structure)))
+    return structure.unflatten(map(rate, masks, spread("where", where, structure)))
 
 
 @public
@@ -153,7 +153,9 @@ def sparsity_target_loss(
         value = evaluate(_FORMULAS[kind], (rate, target), parameters, each, where, axis_name)
         return value, count(rate.shape, where)
 
-    pairs = list(map(loss, rates, spread(target, structure), spread(where, structure)))
+    pairs = list(
+        map(loss, rates, spread("target", target, structure), spread("where", where, structure))
+    )
     losses = [value for value, _ in pairs]
     if reduction == "none":
         return structure.unflatten(losses)

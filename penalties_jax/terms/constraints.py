@@ -67,7 +67,7 @@ class Orthogonality(Penalty):
         options = {"mode": self.mode, "normalize": self.normalize, "axis": self.axis}
         leaves, structure = jax.tree.flatten(tree)
         total = jnp.zeros((), jnp.float32)
-        for x, mask in zip(leaves, spread(where, structure), strict=True):
+        for x, mask in zip(leaves, spread("where", where, structure), strict=True):
             check_where(mask, jnp.shape(x))
             x = x if mask is None else jnp.where(mask, x, 0)
             total = total + functional.orthogonality(x, **options)

@@ -39,8 +39,14 @@ class Reduced(Penalty):
 
     def _value(self, inputs, where):
         structure = jax.tree.structure(inputs[0], is_leaf=is_absent)
-        rows = zip(*(leaves_by_name(tree, structure) for tree in inputs), strict=True)
-        leaves = list(zip(self._members(structure), rows, spread(where, structure), strict=True))
+        rows = list(
+            zip(*(leaves_by_name("an input", tree, structure) for tree in inputs), strict=True)
+        )
+        if any(len(set(map(is_absent, row))) > 1 for row in rows):
+            raise ValueError("an array of one input is None in the other: leave it out of both")
+        leaves = list(
+            zip(self._members(structure), rows, spread("where", where, structure), strict=True)
+        )
         if self.reduction == "none":
             return structure.unflatten(
                 row[0] if is_absent(row[0]) else member._of_arrays(row, mask, "none")
@@ -73,7 +79,7 @@ class Reduced(Penalty):
     def _members(self, structure):
         """One config for each array: numbers given as pytrees like the input are dealt out."""
         columns = {
-            field.name: spread(getattr(self, field.name), structure)
+            field.name: spread(field.name, getattr(self, field.name), structure)
             for field in fields(self)
             if "valid" in field.metadata
         }

@@ -37,7 +37,11 @@ class MMD(Penalty):
     def _value(self, inputs, where):
         del where  # none
         a, b = inputs
-        pairs = zip(jax.tree.leaves(a), leaves_by_name(b, jax.tree.structure(a)), strict=True)
+        pairs = zip(
+            jax.tree.leaves(a),
+            leaves_by_name("the second input", b, jax.tree.structure(a)),
+            strict=True,
+        )
         values = [
             functional.mmd(*pair, scales=self.scales, unbiased=self.unbiased) for pair in pairs
         ]

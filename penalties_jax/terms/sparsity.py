@@ -49,7 +49,7 @@ class SparsityTarget(Reduced):
             return super()._value(inputs, where)
         masks, structure = jax.tree.flatten(inputs[0], is_leaf=is_absent)
         rates, included = [], []
-        for mask, exists in zip(masks, spread(where, structure), strict=True):
+        for mask, exists in zip(masks, spread("where", where, structure), strict=True):
             rates.append(mask if is_absent(mask) else self._rate(mask, exists))
             included.append(exists if is_absent(mask) else self._any_included(mask, exists))
         # A rate over the global batch is the same on every member: its loss counts once.

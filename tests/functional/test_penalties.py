@@ -356,6 +356,13 @@ def test_spectral_norm_at_zero():
     assert np.all(np.asarray(slope) == 0)
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (2, 3, 0), (0, 2, 3)], ids=str)
+def test_spectral_norm_of_nothing(shape):
+    value, slope = jax.value_and_grad(F.spectral_norm)(jnp.zeros(shape))
+    assert value == 0
+    assert slope.shape == shape
+
+
 ERRORS = {
     "matrices": (lambda x: F.spectral_norm(x[0]), r"(?=.*two axes)(?=.*\(3,\))(?=.*mask=)"),
     "center": (lambda x: F.l2(x, center="median"), "(?=.*median)(?=.*mean)"),

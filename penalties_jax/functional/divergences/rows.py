@@ -71,11 +71,17 @@ class Rows(NamedTuple):
         logits: Of each distribution.
         parameters: The temperature, and the formula's own.
         labels: The classes of a cross entropy.
+        included: Which rows count: what the others hold is not looked at.
     """
 
     logits: tuple[Float[Array, "*rows C"], ...]
     parameters: tuple[Float[Array, "*rows 1"], ...]
     labels: Int[Array, "*rows 1"] | None = None
+    included: Bool[Array, "*rows 1"] | None = None
+
+    def wide_logits(self) -> tuple[Float[Array, "*rows C"], ...]:
+        """The logits in the dtype of the computation."""
+        return tuple(_only(self.included, z, 0) for z in promote(*self.logits))
 
 
 class Normaliser(NamedTuple):
@@ -147,13 +153,15 @@ def _evaluate(
     dtype = wide(*logits)
     numbers = by_position(formula, parameters, tuple(positions), dtype)
     (logits, numbers), (scale, where), _ = lie_alike((logits, numbers), (scale, where), axis=-1)
+    included = None if where is None else jnp.broadcast_to(where, positions)[..., None]
+    numbers = tuple(x if x.size == 1 else _only(included, x, 1) for x in numbers)
     walk = Walk(block_size or rows_in_block(classes), class_axis_name)
-    values: Array = _divergences(formula, walk, vary_alike(Rows(logits, numbers)))
+    values: Array = _divergences(
+        formula, walk, vary_alike(Rows(logits, numbers, included=included))
+    )
     if class_axis_name is not None:
         values = lax.psum(values, class_axis_name)
-    values = scale * values
-    if where is not None:
-        values = jnp.where(where, values, 0)
+    values = _only(where, scale * values, 0)
     return reduce(values, reduction=reduction, where=where, axis_name=axis_name)
 
 
@@ -228,7 +236,7 @@ def statistics_of(
 
 def _statistics(formula, class_axis_name, wanted, rows):
     temperature, *others = rows.parameters
-    logits = promote(*rows.logits)
+    logits = rows.wide_logits()
     normalisers = tuple(_normaliser(z, temperature, class_axis_name) for z in logits)
     x = _distributions(rows, class_axis_name, normalisers)
 
@@ -287,7 +295,7 @@ def _normaliser(z, temperature, class_axis_name):
 
 
 def _distributions(rows, class_axis_name, normalisers):
-    temperature, logits = rows.parameters[0], promote(*rows.logits)
+    temperature, logits = rows.parameters[0], rows.wide_logits()
     pairs = list(zip(logits, normalisers, strict=True))
     probabilities = tuple(_probabilities(z, temperature, n) for z, n in pairs)
     logs = tuple(_log_probabilities(z, temperature, n) for z, n in pairs)
@@ -320,6 +328,11 @@ def _probabilities(z, temperature, normaliser):
 def _log_probabilities(z, temperature, normaliser):
     peak, total = (x[..., None] for x in normaliser)
     return (z - peak) / temperature - jnp.log(total)
+
+
+def _only(included, x, other):
+    """What is included, and `other` elsewhere."""
+    return x if included is None else jnp.where(included, x, other)
 
 
 def sum_to(
