@@ -25,13 +25,27 @@ class RefusedFirst(pytest.RaisesExc):
 
     def matches(self, exception):
         """As for any of the errors that were asked for."""
-        return isinstance(exception, TypeCheckError) or super().matches(exception)
+        refused = isinstance(exception, TypeCheckError) or isinstance(
+            exception.__cause__, TypeCheckError
+        )
+        return refused or super().matches(exception)
 
 
 def pytest_configure(config):
     """With --jaxtyping-packages, as make test-types has it."""
     if config.getoption("--jaxtyping-packages"):
         pytest.raises = RefusedFirst
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Leaves notebooks to make test-slow, and calls that annotations don't allow to other runs."""
+    typed = config.getoption("--jaxtyping-packages")
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker(pytest.mark.slow)
+        if typed and item.get_closest_marker("untyped"):
+            item.add_marker(pytest.mark.skip("takes more than its annotations say"))
 
 
 @pytest.fixture(autouse=True)

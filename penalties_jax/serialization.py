@@ -145,6 +145,11 @@ def _config(data, path):
         if required and field.name not in given:
             raise TypeError(f"{path}: missing field {field.name!r}")
     values = {name: _decode(value, f"{path}.{name}") for name, value in given.items()}
+    for field in fields(TYPES[kind]):
+        # JSON has no tuples.
+        if field.name in values and "valid" not in field.metadata:
+            value = values[field.name]
+            values[field.name] = tuple(value) if isinstance(value, list) else value
     with _errors_at(path, kind):
         return TYPES[kind](**values)
 

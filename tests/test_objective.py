@@ -104,7 +104,7 @@ KEEP = jnp.array([True, True, False])
     [
         ({"on": "x"}, 7),
         ({"on": ("x",)}, 7),
-        ({"on": ["x"]}, 7),
+        pytest.param({"on": ["x"]}, 7, marks=pytest.mark.untyped),
         ({"on": lambda outputs: 2 * outputs["x"]}, 14),
         ({"on": lambda outputs: (outputs["x"],)}, 7),
         ({"on": lambda outputs: {"a": outputs["x"], "b": None}}, 7),

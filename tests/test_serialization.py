@@ -223,9 +223,9 @@ def test_what_is_wrong_is_named_by_its_path(penalty, error, message):
         lambda: pj.from_json(json.dumps(data)),
         lambda: pj.from_yaml(yaml.dump(data)),
     ):
-        with pytest.raises(error, match=rf"^Objective\.terms\['kl'\]\.penalty{message}") as caught:
+        whole = rf"^Objective\.terms\['kl'\]\.penalty{message}.*\Z"
+        with pytest.raises(error, match=whole):
             read()
-        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -293,9 +293,9 @@ def test_an_orbax_checkpoint(tmp_path):
     ("config", "options"),
     [
         (pj.Wasserstein, {"order": 2}),
-        (pj.GroupLasso, {"axis": np.int64(0)}),
+        pytest.param(pj.GroupLasso, {"axis": np.int64(0)}, marks=pytest.mark.untyped),
         (pj.KLDivergence, {"inputs": "logits", "block_size": 8}),
-        (pj.L1, {"axis_name": ["a", "b"]}),
+        pytest.param(pj.L1, {"axis_name": ["a", "b"]}, marks=pytest.mark.untyped),
     ],
 )
 def test_options_of_a_type_that_will_do(config, options):

@@ -47,7 +47,7 @@ def count(
     *,
     dtype: Any = jnp.float32,
     axis: Axis | None = None,
-) -> Float[Array, "..."] | int:
+) -> Float[Array, "..."] | Size:
     """How many values of a shape a mask includes, along `axis` or in all."""
     if where is None:
         axes = range(len(shape)) if axis is None else axis if isinstance(axis, tuple) else (axis,)

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import pickle
+import re
 from functools import partial
 
 import hypothesis
@@ -185,6 +186,10 @@ def test_small_integers_do_not_wrap():
     assert F.l1(jnp.asarray([-128], jnp.int8)) == 128
     assert F.l2(jnp.asarray([3], jnp.uint8), center=5) == 4
     assert F.l2(jnp.asarray([200], jnp.uint8)) == 40_000
+
+
+@pytest.mark.untyped
+def test_booleans_are_numbers():
     assert F.l1(jnp.asarray([True, False])) == 1
 
 
@@ -333,10 +338,9 @@ def test_an_unknown_reduction_lists_the_valid_ones(case):
 @every_case
 @pytest.mark.parametrize("shape", [(2,), (7, 3, 5), (4, 8, 3, 5)], ids=str)
 def test_a_mask_that_does_not_fit_shows_both_shapes(case, shape):
-    with pytest.raises(ValueError, match=r"where") as raised:
+    own, other, masks = (re.escape(str(x)) for x in (SHAPE, shape, case.mask_shape))
+    with pytest.raises(ValueError, match=f"where(?=.*{other})(?=.*({own}|{masks}))"):
         case.call(*case.data(), where=np.ones(shape, bool))
-    assert str(shape) in str(raised.value)
-    assert str(SHAPE) in str(raised.value) or str(case.mask_shape) in str(raised.value)
     with pytest.raises(ValueError, match=r"where"):
         jax.jit(lambda *x: case.call(*x, where=jnp.ones(shape, bool)))(*case.data())
 
@@ -344,17 +348,15 @@ def test_a_mask_that_does_not_fit_shows_both_shapes(case, shape):
 @every_penalty
 @pytest.mark.parametrize("shape", [(2,), (4, 8, 3, 5)], ids=str)
 def test_weights_that_do_not_fit_show_both_shapes(case, shape):
-    with pytest.raises(ValueError, match=r"weights") as raised:
+    own, masks = (re.escape(str(x)) for x in (shape, case.mask_shape))
+    with pytest.raises(ValueError, match=f"weights(?=.*{own})(?=.*{masks})"):
         case.call(*case.data(), weights=np.ones(shape))
-    assert str(shape) in str(raised.value)
-    assert str(case.mask_shape) in str(raised.value)
 
 
 @every(only(lambda case: case.inputs == 2, STRUCTURES))
 def test_inputs_that_disagree_show_both_shapes(case):
-    with pytest.raises(ValueError, match=r"\(2, 5\)") as raised:
+    with pytest.raises(ValueError, match=r"(?=.*\(2, 5\))(?=.*\(2, 4\))"):
         case.call(jnp.zeros((2, 5)), jnp.zeros((2, 4)))
-    assert "(2, 4)" in str(raised.value)
     # Shapes that would broadcast do not agree either.
     with pytest.raises(ValueError, match=r"\(1, 5\)"):
         case.call(jnp.zeros((2, 5)), jnp.zeros((1, 5)))

@@ -113,6 +113,7 @@ def test_auto_is_the_scan_on_a_cpu():
         assert np.array_equal(auto, F.resolvent_diagonal(a, products))
 
 
+@pytest.mark.untyped
 def test_any_real_dtype():
     a, products = np.array([1, -2, 0, 3]), np.array([True, False, True])
     desired = exact(a.astype(float), products.astype(float))

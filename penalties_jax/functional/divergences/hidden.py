@@ -58,7 +58,7 @@ def linear_kl(
     temperature: ArrayLike = 1.0,
     block_size: int | None = None,
     reduction: Reduction = "mean",
-    where: Bool[ArrayLike, "*positions"] | None = None,
+    where: Bool[ArrayLike, "*#positions"] | None = None,
     axis_name: AxisName | None = None,
     class_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
@@ -120,7 +120,7 @@ def linear_js(
     temperature: ArrayLike = 1.0,
     block_size: int | None = None,
     reduction: Reduction = "mean",
-    where: Bool[ArrayLike, "*positions"] | None = None,
+    where: Bool[ArrayLike, "*#positions"] | None = None,
     axis_name: AxisName | None = None,
     class_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
@@ -158,7 +158,7 @@ def linear_alpha(
     temperature: ArrayLike = 1.0,
     block_size: int | None = None,
     reduction: Reduction = "mean",
-    where: Bool[ArrayLike, "*positions"] | None = None,
+    where: Bool[ArrayLike, "*#positions"] | None = None,
     axis_name: AxisName | None = None,
     class_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
@@ -187,7 +187,7 @@ def linear_cross_entropy(
     bias: Real[ArrayLike, " C"] | None = None,
     block_size: int | None = None,
     reduction: Reduction = "mean",
-    where: Bool[ArrayLike, "*positions"] | None = None,
+    where: Bool[ArrayLike, "*#positions"] | None = None,
     axis_name: AxisName | None = None,
     class_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
@@ -241,7 +241,7 @@ def linear_distillation(
     temperature: ArrayLike = 1.0,
     block_size: int | None = None,
     reduction: Reduction = "mean",
-    where: Bool[ArrayLike, "*positions"] | None = None,
+    where: Bool[ArrayLike, "*#positions"] | None = None,
     axis_name: AxisName | None = None,
     class_axis_name: AxisName | None = None,
 ) -> DistillationLoss:

@@ -23,7 +23,7 @@ def kl_from_logits(
     temperature: ArrayLike = 1.0,
     block_size: int | None = None,
     reduction: Reduction = "mean",
-    where: Bool[ArrayLike, "*positions"] | None = None,
+    where: Bool[ArrayLike, "*#positions"] | None = None,
     axis_name: AxisName | None = None,
     class_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
@@ -77,7 +77,7 @@ def js_from_logits(
     temperature: ArrayLike = 1.0,
     block_size: int | None = None,
     reduction: Reduction = "mean",
-    where: Bool[ArrayLike, "*positions"] | None = None,
+    where: Bool[ArrayLike, "*#positions"] | None = None,
     axis_name: AxisName | None = None,
     class_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
@@ -114,7 +114,7 @@ def alpha_from_logits(
     temperature: ArrayLike = 1.0,
     block_size: int | None = None,
     reduction: Reduction = "mean",
-    where: Bool[ArrayLike, "*positions"] | None = None,
+    where: Bool[ArrayLike, "*#positions"] | None = None,
     axis_name: AxisName | None = None,
     class_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
@@ -141,7 +141,7 @@ def entropy_from_logits(
     normalize: bool = False,
     block_size: int | None = None,
     reduction: Reduction = "mean",
-    where: Bool[ArrayLike, "*positions"] | None = None,
+    where: Bool[ArrayLike, "*#positions"] | None = None,
     axis_name: AxisName | None = None,
     class_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:

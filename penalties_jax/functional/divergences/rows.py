@@ -47,7 +47,7 @@ class Options(NamedTuple):
 
     block_size: int | None
     reduction: Reduction
-    where: Bool[ArrayLike, "*positions"] | None
+    where: Bool[ArrayLike, "*#positions"] | None
     axis_name: AxisName | None
     class_axis_name: AxisName | None
 
@@ -152,8 +152,9 @@ def _evaluate(
     check_where(where, tuple(positions))
     dtype = wide(*logits)
     numbers = by_position(formula, parameters, tuple(positions), dtype)
+    where = None if where is None else jnp.broadcast_to(where, positions)
     (logits, numbers), (scale, where), _ = lie_alike((logits, numbers), (scale, where), axis=-1)
-    included = None if where is None else jnp.broadcast_to(where, positions)[..., None]
+    included = None if where is None else where[..., None]
     numbers = tuple(x if x.size == 1 else _only(included, x, 1) for x in numbers)
     walk = Walk(block_size or rows_in_block(classes), class_axis_name)
     values: Array = _divergences(
