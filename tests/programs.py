@@ -1,11 +1,14 @@
 """Ways to compile a function in a test."""
 
+import contextlib
 from functools import partial
 
 import chex
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import nnx
+from jax import lax
 
 # Unoptimised programs compile in half the time; for what does not depend on optimisation.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -55,3 +58,35 @@ def carried(module, call, length=2):
         return nnx.state(module), None
 
     return nnx.merge(definition, jax.lax.scan(body, state, None, length=length)[0])
+
+
+@contextlib.contextmanager
+def as_for_an_accelerator():
+    """Every program as it is lowered for an accelerator, on a CPU."""
+    reduce = lax.reduce
+
+    def in_a_tree(operands, *rest):
+        return (_reduce_in_a_tree if isinstance(operands, tuple) else reduce)(operands, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lax, "platform_dependent", lambda *x, default, **_: default(*x))
+        patch.setattr(lax, "reduce", in_a_tree)
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
+
+
+def _reduce_in_a_tree(operands, initial, computation, dimensions):
+    """As a GPU does it. XLA's CPU backend takes one class after the other, and rounds as often."""
+    (axis,) = dimensions
+    leaves, structure = jax.tree.flatten(operands)
+    starts = jax.tree.leaves(initial)
+    while leaves[0].shape[axis] > 1:
+        half = (leaves[0].shape[axis] + 1) // 2
+        filled = [
+            jnp.concatenate([x, jnp.full_like(x[..., :1], start)], -1)
+            for x, start in zip(leaves, starts, strict=True)
+        ]
+        sides = [x[..., :half] for x in filled], [x[..., half : 2 * half] for x in filled]
+        leaves = jax.tree.leaves(computation(*map(structure.unflatten, sides)))
+    return structure.unflatten(x[..., 0] for x in leaves)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,29 @@ def elementwise_derivatives(
         return declared
 
     return declare
+
+
+def differentiated_as(
+    other: Callable[..., Any], function: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`function`, with the derivatives of another that computes the same."""
+    declared = jax.custom_jvp(function)
+
+    @functools.partial(declared.defjvp, symbolic_zeros=True)
+    @standard_promotion()
+    def _(primals, tangents):
+        # What does not move has no tangent, not one of 0: a logit of -inf would make that NaN.
+        moves = jax.tree.map(lambda t: not isinstance(t, SymbolicZero), tangents)
+
+        def moved(to):
+            return other(*jax.tree.map(lambda m, x, own: own if m else x, moves, primals, to))
+
+        def moving(tree):
+            return (jax.tree.map(lambda m, x: x if m else None, moves, tree),)
+
+        return jax.jvp(moved, moving(primals), moving(tangents))
+
+    return declared
 
 
 @elementwise_derivatives(jnp.sign)

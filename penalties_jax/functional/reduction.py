@@ -15,6 +15,7 @@ from numpy.lib.array_utils import normalize_axis_index, normalize_axis_tuple
 
 from penalties_jax.functional.checks import Size, check_choice, check_fits, check_where
 from penalties_jax.functional.derivatives import Axis
+from penalties_jax.functional.platform import recomputed
 
 Reduction = Literal["sum", "mean", "none"]
 AxisName = str | tuple[str, ...]
@@ -275,9 +276,6 @@ def _evaluate(formula, inputs, parameters, reduction, where, axis_name, weights,
         weights = jnp.where(where, weights, 0) if weights.ndim else weights
         return jnp.where(where, weights * _apply(formula, inputs, parameters, axis), 0)
 
-    # With the sum inside, the cotangent that the backward pass waits for is a scalar. Without a sum
-    # it is an array, which the barrier against common subexpressions would keep in memory.
-    @partial(jax.checkpoint, prevent_cse=reduction != "none")
     def reduced(inputs, parameters, weights, where):
         return reduce(
             values(inputs, parameters, weights, where),
@@ -286,7 +284,10 @@ def _evaluate(formula, inputs, parameters, reduction, where, axis_name, weights,
             axis_name=axis_name,
         )
 
-    return reduced(inputs, parameters, weights, where)
+    # With the sum inside, the cotangent that the backward pass waits for is a scalar. Without a sum
+    # it is an array, which a barrier would keep in memory.
+    again = partial(jax.checkpoint, prevent_cse=False) if reduction == "none" else recomputed
+    return again(reduced)(inputs, parameters, weights, where)
 
 
 def _apply(formula, inputs, parameters, axis):

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Real
 
 from penalties_jax.functional.checks import POSITIVE, public
-from penalties_jax.functional.platform import rows_in_product
+from penalties_jax.functional.platform import by_platform
 from penalties_jax.functional.reduction import promote, vary_alike
 
 __all__ = ["mmd"]
@@ -95,8 +95,11 @@ def _mmd(x, y, scales, *, unbiased):
         size = jnp.where(index < n, n, m)
         return jnp.sum(jnp.where(own, kernel / (size - unbiased), -kernel / size))
 
-    block = None if is_symbolic_dim(n + m) else rows_in_product(n + m)
-    values = lax.map(witness, index, batch_size=block)
+    def each(platform, index):
+        block = None if is_symbolic_dim(n + m) else platform.rows_in_product(n + m)
+        return lax.map(witness, index, batch_size=block)
+
+    values = by_platform(each, index)
     return jnp.mean(values[:n]) + jnp.mean(values[n:])
 
 

@@ -24,7 +24,7 @@ from tests.catalogue import (
     streamed_again,
 )
 from tests.oracles import as_float32, assert_close, gradient
-from tests.programs import quick_jit
+from tests.programs import as_for_an_accelerator, quick_jit
 
 STREAMED = only(lambda case: case.streamed, DIVERGENCE_CASES)
 STRUCTURES = first_of_each(lambda case: case.structure, STREAMED)
@@ -190,6 +190,20 @@ def test_a_temperature_for_each_position_and_a_sweep(x64):
     for t, slope in zip(each, slopes, strict=True):
         along = gradient(lambda t: KL.entries(p, q, temperature=t).mean(), t)
         assert_close(slope, along, rtol=1e-7)
+
+
+@every(FUNCTIONS)
+def test_an_accelerator_computes_the_same_in_one_pass(case):
+    """Without a loop over blocks; test_accelerator.py has the rest."""
+    logits = rows(50, 1.0)[: case.inputs]
+    function = jax.value_and_grad(case.raw, range(case.inputs))
+    value, slopes = quick_jit(function)(*logits)
+    with as_for_an_accelerator():
+        assert "while" not in str(jax.make_jaxpr(function)(*logits))
+        found, others = quick_jit(function)(*logits)
+    assert_close(found, value, rtol=1e-6)
+    for slope, desired in zip(others, slopes, strict=True):
+        assert_close(slope, desired, rtol=1e-4, atol=1e-7)
 
 
 @every(FUNCTIONS, slow=streamed_again)

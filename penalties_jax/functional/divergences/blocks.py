@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
-from jax.custom_derivatives import SymbolicZero
 from jax.export import is_symbolic_dim
 from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Int, PyTree, Shaped
 
 from penalties_jax.functional.checks import Size
+from penalties_jax.functional.derivatives import differentiated_as
 
 
 def map_rows(
@@ -43,20 +43,7 @@ def map_rows(
 
     # JAX's own derivative of a custom_vmap calls its rule without end, and can't be transposed.
     undifferentiated = custom_vmap(walk)
-    run = jax.custom_jvp(undifferentiated)
-
-    @partial(run.defjvp, symbolic_zeros=True)
-    def _(primals, tangents):
-        # What does not move has no tangent, not one of 0: a logit of -inf would make that NaN.
-        moves = jax.tree.map(lambda t: not isinstance(t, SymbolicZero), tangents)
-
-        def moved(to):
-            return walk(*jax.tree.map(lambda m, x, own: own if m else x, moves, primals, to))
-
-        def moving(tree):
-            return (jax.tree.map(lambda m, x: x if m else None, moves, tree),)
-
-        return jax.jvp(moved, moving(primals), moving(tangents))
+    run = differentiated_as(walk, undifferentiated)
 
     @undifferentiated.def_vmap
     def _(size, batched, rows, shared):

@@ -13,8 +13,12 @@ from penalties_jax.functional.derivatives import elementwise_derivatives
 
 Direction = Literal["forward", "reverse", "symmetric"]
 
-# A log-ratio whose exponential still is a number, and one that stands for infinity.
-LARGE, MOST = 60.0, 1e18
+# A log-ratio whose exponential still is a number, one that still may be multiplied, and one that
+# is of a probability of 0, also after it was divided by a temperature.
+LARGE, MOST, INFINITE = 60.0, 1e18, 1e33
+
+# Divergences below which a third power of the log-ratio is below the rounding of normalisers.
+NEAR = 1e-6
 
 
 class Distributions(NamedTuple):
@@ -23,7 +27,7 @@ class Distributions(NamedTuple):
     Attributes:
         probabilities: Of each distribution.
         logs: Their logarithms.
-        ratio: Of two, log q - log p, 0 where both are 0.
+        ratio: Of two, log q - log p, by `log_ratio`.
         label: Of one, which class is the label, for a cross entropy.
     """
 
@@ -34,9 +38,21 @@ class Distributions(NamedTuple):
 
 
 def log_ratio(log_p: Float[Array, "..."], log_q: Float[Array, "..."]) -> Float[Array, "..."]:
-    """log_q - log_p, 0 where both are -inf."""
-    neither = jnp.isinf(log_p) & (log_p == log_q)
-    return jnp.where(neither, 0, log_q) - jnp.where(neither, 0, log_p)
+    """log_q - log_p, 0 where both are -inf, and beyond `INFINITE` where one of them is."""
+    lowest = jnp.finfo(log_p.dtype).min
+    return jnp.maximum(log_q, lowest) - jnp.maximum(log_p, lowest)
+
+
+class Mean(NamedTuple):
+    """A mean under a distribution.
+
+    Attributes:
+        ratio: Of the log-ratio where it is finite; of one distribution alone, of its own log.
+        lone: How probable it is that the ratio is infinite.
+    """
+
+    ratio: Any
+    lone: Any
 
 
 class Parameter(NamedTuple):
@@ -59,12 +75,14 @@ class Formula(NamedTuple):
         parameters: The numbers in it.
         centred: The slopes but for a multiple of each distribution's probabilities, which a softmax
             cancels, in a form that is accurate where P is near Q; if None, the slopes are.
+        slope_sums: The sums of those, from the `Mean` under each distribution, if these tell.
     """
 
     term: Callable[..., Array]
     slopes: tuple[Callable[..., Array], ...]
     parameters: tuple[Parameter, ...] = ()
     centred: tuple[Callable[..., Array], ...] | None = None
+    slope_sums: Callable[..., tuple[Array, ...]] | None = None
 
     @property
     def slopes_of_logits(self) -> tuple[Callable[..., Array], ...]:
@@ -95,7 +113,7 @@ def _expm1_minus_near(d):
 
 def _generalised_term(p, q, d):
     """The term p (expm1(d) - d) = q - p - p d, d = log q - log p; q at p = 0, inf at only q = 0."""
-    far = jnp.where(jnp.isneginf(d), jnp.inf, q - p - p * jnp.minimum(d, MOST))
+    far = jnp.where(d < -INFINITE, jnp.inf, q - p - p * jnp.minimum(d, MOST))
     return jnp.where(jnp.abs(d) < 1, p * _expm1_minus_near(d), far)
 
 
@@ -110,8 +128,7 @@ def _kl_term(x):
 def _kl_slope_p(x):
     """The textbook's p (log p - log q + 1); 0 where only one of them is 0."""
     p, _ = x.probabilities
-    lone = jnp.isinf(x.ratio)
-    return jnp.where(lone, 0, p * (1 - jnp.where(lone, 0, x.ratio)))
+    return p * (1 - jnp.where(jnp.abs(x.ratio) > INFINITE, 1, x.ratio))
 
 
 def _kl_slope_q(x):
@@ -122,13 +139,23 @@ def _kl_slope_q(x):
 def _kl_centred_p(x):
     """-p d: where only q is 0, the derivative through log p is 0, as if d were 1."""
     p, _ = x.probabilities
-    return -p * jnp.where(jnp.isneginf(x.ratio), 1, jnp.minimum(x.ratio, MOST))
+    return -p * jnp.where(x.ratio < -INFINITE, 1, jnp.minimum(x.ratio, MOST))
 
 
 def _kl_centred_q(x):
     p, q = x.probabilities
     near = p * (jnp.clip(x.ratio, -1, 1) + _expm1_minus_near(x.ratio))
     return jnp.where(jnp.abs(x.ratio) < 1, near, q - p)
+
+
+def _kl_slope_sums(p, q):
+    """Q's would be 0 but for the rounding of the normalisers, by which all ratios are too large.
+
+    Where P is near Q, that is what the means under both are too large by on average: KL(P||Q) and
+    KL(Q||P), by which they differ from 0, differ by a third power.
+    """
+    near = jnp.abs(p.ratio) + jnp.abs(q.ratio) < NEAR
+    return -p.ratio - p.lone, jnp.where(near, (p.ratio + q.ratio) / 2, 0)
 
 
 def _swapped(function):
@@ -146,10 +173,18 @@ def _kl_formulas() -> dict[Direction, Formula]:
     term, slopes, centred = _kl_term, (_kl_slope_p, _kl_slope_q), (_kl_centred_p, _kl_centred_q)
     back = tuple(tuple(map(_swapped, reversed(each))) for each in (slopes, centred))
     both = tuple(tuple(map(_mean, *each)) for each in zip((slopes, centred), back, strict=True))
+
+    def sums_back(p, q):
+        return _kl_slope_sums(*(x._replace(ratio=-x.ratio) for x in (q, p)))[::-1]
+
+    def sums_of_both(p, q):
+        pairs = zip(_kl_slope_sums(p, q), sums_back(p, q), strict=True)
+        return tuple((x + y) / 2 for x, y in pairs)
+
     return {
-        "forward": Formula(term, slopes, centred=centred),
-        "reverse": Formula(_swapped(term), back[0], centred=back[1]),
-        "symmetric": Formula(_mean(term, _swapped(term)), both[0], centred=both[1]),
+        "forward": Formula(term, slopes, (), centred, _kl_slope_sums),
+        "reverse": Formula(_swapped(term), back[0], (), back[1], sums_back),
+        "symmetric": Formula(_mean(term, _swapped(term)), both[0], (), both[1], sums_of_both),
     }
 
 
@@ -245,24 +280,29 @@ def _moved(log_p, d, b):
     return jnp.where(small, near, (jnp.exp(log_p + t) - p) / divisor)
 
 
+def _finite(ratio):
+    return jnp.where(jnp.abs(ratio) > INFINITE, jnp.sign(ratio) * MOST, ratio)
+
+
 def _alpha(x, a):
     """The term of (a p + b q - p^a q^b) / (a b), and its derivative in a; swapped for a < 1/2."""
     swap = a < 0.5
     p, q = (jnp.where(swap, *pair) for pair in (x.probabilities[::-1], x.probabilities))
     log_p, ratio = jnp.where(swap, *x.logs[::-1]), jnp.where(swap, -x.ratio, x.ratio)
     a, b = (jnp.where(swap, *pair) for pair in ((1 - a, a), (a, 1 - a)))
-    d = jnp.nan_to_num(ratio, nan=jnp.nan, posinf=MOST, neginf=-MOST)
+    d = _finite(ratio)
     near = jnp.maximum(1, jnp.abs(b)) * jnp.abs(d) < 1
     size, size_slope = (p * jnp.square(d) * y for y in _alpha_near(jnp.where(near, d, 0), b))
-    far = (q - p - jnp.where(jnp.isneginf(ratio) & (b <= 0), -jnp.inf, _moved(log_p, d, b))) / a
+    lone = (ratio < -INFINITE) & (b <= 0)
+    far = (q - p - jnp.where(lone, -jnp.inf, _moved(log_p, d, b))) / a
     far_slope = jnp.where(jnp.isinf(far), 0, (_moved_b(log_p, d, b) - far) / a)
     return jnp.where(near, size, far), (1 - 2 * swap) * jnp.where(near, -size_slope, far_slope)
 
 
 def _alpha_slope(log_p, ratio, b) -> Array:
     """-p times e^(b d) - 1 over b, which is taken to be 1 where it is infinite: as for KL."""
-    d = jnp.nan_to_num(ratio, nan=jnp.nan, posinf=MOST, neginf=-MOST)
-    infinite = (jnp.isneginf(ratio) & (b <= 0)) | jnp.isinf(_moved(log_p, d, b))
+    d = _finite(ratio)
+    infinite = ((ratio < -INFINITE) & (b <= 0)) | jnp.isinf(_moved(log_p, d, b))
     return -jnp.where(infinite, jnp.exp(log_p), _moved(log_p, jnp.where(infinite, 0, d), b))
 
 
@@ -281,15 +321,17 @@ ALPHA = Formula(
 
 def _surprise(x):
     (p,), (log_p,) = x.probabilities, x.logs
-    return -p * jnp.where(p == 0, 0, log_p)
+    return -p * jnp.where(log_p < -MOST, 0, log_p)
 
 
 def _surprise_slope(x):
     (p,), (log_p,) = x.probabilities, x.logs
-    return -p * (jnp.where(p == 0, 0, log_p) + 1)
+    return -p * (jnp.where(log_p < -MOST, 0, log_p) + 1)
 
 
-ENTROPY = Formula(_surprise, (_surprise_slope,), centred=(_surprise,))
+ENTROPY = Formula(
+    _surprise, (_surprise_slope,), (), (_surprise,), slope_sums=lambda mean: (-mean.ratio,)
+)
 
 CROSS_ENTROPY = Formula(
     lambda x: jnp.where(x.label, -x.logs[0], 0),

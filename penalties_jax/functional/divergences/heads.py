@@ -38,7 +38,7 @@ from penalties_jax.functional.divergences.rows import (
     statistics_of,
     sum_to,
 )
-from penalties_jax.functional.platform import rows_in_block, rows_in_product
+from penalties_jax.functional.platform import by_platform
 from penalties_jax.functional.reduction import lie_alike, vary_alike, wide
 
 
@@ -166,7 +166,7 @@ def _evaluate(
         entries = included[..., None]
         heads = tuple(head._replace(hidden=jnp.where(entries, head.hidden, 0)) for head in heads)
         numbers = jax.tree.map(lambda x: x if x.size == 1 else jnp.where(entries, x, 1), numbers)
-    walk = Walk(block_size or rows_in_product(jnp.shape(heads[0].kernel)[1]), class_axis_name)
+    walk = Walk(block_size, class_axis_name)
     inputs = Inputs(heads, numbers, None if labels is None else labels[..., None])
     if reduction == "none":
         values: Any = _values_by_position(formulas, walk, vary_alike(inputs))
@@ -270,13 +270,17 @@ def _like(inputs, factor, gradients):
 
 def _values(formulas, walk, inputs):
     """Each part's values, [*positions]; with sharded classes, what this member adds to them."""
-    rows, kernels = _by_row(inputs)
     wanted = _wanted(formulas, jax.tree.map(lambda _: False, inputs))
 
-    def block(rows, kernels):
-        return _parts(formulas, walk, wanted, _of_rows(rows, kernels))[0]
+    def on(platform, inputs):
+        rows, kernels = _by_row(inputs)
 
-    return map_rows(block, rows, walk.block_size, kernels)
+        def block(rows, kernels):
+            return _parts(platform, formulas, walk, wanted, _of_rows(rows, kernels))[0]
+
+        return map_rows(block, rows, _block_size(platform, walk, inputs), kernels)
+
+    return by_platform(on, inputs)
 
 
 def _values_and_gradients(formulas, walk, perturbed, inputs, weights):
@@ -284,13 +288,18 @@ def _values_and_gradients(formulas, walk, perturbed, inputs, weights):
 
     The gradients of what is not perturbed are None.
     """
+    of_both = partial(_values_and_gradients_on, formulas, walk, perturbed)
+    return by_platform(of_both, inputs, weights)
+
+
+def _values_and_gradients_on(formulas, walk, perturbed, platform, inputs, weights):
     rows, kernels = _by_row(inputs)
     wanted = _wanted(formulas, perturbed)
 
     def block(rows_and_weights, fresh):
         rows, by = rows_and_weights
         own = _of_rows(rows, kernels)
-        values, through_logits, through_parameters = _parts(formulas, walk, wanted, own)
+        values, through_logits, through_parameters = _parts(platform, formulas, walk, wanted, own)
         gradients = [
             _through(head, _weighted(by, through_logits, i), want, fresh)
             for i, (head, want) in enumerate(zip(own.heads, perturbed.heads, strict=True))
@@ -304,7 +313,7 @@ def _values_and_gradients(formulas, walk, perturbed, inputs, weights):
         kept = values, [head.hidden for head in gradients], numbers
         return kept, [head._replace(hidden=None) for head in gradients]
 
-    kept, sums = sum_rows(block, (rows, weights), walk.block_size)
+    kept, sums = sum_rows(block, (rows, weights), _block_size(platform, walk, inputs))
     values, hidden, by_rows = kept
     heads = tuple(head._replace(hidden=h) for head, h in zip(sums, hidden, strict=True))
     parameters = jax.tree.map(
@@ -334,10 +343,14 @@ def _wanted(formulas, perturbed):
     ]
 
 
-def _parts(formulas, walk, wanted, inputs):
+def _block_size(platform, walk, inputs):
+    return walk.block_size or platform.rows_in_product(inputs.heads[0].kernel.shape[1])
+
+
+def _parts(platform, formulas, walk, wanted, inputs):
     """Each part's value of the rows in a block, and its gradients in logits and parameters."""
-    logits = tuple(map(_logits, inputs.heads))
-    walk = walk._replace(block_size=rows_in_block(logits[0].shape[-1]))
+    logits = tuple(_logits(platform, head) for head in inputs.heads)
+    walk = walk._replace(block_size=None)
     values, through_logits, through_parameters = [], [], []
     for formula, want, parameters in zip(formulas, wanted, inputs.parameters, strict=True):
         rows = Rows(logits[: len(formula.slopes)], parameters, inputs.labels)
@@ -355,9 +368,10 @@ def _as_factor(x):
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
 
 
-def _logits(head):
+def _logits(platform, head):
     hidden, kernel, bias = head
-    z = jnp.einsum("...d,dc->...c", hidden, kernel, preferred_element_type=wide(hidden, kernel))
+    dtype = (jnp.result_type if platform.halves else wide)(hidden, kernel)
+    z = jnp.einsum("...d,dc->...c", hidden, kernel, preferred_element_type=dtype)
     return z if bias is None else z + bias
 
 

@@ -69,7 +69,8 @@ def linear_kl(
     themselves, of which the kernel's is accumulated in float32, a few blocks are in memory.
 
     Half-precision factors are multiplied as they are, and accumulated in float32, where gradients
-    stay until their cotangent, a loss scale or a small weight, has come. Differentiable, and
+    stay until their cotangent, a loss scale or a small weight, has come; on accelerators the logits
+    of such factors are rounded to their dtype, as those of a model are. Differentiable, and
     exported, as `pj.kl_from_logits`. In a loop over microbatches take gradients inside of the loop:
     differentiating through it stores a kernel's gradient for each step. Means of microbatches that
     are masked unevenly don't average to the mean: use reduction="sum" there, and divide by the
@@ -87,7 +88,7 @@ def linear_kl(
         temperature: The $T$ by which logits are divided, above 0: for all, or one for each
             position.
         block_size: Rows that are processed at once, for each device that JAX sees; if None, 64 MiB
-            of each head's logits on a CPU and 256 MiB on a GPU, but at least 240 rows.
+            of each head's float32 logits on a CPU and 1 GiB elsewhere, but at least 240 rows.
         reduction: "mean" or "sum" over the positions, or "none", which computes the products again
             in the backward pass.
         class_axis_name: Axes of `jax.shard_map` over which the classes, of kernels and biases, are

@@ -1,4 +1,4 @@
-"""Divergences from logits, streamed in blocks of rows."""
+"""Divergences from logits, which are read as often as they have to be, and never copied."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -37,11 +37,16 @@ def kl_from_logits(
     Hinton's distillation, optax and torch have the expectation over the reference, which is
     direction="reverse".
 
+    On accelerators one pass over the classes finds the normalisers and the mean log-ratio, and a
+    second one the value and the gradient: with the gradient written, 5 arrays of the size of the
+    logits are moved. There a value of 1e-2 and more has the rounding of those normalisers, as the
+    textbook's. On a CPU rows go by in blocks that stay in cache.
+
     Differentiable in reverse mode, and after that any number of times in both modes, as by
     `jax.hessian`; a second reverse pass holds ten arrays of the size of the logits. Works on arrays
-    sharded over positions, of which nothing is gathered. In `jax.export` a symbolic axis of
-    positions is not cut into blocks. On a CPU, gradients for both logits together may hold an array
-    or two of their size, and a few rows that fit the last cache take less time as
+    sharded over positions or classes, of which nothing is gathered. In `jax.export` a symbolic axis
+    of positions is not cut into blocks. On a CPU, gradients for both logits together may hold an
+    array or two of their size, and a few rows that fit the last cache take less time as
     `pj.kl_divergence` of their `jax.nn.log_softmax`.
 
     Args:
@@ -50,8 +55,8 @@ def kl_from_logits(
         direction, reduction, where, axis_name: As in `pj.kl_divergence`; so are result and errors.
         temperature: The $T$ by which both are divided, above 0: for all, or one for each position.
             Nothing makes up for it: for gradients that don't depend on it, multiply by $T^2$.
-        block_size: Rows that are processed at once, for each device that JAX sees; if None, 2 MiB
-            of each array on a CPU, and 64 MiB on a GPU.
+        block_size: Rows that are processed at once on a CPU, for each device that JAX sees; if
+            None, 2 MiB of each array. Accelerators need no blocks.
         class_axis_name: Axes of `jax.shard_map` over which the classes are sharded.
 
     References:

@@ -215,7 +215,7 @@ class _SumOfTerms(NamedTuple):
         self, *logs: Float[Array, "..."], axis: int, **parameters: Any
     ) -> Float[Array, "..."]:
         """The sum over the classes, with the formula's slopes as its derivatives."""
-        term, slopes, named, _ = self.formula
+        term, slopes, named, *_ = self.formula
         numbers = [parameters[parameter.name] for parameter in named]
 
         def of_logs(function):

@@ -28,9 +28,17 @@ from penalties_jax.functional.checks import (
     check_where,
     standard_promotion,
 )
+from penalties_jax.functional.derivatives import differentiated_as
 from penalties_jax.functional.divergences.blocks import map_rows
-from penalties_jax.functional.divergences.formulas import Distributions, Formula, log_ratio
-from penalties_jax.functional.platform import rows_in_block
+from penalties_jax.functional.divergences.formulas import (
+    MOST,
+    Distributions,
+    Formula,
+    Mean,
+    log_ratio,
+)
+from penalties_jax.functional.divergences.running import moments
+from penalties_jax.functional.platform import apart, by_platform, rows_in_block
 from penalties_jax.functional.reduction import (
     AxisName,
     Reduction,
@@ -58,9 +66,12 @@ class Options(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """How rows are walked: so many at once, of classes that are sharded over these axes."""
+    """How rows are walked: so many at once, of classes that are sharded over these axes.
 
-    block_size: int
+    If None, as many as the platform is best at.
+    """
+
+    block_size: int | None
     class_axis_name: AxisName | None
 
 
@@ -112,6 +123,11 @@ class Wanted(NamedTuple):
     logits: tuple[bool, ...]
     parameters: tuple[bool, ...]
 
+    @property
+    def slope_sums(self) -> tuple[bool, ...]:
+        """For which logits their slopes are summed; the temperature needs those of all."""
+        return tuple(own or self.parameters[0] for own in self.logits)
+
 
 def divergence_of_logits(
     formula: Formula,
@@ -148,15 +164,15 @@ def check_parameters(formula: Formula, parameters: Mapping[str, ArrayLike]) -> N
 def _evaluate(
     formula, logits, parameters, scale, *, where, block_size, reduction, axis_name, class_axis_name
 ):
-    *positions, classes = logits[0].shape
-    check_where(where, tuple(positions))
+    positions = logits[0].shape[:-1]
+    check_where(where, positions)
     dtype = wide(*logits)
-    numbers = by_position(formula, parameters, tuple(positions), dtype)
+    numbers = by_position(formula, parameters, positions, dtype)
     where = None if where is None else jnp.broadcast_to(where, positions)
     (logits, numbers), (scale, where), _ = lie_alike((logits, numbers), (scale, where), axis=-1)
     included = None if where is None else where[..., None]
     numbers = tuple(x if x.size == 1 else _only(included, x, 1) for x in numbers)
-    walk = Walk(block_size or rows_in_block(classes), class_axis_name)
+    walk = Walk(block_size, class_axis_name)
     values: Array = _divergences(
         formula, walk, vary_alike(Rows(logits, numbers, included=included))
     )
@@ -228,47 +244,93 @@ def statistics_of(
     formula: Formula, walk: Walk, wanted: Wanted, rows: Rows
 ) -> tuple[Float[Array, "*positions"], Statistics]:
     """The divergence at each position, or this member's part of it, and its statistics."""
+    in_passes = partial(_in_passes, formula, walk.class_axis_name, wanted)
+    at_once = partial(_at_once, formula, walk.class_axis_name, wanted)
 
-    def block(rows, _):
-        return _statistics(formula, walk.class_axis_name, wanted, rows)
+    def on(platform, rows):
+        if platform.fuses:
+            found = differentiated_as(in_passes, at_once)(rows)
+        else:
+            size = walk.block_size or rows_in_block(rows.logits[0].shape[-1])
+            found = map_rows(lambda rows, _: in_passes(rows), rows, size)
+        return vary_alike((rows, found))[1]
 
-    return map_rows(block, rows, walk.block_size)
+    return by_platform(on, rows)
 
 
-def _statistics(formula, class_axis_name, wanted, rows):
-    temperature, *others = rows.parameters
-    logits = rows.wide_logits()
-    normalisers = tuple(_normaliser(z, temperature, class_axis_name) for z in logits)
-    x = _distributions(rows, class_axis_name, normalisers)
+def _in_passes(formula, class_axis_name, wanted, rows):
+    """A pass over the classes for each peak, one for each total, and one for the rest."""
+    temperature = rows.parameters[0]
+    normalisers = tuple(_normaliser(z, temperature, class_axis_name) for z in rows.wide_logits())
+    slope_sums = _slope_sums(formula, class_axis_name, wanted, rows, normalisers)
+    return _statistics(formula, class_axis_name, wanted, rows, normalisers, slope_sums)
 
-    def part(terms, want):
-        return jnp.sum(terms, -1) if want else jnp.zeros_like(normalisers[0].peak)
 
-    def total(terms, want):
-        whole = part(terms, want)
-        return whole if class_axis_name is None or not want else lax.psum(whole, class_axis_name)
+def _at_once(formula, class_axis_name, wanted, rows):
+    """A pass for the normalisers and, if means tell, the sums of the slopes; one for the rest."""
+    temperature = rows.parameters[0]
+    of_means = formula.slope_sums if any(wanted.slope_sums) else None
+    found = moments(rows.wide_logits(), temperature, of_means is not None, class_axis_name)
+    normalisers = tuple(Normaliser(x.peak, x.total) for x in found)
+    if of_means:
+        slope_sums = of_means(*(_mean(x, normalisers, temperature) for x in found))
+    else:
+        slope_sums = _slope_sums(formula, class_axis_name, wanted, rows, normalisers)
+    return _statistics(formula, class_axis_name, wanted, rows, normalisers, slope_sums)
 
-    slopes = [slope(x, *others) for slope in formula.slopes_of_logits]
-    by_temperature, *by_others = wanted.parameters
-    # Through logits / T it is the sum of gradient x logit, up to a constant in the logits: log p
-    # will do.
-    gradients = [
-        s - p * total(s, by_temperature)[..., None]
-        for s, p in zip(slopes, x.probabilities, strict=True)
-    ]
-    towards = sum(g * jnp.where(g == 0, 0, log) for g, log in zip(gradients, x.logs, strict=True))
-    statistics = Statistics(
-        normalisers=normalisers,
-        slope_sums=tuple(map(total, slopes, wanted.logits)),
-        parameters=(
-            -part(towards, by_temperature) / jnp.squeeze(temperature, -1),
-            *(
-                part(parameter.slope(x, *others), want)
-                for parameter, want in zip(formula.parameters, by_others, strict=True)
-            ),
-        ),
+
+def _mean(x, normalisers, temperature):
+    """The mean of the log-ratio under one of two distributions, or that of one's own log."""
+    weighted = x.weighted / x.total
+    if x.lone is None:
+        return Mean(weighted - jnp.log(x.total), 0)
+    lone = x.lone / x.total
+    return Mean(weighted - (1 - lone) * _shift(normalisers, jnp.squeeze(temperature, -1)), lone)
+
+
+def _slope_sums(formula, class_axis_name, wanted, rows, normalisers):
+    x, others = _distributions(rows, class_axis_name, normalisers), rows.parameters[1:]
+
+    def total(slope):
+        part = jnp.sum(slope(x, *others), -1)
+        return part if class_axis_name is None else lax.psum(part, class_axis_name)
+
+    return tuple(
+        total(slope) if want else jnp.zeros_like(normalisers[0].total)
+        for slope, want in zip(formula.slopes_of_logits, wanted.slope_sums, strict=True)
     )
-    return jnp.sum(formula.term(x, *others), -1), statistics
+
+
+def _statistics(formula, class_axis_name, wanted, rows, normalisers, slope_sums):
+    temperature, *others = rows.parameters
+
+    def total(terms, normalisers):
+        return jnp.sum(terms(_distributions(rows, class_axis_name, normalisers), *others), -1)
+
+    def slope_of_temperature(x, *others):
+        # Through logits / T it is the sum of gradient x logit, up to a constant in the logits.
+        gradients = _gradients(formula, x, others, slope_sums)
+        logs = (jnp.maximum(log, -MOST) for log in x.logs)
+        return -sum(map(jnp.multiply, gradients, logs)) / temperature
+
+    slopes = slope_of_temperature, *(parameter.slope for parameter in formula.parameters)
+    by_parameters = tuple(
+        total(slope, normalisers) if want else jnp.zeros_like(normalisers[0].total)
+        for slope, want in zip(slopes, wanted.parameters, strict=True)
+    )
+    normalisers = apart(normalisers)
+    value = total(formula.term, normalisers)
+    return value, Statistics(normalisers, slope_sums, by_parameters)
+
+
+def _gradients(formula, x, others, slope_sums):
+    """Through logits / T."""
+    return [
+        slope(x, *others) - p * total[..., None]
+        for slope, p, total in zip(
+            formula.slopes_of_logits, x.probabilities, slope_sums, strict=True
+        )
+    ]
 
 
 def gradients_of(
@@ -276,13 +338,9 @@ def gradients_of(
 ) -> list[Float[Array, "*rows C"]]:
     """The gradients of each row's divergence through its logits."""
     temperature, *others = rows.parameters
+    statistics = apart(statistics)
     x = _distributions(rows, walk.class_axis_name, statistics.normalisers)
-    return [
-        (slope(x, *others) - p * total[..., None]) / temperature
-        for slope, p, total in zip(
-            formula.slopes_of_logits, x.probabilities, statistics.slope_sums, strict=True
-        )
-    ]
+    return [g / temperature for g in _gradients(formula, x, others, statistics.slope_sums)]
 
 
 def _normaliser(z, temperature, class_axis_name):
@@ -302,14 +360,17 @@ def _distributions(rows, class_axis_name, normalisers):
     logs = tuple(_log_probabilities(z, temperature, n) for z, n in pairs)
     if len(logits) == 1:
         return Distributions(probabilities, logs, label=_label(rows, class_axis_name))
-    (z_p, z_q), (n_p, n_q) = logits, normalisers
-    # Of near logits the difference is exact, and so is that of the normalisers, but for rounding
-    # of the size of their difference.
-    shift = (n_q.peak - n_p.peak)[..., None] / temperature + jnp.log(n_q.total / n_p.total)[
-        ..., None
-    ]
-    ratio = log_ratio(z_p, z_q) / temperature - shift
+    shift = _shift([Normaliser(*(x[..., None] for x in n)) for n in normalisers], temperature)
+    ratio = log_ratio(*logits) / temperature - shift
     return Distributions(probabilities, logs, ratio)
+
+
+def _shift(normalisers, temperature):
+    """What the log-ratio is below the difference of the logits over T."""
+    # Of near logits that difference is exact, and so is that of the normalisers, but for rounding
+    # of its size.
+    p, q = normalisers
+    return (q.peak - p.peak) / temperature + jnp.log(q.total / p.total)
 
 
 def _label(rows, class_axis_name):
