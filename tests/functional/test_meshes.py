@@ -253,7 +253,7 @@ def test_any_pair_with_the_first_array(function):
 @pytest.mark.parametrize("name", MESHES)
 @every_function
 def test_any_pair(function, name):
-    """All variants are traced, and the first is computed."""
+    """All variants are traced, and the first is computed; what is long to compile on one mesh."""
     mesh = mesh_of(name)
     calls = [calls_of(function, **own) for own in reductions_of(function)]
     with jax.set_mesh(mesh):
@@ -261,6 +261,8 @@ def test_any_pair(function, name):
             for call in variants:
                 for row in call.rows(few=call is not variants[0]):
                     jax.jit(call.slopes).trace(call.placed(mesh, row))
+        if name == "4" and long_to_compile(function):
+            return
         first = calls[0][0]
         assert_as_on_one_device(first, [first.placed(mesh, row) for row in first.rows(few=True)])
 

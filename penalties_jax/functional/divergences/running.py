@@ -64,7 +64,7 @@ def _of_single_classes(logits, rate, weighted):
     if not weighted:
         return tuple(Moments(z, ones) for z in logits)
     if len(logits) == 1:
-        return (Moments(*logits, ones, jnp.zeros_like(rate)),)
+        return (Moments(logits[0], ones, jnp.zeros_like(rate)),)
     ratio = log_ratio(*logits) * rate
     finite = jnp.where(jnp.abs(ratio) > INFINITE, 0, ratio)
     # An expression of its own for each: XLA's GPU backend writes to memory what has many users.
