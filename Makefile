@@ -10,10 +10,10 @@ PYTHONS ?= 3.11 3.13
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-types test-matrix lint notebooks docs bench bench-quick clean
+.PHONY: help demo test test-slow test-types test-matrix lint notebooks docs bench bench-quick bench-accelerators clean
 
 help:  ## show what there is to make
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 demo: $(VENV)/.recipes  ## set up, and fine-tune on real text with a KL penalty: plots and a report in runs/finetune
 	$(BIN)/penalties-jax finetune --out $(RUNS)/finetune --overwrite $(ARGS)
@@ -55,6 +55,10 @@ bench: $(VENV)/.bench  ## every benchmark: JSON and plots in benchmarks/results
 bench-quick: $(VENV)/.bench  ## the same on smaller arrays
 	$(BIN)/python -m benchmarks --quick
 
+bench-accelerators:  ## bytes that programs move on an H100 and on TPUs, compiled without either
+	PYENV_VERSION=3.13 $(MAKE) .venv-accelerators/.cuda VENV=.venv-accelerators PYTHON=python3.13
+	.venv-accelerators/bin/python -m benchmarks.accelerators $(ARGS)
+
 clean:  ## remove the environments and all outputs
 	rm -rf .venv .venv-* $(RUNS) benchmarks/results site dist
 
@@ -76,3 +80,10 @@ $(VENV)/.%: $(BIN)/python pyproject.toml constraints.txt
 
 $(LINT)/.%: $(LINT)/bin/python pyproject.toml constraints.txt
 	$(INSTALL)
+
+# The compiler for NVIDIA GPUs, without gigabytes of libraries that only running takes.
+$(VENV)/.cuda: $(VENV)/.accelerators
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
+		-c constraints.txt jax-cuda13-plugin jax-cuda13-pjrt \
+		nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-runtime
+	@touch $@
