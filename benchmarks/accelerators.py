@@ -37,9 +37,10 @@ import penalties_jax as pj
 from benchmarks import penalties
 from benchmarks.harness import table, verdict, write_json
 
-# What keeps the compilers from looking for a machine.
+# What keeps the compilers from looking for a machine, and from having it for themselves.
 ENVIRONMENT = {
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -56,8 +57,11 @@ BETA, EXPONENT, WEIGHT = 0.5, 0.9, 0.1
 # Of the bytes of a device's logits: what collectives may send.
 COLLECTIVES_BAR = 0.01
 
-# (program, machine): bars that the compiler of that machine does not let us meet.
-KNOWN_MISSES: frozenset[tuple[str, str]] = frozenset()
+# (program, machine): bars that are missed, as README.md says. In a scan the value takes a pass of
+# its own, which otherwise is the gradient's: two arrays more. On an H100, XLA fills the stack of
+# the gradients with zeros before: one more, for the textbook too.
+SCAN = "`kl_from_logits`, bfloat16, in a `scan`"
+KNOWN_MISSES = {(SCAN, "H100"), (SCAN, "v5e")}
 
 
 @cache
@@ -144,10 +148,10 @@ _INSTRUCTION = re.compile(
 _COLLECTIVE = re.compile(
     r"(all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(-done)?$"
 )
-# A start is the asynchronous form's kernel, its `done` only waits.
+# Of an asynchronous kernel its start counts. What is copied ahead counts where it is used.
 _FREE = re.compile(
     r"parameter|tuple|get-tuple-element|bitcast|constant|iota|after-all|partition-id|replica-id"
-    r"|opt-barrier|copy-start|.*-done"
+    r"|opt-barrier|(copy|slice)-start|.*-done"
 )
 _VIEWS = {"bitcast", "copy", "convert", "reshape", "transpose"}
 _SLICES = {"slice", "dynamic-slice", "gather"}
@@ -242,7 +246,7 @@ def _traffic(program, computation, kernel):
     """The bytes that one run of a kernel moves."""
     if _FREE.fullmatch(kernel.operation) or "AllocateBuffer" in kernel.attributes:
         return 0
-    if kernel.operation == "fusion":
+    if kernel.operation in ("fusion", "fusion-start"):
         body = program[kernel.attribute("calls")]
         read = sum(
             _part_read(program, body, i) * i.size
@@ -430,8 +434,8 @@ def cases() -> dict[str, Case]:
         ("`vmap`", lambda f: jax.vmap(jax.value_and_grad(f)), batches, 5.3),
         ("in a `scan`", in_a_scan, batches, 5.3),
     ):
-        case = Case(form(pj.kl_from_logits), form(kl), arguments, bar)
-        result[f"`kl_from_logits`, bfloat16, {label}"] = case
+        both = form(pj.kl_from_logits), form(kl)
+        result[f"`kl_from_logits`, bfloat16, {label}"] = Case(*both, arguments, bar)
     for dtype in (jnp.float32, jnp.bfloat16):
         name, one = jnp.dtype(dtype).name, (_logits(dtype),)
         result[f"`js_from_logits`, {name}"] = _differentiated(

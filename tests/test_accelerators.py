@@ -65,3 +65,27 @@ backend_config={"known_trip_count":{"n":"3"}}
 def test_collectives_count_once_a_trip():
     assert accelerators.collectives(PROGRAM) == {"all-reduce": 3 * 32_000}
     assert accelerators.moved(PROGRAM) == 3 * 2 * 32_000
+
+
+ASYNCHRONOUS = """
+HloModule jit_f, is_scheduled=true
+
+%rows (a: f32[64,1000], i: s32[]) -> f32[1,1000] {
+  %a = f32[64,1000]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %s = f32[1,1000]{1,0} dynamic-slice(%a, %i, %zero), dynamic_slice_sizes={1,1000}
+}
+
+ENTRY %main (x: f32[64,1000], n: s32[]) -> f32[1,1000] {
+  %x = f32[64,1000]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %start = ((f32[64,1000]{1,0}, s32[]), f32[1,1000]{1,0}, u32[]) fusion-start(%x, %n), \
+kind=kLoop, calls=%rows
+  ROOT %done = f32[1,1000]{1,0} fusion-done(%start)
+}
+"""
+
+
+def test_an_asynchronous_kernel_is_one_kernel():
+    assert accelerators.moved(ASYNCHRONOUS) == 2 * 4000 + 4
