@@ -414,6 +414,15 @@ def test_exported_for_any_number_of_positions(case):
         assert_close(slope, slopes, atol=1e-7)
 
 
+def test_one_program_for_all_platforms():
+    """Lowered where only a CPU is, it runs on whichever it finds."""
+    both = jax.jit(jax.value_and_grad(F.kl_from_logits))
+    logits = rows(50, 1.0)
+    program = jax.export.export(both, platforms=("cpu", "cuda", "tpu"))(*logits)
+    for found, desired in zip(jax.jit(program.call)(*logits), both(*logits), strict=True):
+        np.testing.assert_array_equal(found, desired)
+
+
 def test_forward_mode_is_refused():
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(F.entropy_from_logits, (jnp.ones(3),), (jnp.ones(3),))
