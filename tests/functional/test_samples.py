@@ -37,7 +37,7 @@ def test_value_and_gradients(case, scales, x64, monkeypatch):
         for i in range(3)
     ]
     for rows in (1000, 5):
-        monkeypatch.setattr("penalties_jax.functional.samples.rows_in_product", lambda _, r=rows: r)
+        monkeypatch.setattr(platform.Platform, "rows_in_product", lambda *_, r=rows: r)
         jax.clear_caches()
         value, slopes = quick_jit(jax.value_and_grad(total, (0, 1, 2)))(*inputs)
         assert_close(value, exact(*inputs), rtol=1e-12, atol=1e-14)
@@ -89,7 +89,7 @@ def test_memory_grows_with_the_samples_not_with_the_pairs():
     sample = jax.ShapeDtypeStruct((20_000, 64), jnp.float32)
     slopes = jax.jit(jax.value_and_grad(partial(F.mmd, scales=(0.5, 1.0, 2.0)), (0, 1)))
     memory = slopes.lower(sample, sample).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 10 * platform.PRODUCT_BYTES["cpu"]
+    assert memory.temp_size_in_bytes < 10 * platform.CPU.product_bytes
 
 
 def test_sharded_samples():
