@@ -88,7 +88,10 @@ def recomputed(function: Callable[..., T]) -> Callable[..., T]:
     into one kernel that reads the arguments once, which the barrier would prevent: 3 for 2.
     """
 
+    # Traced once for both.
+    traced = jax.jit(function, inline=True)
+
     def on(platform, *arguments):
-        return jax.checkpoint(function, prevent_cse=not platform.fuses)(*arguments)
+        return jax.checkpoint(traced, prevent_cse=not platform.fuses)(*arguments)
 
     return lambda *arguments: by_platform(on, *arguments)
