@@ -35,7 +35,7 @@ class Moments(NamedTuple):
 
 def moments(
     logits: tuple[Float[Array, "*rows C"], ...],
-    temperature: Float[Array, "*#rows 1"],
+    temperature: Float[Array, "... 1"],
     weighted: bool,
     class_axis_name: AxisName | None,
 ) -> tuple[Moments, ...]:
