@@ -87,7 +87,6 @@ def recomputed(function: Callable[..., T]) -> Callable[..., T]:
     5 to 10 arrays moved for 3; there a barrier parts them. On accelerators it fuses both passes
     into one kernel that reads the arguments once, which the barrier would prevent: 3 for 2.
     """
-
     # Traced once for both.
     traced = jax.jit(function, inline=True)
 

@@ -50,7 +50,7 @@ class SparsityGate(nn.Module):
         self,
         x: Float[Array, "*positions d"],
         *,
-        where: Bool[Array, "*#positions"] | None = None,
+        where: Bool[Array, "..."] | None = None,
         control: SparsityControl | None = None,
         temperature: ArrayLike | None = None,
         deterministic: bool | None = None,

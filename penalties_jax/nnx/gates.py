@@ -83,7 +83,7 @@ class SparsityGate(nnx.Module):
         self,
         x: Float[Array, "*positions d"],
         *,
-        where: Bool[Array, "*#positions"] | None = None,
+        where: Bool[Array, "..."] | None = None,
         control: SparsityControl | None = None,
         temperature: ArrayLike | None = None,
     ) -> Float[Array, "*positions"]:

@@ -23,7 +23,7 @@ def kl_from_logits(
     temperature: ArrayLike = 1.0,
     block_size: int | None = None,
     reduction: Reduction = "mean",
-    where: Bool[ArrayLike, "*#positions"] | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
     class_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
@@ -82,7 +82,7 @@ def js_from_logits(
     temperature: ArrayLike = 1.0,
     block_size: int | None = None,
     reduction: Reduction = "mean",
-    where: Bool[ArrayLike, "*#positions"] | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
     class_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
@@ -119,7 +119,7 @@ def alpha_from_logits(
     temperature: ArrayLike = 1.0,
     block_size: int | None = None,
     reduction: Reduction = "mean",
-    where: Bool[ArrayLike, "*#positions"] | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
     class_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
@@ -146,7 +146,7 @@ def entropy_from_logits(
     normalize: bool = False,
     block_size: int | None = None,
     reduction: Reduction = "mean",
-    where: Bool[ArrayLike, "*#positions"] | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
     class_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:

@@ -55,7 +55,7 @@ class Options(NamedTuple):
 
     block_size: int | None
     reduction: Reduction
-    where: Bool[ArrayLike, "*#positions"] | None
+    where: Bool[ArrayLike, "..."] | None
     axis_name: AxisName | None
     class_axis_name: AxisName | None
 
