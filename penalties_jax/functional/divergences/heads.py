@@ -349,7 +349,8 @@ def _block_size(platform, walk, inputs):
 
 def _parts(platform, formulas, walk, wanted, inputs):
     """Each part's value of the rows in a block, and its gradients in logits and parameters."""
-    logits = tuple(_logits(platform, head) for head in inputs.heads)
+    # Of heads that are mapped over, each may have rows of its own where others share theirs.
+    logits = tuple(jnp.broadcast_arrays(*(_logits(platform, head) for head in inputs.heads)))
     walk = walk._replace(block_size=None)
     values, through_logits, through_parameters = [], [], []
     for formula, want, parameters in zip(formulas, wanted, inputs.parameters, strict=True):
