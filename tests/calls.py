@@ -134,12 +134,12 @@ def _of_hidden(function, settings):
         for i, name in enumerate(names)
         if (kind := name.split("_")[0]) in shapes
     }
-    if "labels" in names:
-        arrays["labels"] = np.arange(12, dtype=np.int32).reshape(rows) % classes
+    for name in {"labels", "tokens"} & {*names}:
+        arrays[name] = np.arange(12, dtype=np.int32).reshape(rows) % classes
     arrays["where"] = np.arange(12).reshape(rows) % 5 != 0
     defaults = {name: x for name, x in numbers_of(function).items() if isinstance(x, float)}
     numbers = defaults | {name: x for name, x in settings.items() if isinstance(x, float)}
-    return Call(function, arrays, numbers, {"block_size": 5})
+    return Call(function, arrays, numbers | {"softcap": 3.0}, {"block_size": 5})
 
 
 def _of_operator(case):
@@ -217,8 +217,13 @@ def _calls():
         if entry.of_hidden:
             settings = next(iter(entry.variants.values()))
             calls.append((entry.of_hidden.__name__, _of_hidden(entry.of_hidden, settings)))
-    for function in (F.linear_cross_entropy, F.linear_distillation):
-        calls.append((function.__name__, _of_hidden(function, {})))
+    of_labels = (
+        F.linear_cross_entropy,
+        F.linear_distillation,
+        F.linear_log_prob,
+        F.linear_log_prob_and_entropy,
+    )
+    calls += [(function.__name__, _of_hidden(function, {})) for function in of_labels]
     calls += [(call.function.__name__, call) for call in OTHERS]
     return dict(calls)
 

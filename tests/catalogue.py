@@ -540,6 +540,7 @@ DIVERGENCES = [
         pj.Entropy,
         lambda p, normalize: -p * log(p) / (np.log(p.shape[-1]) if normalize else 1),
         F.entropy_from_logits,
+        of_hidden=F.linear_entropy,
         variants={"": {}, "normalised": {"temperature": 0.7, "normalize": True}},
     ),
 ]
@@ -645,6 +646,13 @@ CONSTRAINTS = [
         distributions=lambda metric: metric == "kl",
     ),
     Constraint(
+        F.z_loss,
+        pj.ZLoss,
+        lambda logits: special.logsumexp(logits, axis=-1) ** 2,
+        variants={"": {"block_size": 2}},
+        by_row=True,
+    ),
+    Constraint(
         F.wasserstein,
         pj.Wasserstein,
         _transport,
@@ -732,6 +740,8 @@ OTHERS = {
     "interpolated_gradient_penalty": ("functional/test_constraints.py", "it takes a callable"),
     "linear_cross_entropy": ("functional/test_linear.py", "it takes labels"),
     "linear_distillation": ("functional/test_linear.py", "it takes labels"),
+    "linear_log_prob": ("functional/test_linear.py", "it takes tokens"),
+    "linear_log_prob_and_entropy": ("functional/test_linear.py", "it takes tokens"),
     "resolvent_diagonal": ("functional/test_tridiagonal.py", "linear algebra"),
     "sparsity_rate": ("functional/test_sparsity.py", "a measurement, of trees"),
     "sparsity_target_loss": ("functional/test_sparsity.py", "it takes trees of rates"),

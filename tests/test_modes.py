@@ -17,11 +17,18 @@ from jax.experimental import checkify
 import penalties_jax as pj
 from penalties_jax.schedules import Shape
 from tests.calls import CALLS, PUBLIC, is_floating
-from tests.catalogue import CONFIGS, EXAMPLES, SHAPE
+from tests.catalogue import CONFIGS, EXAMPLES, SHAPE, every
 from tests.oracles import lattice
 from tests.programs import operations, quick_jit
 
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+# The streamed ones but KL take long to compile: make test-slow has them.
+quick_calls = every(
+    CALLS,
+    "call",
+    slow=lambda call: "block_size" in inspect.signature(call.function).parameters
+    and call.function not in (pj.kl_from_logits, pj.linear_kl),
+)
 every_config = pytest.mark.parametrize("config", EXAMPLES.values(), ids=EXAMPLES)
 
 
@@ -255,7 +262,7 @@ def test_narrow_dtypes_are_upcast(call):
 # NaN on the way.
 
 
-@every_call
+@quick_calls
 def test_no_false_alarm(call):
     """No operation makes a NaN or divides by 0, in what is selected or not: at every edge.
 
@@ -276,7 +283,7 @@ def test_no_false_alarm(call):
 # Sizes that are not known.
 
 
-@every_call
+@quick_calls
 def test_exported_for_any_batch(call):
     """Value and gradient are one program for whatever the first axis may be."""
     (batch,) = jax.export.symbolic_shape("b")

@@ -30,6 +30,7 @@ __all__ = [
     "KLEstimate",
     "SampledEntropy",
     "Wasserstein",
+    "ZLoss",
 ]
 
 Inputs = Literal["logprobs", "logits"]
@@ -272,3 +273,31 @@ class Wasserstein(Reduced):
 
     def estimate(self) -> Penalty:
         raise not_of_samples(self)
+
+
+@config
+class ZLoss(Reduced):
+    """The square of the log-normaliser of logits: `pj.z_loss` as a config.
+
+    Attributes:
+        block_size, class_axis_name, reduction, axis_name: As in `pj.z_loss`.
+
+    Examples:
+        >>> round(float(pj.ZLoss()(jnp.log(jnp.array([[1.0, 2.0]])))), 4)
+        1.2069
+    """
+
+    block_size: int | None = option(default=None, kw_only=True)
+    class_axis_name: AxisName | None = option(default=None, kw_only=True)
+    reduction: Reduction = option(default="mean", choices=Reduction, kw_only=True)
+
+    _function = staticmethod(functional.z_loss)
+    measured_as = "z_loss"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_block_size(self.block_size, "ZLoss.block_size")
+
+    @property
+    def class_axis(self) -> int:
+        return -1

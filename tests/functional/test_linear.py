@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from scipy import special
 
 import penalties_jax.functional as F  # noqa: N812
+from penalties_jax.functional.reduction import reduce
 from tests import oracles
 from tests.catalogue import DIVERGENCE_CASES, every, first_of_each
 from tests.oracles import assert_close
@@ -56,22 +57,36 @@ def head(case):
     return Head(call, oracle, case.numbers)
 
 
-def logits(arrays):
-    hidden_p, kernel_p, bias_p, hidden_q, kernel_q, bias_q = arrays
-    return hidden_p @ kernel_p + bias_p, hidden_q @ kernel_q + bias_q
+def logits(arrays, softcap=(None, None)):
+    pairs = zip((arrays[:3], arrays[3:]), softcap, strict=True)
+    both = [(hidden @ kernel + bias, cap) for (hidden, kernel, bias), cap in pairs]
+    return [z if cap is None else cap * np.tanh(z / cap) for z, cap in both]
 
 
-def logs(arrays, temperature=1.0):
-    return [special.log_softmax(z / temperature, axis=-1) for z in logits(arrays)]
+def logs(arrays, temperature=1.0, softcap=(None, None)):
+    return [special.log_softmax(z / temperature, axis=-1) for z in logits(arrays, softcap)]
 
 
 def chosen(log_p, labels):
     return -np.take_along_axis(log_p, labels[..., None], -1)[..., 0]
 
 
+# Numbers at which all that they do is seen.
+ENTROPIC = {"temperature": 0.7, "softcap": 2.5}
+CAPS = (2.5, None)
+
+
 def cross_entropy(arrays, labels, **options):
     hidden, kernel, bias, *_ = arrays
-    return F.linear_cross_entropy(hidden, kernel, labels, bias=bias, **options)
+    return F.linear_cross_entropy(
+        hidden, kernel, labels, bias=bias, **({"z_loss": 0.05} | ENTROPIC | options)
+    )
+
+
+def surprised(arrays, labels, *, z_loss=0.05, temperature=0.7, softcap=2.5):
+    z = logits(arrays, (softcap, None))[0] / temperature
+    normaliser = special.logsumexp(z, axis=-1)
+    return chosen(z - normaliser[..., None], labels) + z_loss * normaliser**2
 
 
 def distillation(arrays, labels, **options):
@@ -79,28 +94,42 @@ def distillation(arrays, labels, **options):
     weights = {"kl_weight": 0.3, "cross_entropy_weight": 0.7}
     return F.linear_distillation(
         *(hidden_p, kernel_p, hidden_q, kernel_q, labels),
-        bias_p=bias_p, bias_q=bias_q, temperature=2.0, direction="symmetric",
+        bias_p=bias_p, bias_q=bias_q, temperature=2.0, direction="symmetric", z_loss=0.05,
+        softcap=CAPS,
         **(weights | options),
     ).total  # fmt: skip
 
 
 def distilled(arrays, labels):
-    p, q = logs(arrays, 2.0)
+    p, q = logs(arrays, 2.0, CAPS)
     both = (oracles.kl(p, q) + oracles.kl(q, p)) / 2
-    return 0.7 * chosen(logs(arrays)[0], labels) + 0.3 * both
+    return 0.7 * surprised(arrays, labels, temperature=1.0) + 0.3 * both
 
 
-# Entropies have none yet.
+def policy(arrays, labels, reduction="mean", where=None, axis_name=None, **options):
+    """What reinforcement learning makes of both: a log-probability and a bonus of entropy."""
+    hidden, kernel, bias, *_ = arrays
+    both = F.linear_log_prob_and_entropy(
+        hidden, kernel, labels, bias=bias, where=where, **(ENTROPIC | options)
+    )
+    values = both.log_prob + 0.3 * both.entropy
+    return reduce(values, reduction=reduction, where=where, axis_name=axis_name)
+
+
+def rewarded(arrays, labels, *, temperature=0.7, softcap=2.5):
+    log_p, _ = logs(arrays, temperature, (softcap, None))
+    return -chosen(log_p, labels) - 0.3 * (np.exp(log_p) * log_p).sum(-1)
+
+
 DIVERGENCES = {
     case.entry.of_hidden.__name__: head(case)
     for case in first_of_each(lambda case: case.function, DIVERGENCE_CASES).values()
     if case.streamed and case.entry.of_hidden
 }
 HEADS = DIVERGENCES | {
-    "linear_cross_entropy": Head(
-        cross_entropy, lambda arrays, labels: chosen(logs(arrays)[0], labels), {}
-    ),
+    "linear_cross_entropy": Head(cross_entropy, surprised, {"z_loss": 0.05} | ENTROPIC),
     "linear_distillation": Head(distillation, distilled, {}),
+    "linear_log_prob_and_entropy": Head(policy, rewarded, ENTROPIC),
 }
 kl = DIVERGENCES["linear_kl"].call
 every_head = every(HEADS, "head")
@@ -516,7 +545,7 @@ def test_labels_outside_of_the_classes_have_no_loss():
     labels[0, 1] = CLASSES
 
     def loss(hidden):
-        values = cross_entropy([hidden, *arrays[1:]], labels, reduction="none")
+        values = F.linear_cross_entropy(hidden, arrays[1], labels, reduction="none")
         return values.sum(), values
 
     slope, values = jax.grad(loss, has_aux=True)(jnp.asarray(arrays[0]))

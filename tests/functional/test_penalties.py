@@ -309,7 +309,9 @@ def test_group_lasso_masks_entries_and_counts_groups(x64):
     assert np.all(np.asarray(slope)[~mask] == 0)
 
 
-@pytest.mark.parametrize("shape", [(1000, 700), (700, 1000)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1000, 700), pytest.param((700, 1000), marks=pytest.mark.slow)], ids=str
+)
 def test_spectral_norm_of_large_matrices(shape):
     x = np.random.default_rng(0).normal(size=shape)
     u, s, v = np.linalg.svd(x, full_matrices=False)

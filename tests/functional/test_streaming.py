@@ -192,7 +192,7 @@ def test_a_temperature_for_each_position_and_a_sweep(x64):
         assert_close(slope, along, rtol=1e-7)
 
 
-@every(FUNCTIONS)
+@every(FUNCTIONS, slow=streamed_again)
 def test_an_accelerator_computes_the_same_in_one_pass(case):
     """Without a loop over blocks; test_accelerator.py has the rest."""
     logits = rows(50, 1.0)[: case.inputs]

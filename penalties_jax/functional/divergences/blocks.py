@@ -16,6 +16,10 @@ from jaxtyping import Array, Bool, Int, PyTree, Shaped
 from penalties_jax.functional.checks import Size
 from penalties_jax.functional.derivatives import differentiated_as
 
+# Of an axis, where a program does not tell how many devices hold it. The rows of a block that are
+# neighbours are then still some, which are read together.
+MOST_SHARDS = 64
+
 
 def map_rows(
     function: Callable[..., PyTree[Array]],
@@ -207,7 +211,14 @@ def _(grid, primals, tangents):
 
 def _grid(arrays: Sequence[Array], block_size: int) -> Grid:
     positions = lax.broadcast_shapes(*(x.shape[:-1] for x in arrays))
-    shards = tuple(_shards(arrays, axis, size) for axis, size in enumerate(positions))
+    shards: tuple[Size, ...] = ()
+    most = MOST_SHARDS
+    for axis, size in enumerate(positions):
+        parts = _shards(arrays, axis, size)
+        if parts is None:
+            parts = _parts(size, block_size, most)
+            most, block_size = most // parts, block_size // parts
+        shards = (*shards, parts)
     rows = tuple(n // g for n, g in zip(positions, shards, strict=True))
     sizes: tuple[Size, ...] = ()
     for n in reversed(rows):
@@ -220,16 +231,26 @@ def _grid(arrays: Sequence[Array], block_size: int) -> Grid:
 
 
 def _shards(arrays, axis, size):
-    """Into how many parts an axis of positions may be cut across devices."""
+    """Into how many parts a mesh may cut an axis of positions; None if there is none to see."""
     if is_symbolic_dim(size):
         return 1
     meshes = [(x, jax.typeof(x).sharding.mesh) for x in arrays if x.shape[axis] != 1]
-    if all(mesh.empty for _, mesh in meshes):
-        return math.gcd(size, jax.device_count())
-    x, mesh = next((x, mesh) for x, mesh in meshes if not mesh.empty)
+    known = [(x, mesh) for x, mesh in meshes if not mesh.empty]
+    if not known:
+        return None
+    x, mesh = known[0]
     entry = jax.typeof(x).sharding.spec[axis]
     names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-    known = math.prod(mesh.shape[name] for name in names)
+    cut = math.prod(mesh.shape[name] for name in names)
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     unknown = math.prod(mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto)
-    return known * math.gcd(size // known, unknown)
+    return cut * math.gcd(size // cut, unknown)
+
+
+def _parts(size, block_size, most):
+    """Into how many parts to cut an axis for devices that can't be seen.
+
+    A block has rows of each part. Of what makes the fewest blocks, the most parts.
+    """
+    even = (n for n in range(1, min(size, block_size, most) + 1) if size % n == 0)
+    return min(even, key=lambda n: (-(-(size // n) // (block_size // n)), -n), default=1)

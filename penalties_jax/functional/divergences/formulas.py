@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from penalties_jax.functional.checks import FINITE, UNIT, Range
+from penalties_jax.functional.checks import FINITE, NONNEGATIVE, UNIT, Range
 from penalties_jax.functional.derivatives import elementwise_derivatives
 
 Direction = Literal["forward", "reverse", "symmetric"]
@@ -29,12 +29,14 @@ class Distributions(NamedTuple):
         logs: Their logarithms.
         ratio: Of two, log q - log p, by `log_ratio`.
         label: Of one, which class is the label, for a cross entropy.
+        log_normaliser: Of one from logits, their logsumexp.
     """
 
     probabilities: tuple[Float[Array, "*rows C"], ...]
     logs: tuple[Float[Array, "*rows C"], ...]
     ratio: Any = None
     label: Bool[Array, "*rows C"] | None = None
+    log_normaliser: Float[Array, "*rows 1"] | None = None
 
 
 def log_ratio(log_p: Float[Array, "..."], log_q: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -76,6 +78,8 @@ class Formula(NamedTuple):
         centred: The slopes but for a multiple of each distribution's probabilities, which a softmax
             cancels, in a form that is accurate where P is near Q; if None, the slopes are.
         slope_sums: The sums of those, from the `Mean` under each distribution, if these tell.
+        of_normaliser: Of one distribution from logits, a function of its log-normaliser that is
+            added to the sum: it changes where all logits do.
     """
 
     term: Callable[..., Array]
@@ -83,6 +87,7 @@ class Formula(NamedTuple):
     parameters: tuple[Parameter, ...] = ()
     centred: tuple[Callable[..., Array], ...] | None = None
     slope_sums: Callable[..., tuple[Array, ...]] | None = None
+    of_normaliser: Callable[..., Array] | None = None
 
     @property
     def slopes_of_logits(self) -> tuple[Callable[..., Array], ...]:
@@ -333,7 +338,30 @@ ENTROPY = Formula(
     _surprise, (_surprise_slope,), (), (_surprise,), slope_sums=lambda mean: (-mean.ratio,)
 )
 
+
+def _surprise_of_label(x, _):
+    return jnp.where(x.label, -x.logs[0], 0)
+
+
+def _surprise_of_label_slope(x, _):
+    return jnp.where(x.label, -jnp.ones_like(x.logs[0]), 0)
+
+
+def _z_loss_slope(x, _):
+    """The square of the log-normaliser, shared out among the classes."""
+    return x.probabilities[0] * jnp.square(x.log_normaliser)
+
+
 CROSS_ENTROPY = Formula(
-    lambda x: jnp.where(x.label, -x.logs[0], 0),
-    (lambda x: jnp.where(x.label, -jnp.ones_like(x.logs[0]), 0),),
+    _surprise_of_label,
+    (_surprise_of_label_slope,),
+    (Parameter("z_loss", _z_loss_slope, NONNEGATIVE),),
+    of_normaliser=lambda log, z_loss: z_loss * jnp.square(log),
 )
+
+
+def _nothing(x):
+    return jnp.zeros_like(x.logs[0])
+
+
+Z_LOSS = Formula(_nothing, (_nothing,), of_normaliser=jnp.square)

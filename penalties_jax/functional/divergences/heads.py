@@ -20,7 +20,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Real
 
 from penalties_jax.functional.checks import (
+    POSITIVE,
     check_classes,
+    check_fits,
     check_labels,
     check_where,
     standard_promotion,
@@ -38,16 +40,37 @@ from penalties_jax.functional.divergences.rows import (
     statistics_of,
     sum_to,
 )
-from penalties_jax.functional.platform import by_platform
+from penalties_jax.functional.divergences.softcap import Softcap, slope, slope_of_cap
+from penalties_jax.functional.platform import apart, by_platform
 from penalties_jax.functional.reduction import lie_alike, vary_alike, wide
 
 
 class Head(NamedTuple):
-    """What logits are made of: hidden @ kernel + bias."""
+    """What logits are made of: hidden @ kernel + bias, within the softcap."""
 
     hidden: Real[ArrayLike, "*positions D"]
     kernel: Real[ArrayLike, "D C"]
     bias: Real[ArrayLike, " C"] | None
+    softcap: ArrayLike | None = None
+
+
+def capped_by(softcap: Softcap, *heads: Head) -> tuple[Head, ...]:
+    """Heads with their softcaps: one for all, or a tuple of that of each.
+
+    Raises:
+        TypeError: If they are a list.
+        ValueError: If there are more or fewer than heads, or one is not a number above 0.
+    """
+    if isinstance(softcap, list):
+        raise TypeError(f"softcap must be a number or a tuple, got a list: {softcap!r}")
+    caps = softcap if isinstance(softcap, tuple) else (softcap,) * len(heads)
+    if len(caps) != len(heads):
+        raise ValueError(f"softcap must be one number or {len(heads)}, got {softcap!r}")
+    for cap in caps:
+        if cap is not None:
+            check_fits((), softcap=cap)
+            POSITIVE.check(softcap=cap)
+    return tuple(head._replace(softcap=cap) for head, cap in zip(heads, caps, strict=True))
 
 
 class Part(NamedTuple):
@@ -104,9 +127,11 @@ def sum_of_parts(
 def _check_heads(heads):
     """Errors name the arguments, with a suffix where there are two."""
     for head, suffix in zip(heads, ("_p", "_q") if len(heads) == 2 else ("",), strict=True):
-        names = [name + suffix for name in Head._fields]
-        check_classes(**{n: x for n, x in zip(names, head, strict=True) if x is not None})
-        hidden, kernel, bias = head
+        hidden, kernel, bias, _ = head
+        arrays = {"hidden": hidden, "kernel": kernel, "bias": bias}
+        names = [name + suffix for name in arrays]
+        pairs = zip(names, arrays.values(), strict=True)
+        check_classes(**{name: x for name, x in pairs if x is not None})
         if kernel.ndim != 2 or hidden.shape[-1] != kernel.shape[0]:
             raise ValueError(
                 f"{names[1]} must be [{hidden.shape[-1]}, classes] for {names[0]} of shape "
@@ -145,23 +170,25 @@ def _evaluate(
 ):
     positions = heads[0].hidden.shape[:-1]
     check_where(where, positions)
-    heads = jax.tree.map(_as_factor, heads)
     dtype = wide(*(head.hidden for head in heads))
+    heads = tuple(
+        jax.tree.map(_as_factor, head)._replace(
+            softcap=jax.tree.map(lambda cap: jnp.asarray(cap, dtype), head.softcap)
+        )
+        for head in heads
+    )
     numbers = tuple(
         by_position(formula, own, positions, dtype)
         for formula, own in zip(formulas, parameters, strict=True)
     )
     included = jnp.broadcast_to(True if where is None else where, positions)
-    (hidden, numbers), (weights, labels, included), kernels = lie_alike(
+    (hidden, numbers), (weights, labels, included), shared = lie_alike(
         ([head.hidden for head in heads], numbers),
         (weights, labels, included),
-        [(head.kernel, head.bias) for head in heads],
+        [_of_all_rows(head) for head in heads],
         axis=-1,
     )
-    heads = tuple(
-        head._replace(hidden=h, kernel=kernel, bias=bias)
-        for head, h, (kernel, bias) in zip(heads, hidden, kernels, strict=True)
-    )
+    heads = tuple(head._replace(hidden=h) for head, h in zip(shared, hidden, strict=True))
     if where is not None:
         entries = included[..., None]
         heads = tuple(head._replace(hidden=jnp.where(entries, head.hidden, 0)) for head in heads)
@@ -273,12 +300,12 @@ def _values(formulas, walk, inputs):
     wanted = _wanted(formulas, jax.tree.map(lambda _: False, inputs))
 
     def on(platform, inputs):
-        rows, kernels = _by_row(inputs)
+        rows, shared = _by_row(inputs)
 
-        def block(rows, kernels):
-            return _parts(platform, formulas, walk, wanted, _of_rows(rows, kernels))[0]
+        def block(rows, shared):
+            return _parts(platform, formulas, walk, wanted, _of_rows(rows, shared))[1]
 
-        return map_rows(block, rows, _block_size(platform, walk, inputs), kernels)
+        return map_rows(block, rows, _block_size(platform, walk, inputs), shared)
 
     return by_platform(on, inputs)
 
@@ -293,16 +320,20 @@ def _values_and_gradients(formulas, walk, perturbed, inputs, weights):
 
 
 def _values_and_gradients_on(formulas, walk, perturbed, platform, inputs, weights):
-    rows, kernels = _by_row(inputs)
+    rows, shared = _by_row(inputs)
     wanted = _wanted(formulas, perturbed)
 
     def block(rows_and_weights, fresh):
         rows, by = rows_and_weights
-        own = _of_rows(rows, kernels)
-        values, through_logits, through_parameters = _parts(platform, formulas, walk, wanted, own)
+        own = _of_rows(rows, shared)
+        logits, values, through_logits, through_parameters = _parts(
+            platform, formulas, walk, wanted, own
+        )
         gradients = [
-            _through(head, _weighted(by, through_logits, i), want, fresh)
-            for i, (head, want) in enumerate(zip(own.heads, perturbed.heads, strict=True))
+            _through(head, z, _weighted(by, through_logits, i), want, fresh)
+            for i, (head, z, want) in enumerate(
+                zip(own.heads, logits, perturbed.heads, strict=True)
+            )
         ]
         numbers = tuple(
             tuple(by[..., j] * x if want else None for x, want in zip(part, flags, strict=True))
@@ -311,7 +342,7 @@ def _values_and_gradients_on(formulas, walk, perturbed, platform, inputs, weight
             )
         )
         kept = values, [head.hidden for head in gradients], numbers
-        return kept, [head._replace(hidden=None) for head in gradients]
+        return kept, [_of_all_rows(head) for head in gradients]
 
     kept, sums = sum_rows(block, (rows, weights), _block_size(platform, walk, inputs))
     values, hidden, by_rows = kept
@@ -323,15 +354,19 @@ def _values_and_gradients_on(formulas, walk, perturbed, platform, inputs, weight
 
 
 def _by_row(inputs):
-    """The inputs without kernels and biases, and these."""
-    heads = tuple(head._replace(kernel=None, bias=None) for head in inputs.heads)
-    return inputs._replace(heads=heads), [(head.kernel, head.bias) for head in inputs.heads]
+    """The inputs that belong to rows, and what all rows of a head share."""
+    heads = tuple(head.hidden for head in inputs.heads)
+    return inputs._replace(heads=heads), [_of_all_rows(head) for head in inputs.heads]
 
 
-def _of_rows(rows, kernels):
+def _of_all_rows(head):
+    return head._replace(hidden=None)
+
+
+def _of_rows(rows, shared):
     """The inverse of `_by_row`, of a block of rows."""
-    pairs = zip(rows.heads, kernels, strict=True)
-    return rows._replace(heads=tuple(Head(head.hidden, *own) for head, own in pairs))
+    pairs = zip(shared, rows.heads, strict=True)
+    return rows._replace(heads=tuple(head._replace(hidden=hidden) for head, hidden in pairs))
 
 
 def _wanted(formulas, perturbed):
@@ -348,18 +383,26 @@ def _block_size(platform, walk, inputs):
 
 
 def _parts(platform, formulas, walk, wanted, inputs):
-    """Each part's value of the rows in a block, and its gradients in logits and parameters."""
+    """Of the rows in a block the logits, and each part's value and its gradients.
+
+    These are through the logits, after they are capped, and in the parameters.
+    """
     # Of heads that are mapped over, each may have rows of its own where others share theirs.
     logits = tuple(jnp.broadcast_arrays(*(_logits(platform, head) for head in inputs.heads)))
+    softcaps = tuple(
+        None if head.softcap is None else jnp.expand_dims(head.softcap, range(logits[0].ndim))
+        for head in inputs.heads
+    )
     walk = walk._replace(block_size=None)
     values, through_logits, through_parameters = [], [], []
     for formula, want, parameters in zip(formulas, wanted, inputs.parameters, strict=True):
-        rows = Rows(logits[: len(formula.slopes)], parameters, inputs.labels)
+        n = len(formula.slopes)
+        rows = Rows(logits[:n], parameters, inputs.labels, softcaps=softcaps[:n])
         value, statistics = statistics_of(formula, walk, want, rows)
         values.append(value)
         through_logits.append(gradients_of(formula, walk, rows, statistics))
         through_parameters.append(statistics.parameters)
-    return values, through_logits, through_parameters
+    return logits, values, through_logits, through_parameters
 
 
 def _as_factor(x):
@@ -370,7 +413,7 @@ def _as_factor(x):
 
 
 def _logits(platform, head):
-    hidden, kernel, bias = head
+    hidden, kernel, bias, _ = head
     dtype = (jnp.result_type if platform.halves else wide)(hidden, kernel)
     z = jnp.einsum("...d,dc->...c", hidden, kernel, preferred_element_type=dtype)
     return z if bias is None else z + bias
@@ -384,13 +427,18 @@ def _weighted(by, through_logits, i):
     return functools.reduce(jnp.add, weighted)
 
 
-def _through(head, slope, want, fresh):
-    """The gradients of a head from those of its logits; None for what is not wanted."""
-    hidden, kernel, bias = head
+def _through(head, logits, gradient, want, fresh):
+    """The gradients of a head from that of its logits; None for what is not wanted."""
+    hidden, kernel, bias, softcap = head
+    by_hidden = by_kernel = by_bias = by_softcap = None
+    if softcap is not None:
+        z, softcap = logits.astype(gradient.dtype), apart(softcap)
+        if want.softcap:
+            by_softcap = jnp.sum(fresh[..., None] * gradient * slope_of_cap(z, softcap))
+        gradient *= slope(z, softcap)
     dtype, accumulated = jnp.result_type(hidden, kernel), wide(hidden, kernel)
-    scale = _scale(slope, dtype)
-    narrow = (slope / scale).astype(dtype)
-    by_hidden = by_kernel = by_bias = None
+    scale = _scale(gradient, dtype)
+    narrow = (gradient / scale).astype(dtype)
     if want.hidden:
         by_hidden = jnp.einsum(
             "...c,dc->...d",
@@ -413,11 +461,11 @@ def _through(head, slope, want, fresh):
     if want.bias:
         by_bias = jnp.einsum(
             "...,...c->c",
-            fresh.astype(slope.dtype),
-            slope,
+            fresh.astype(gradient.dtype),
+            gradient,
             out_sharding=_explicit_sharding(bias),
         )
-    return head._replace(hidden=by_hidden, kernel=by_kernel, bias=by_bias)
+    return head._replace(hidden=by_hidden, kernel=by_kernel, bias=by_bias, softcap=by_softcap)
 
 
 def _scale(slope, dtype):

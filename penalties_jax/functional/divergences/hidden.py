@@ -8,18 +8,36 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Real
 
 from penalties_jax.functional.checks import FINITE, check_choice, check_fits, public
-from penalties_jax.functional.divergences.formulas import ALPHA, CROSS_ENTROPY, JS, KL, Direction
-from penalties_jax.functional.divergences.heads import Head, Part, divergence_of_heads, sum_of_parts
+from penalties_jax.functional.divergences.formulas import (
+    ALPHA,
+    CROSS_ENTROPY,
+    ENTROPY,
+    JS,
+    KL,
+    Direction,
+)
+from penalties_jax.functional.divergences.heads import (
+    Head,
+    Part,
+    capped_by,
+    divergence_of_heads,
+    sum_of_parts,
+)
 from penalties_jax.functional.divergences.rows import Options
+from penalties_jax.functional.divergences.softcap import Softcap
 from penalties_jax.functional.reduction import AxisName, Reduction
 
 __all__ = [
     "DistillationLoss",
+    "LogProbAndEntropy",
     "linear_alpha",
     "linear_cross_entropy",
     "linear_distillation",
+    "linear_entropy",
     "linear_js",
     "linear_kl",
+    "linear_log_prob",
+    "linear_log_prob_and_entropy",
 ]
 
 
@@ -30,7 +48,7 @@ class DistillationLoss(NamedTuple):
 
     Attributes:
         total: $w_{\mathrm{ce}}\,\mathrm{CE} + w_{\mathrm{kl}}\,\mathrm{KL}$.
-        cross_entropy: The CE, unweighted, for the log.
+        cross_entropy: The CE with its z-loss, unweighted, for the log.
         kl: The KL, likewise.
 
     Examples:
@@ -45,6 +63,24 @@ class DistillationLoss(NamedTuple):
     kl: Float[Array, "..."]
 
 
+class LogProbAndEntropy(NamedTuple):
+    """What `linear_log_prob_and_entropy` returns: each has the shape of the positions.
+
+    Attributes:
+        log_prob: That of the tokens.
+        entropy: Of the distributions they were drawn from.
+
+    Examples:
+        >>> hidden, kernel = jnp.ones((1, 1)), jnp.zeros((1, 2))
+        >>> both = pj.linear_log_prob_and_entropy(hidden, kernel, jnp.array([0]))
+        >>> round(float(both.log_prob[0]), 4), round(float(both.entropy[0]), 4)
+        (-0.6931, 0.6931)
+    """
+
+    log_prob: Float[Array, "*positions"]
+    entropy: Float[Array, "*positions"]
+
+
 @public
 def linear_kl(
     hidden_p: Real[ArrayLike, "*positions D"],
@@ -56,6 +92,7 @@ def linear_kl(
     bias_q: Real[ArrayLike, " C"] | None = None,
     direction: Direction = "forward",
     temperature: ArrayLike = 1.0,
+    softcap: Softcap = None,
     block_size: int | None = None,
     reduction: Reduction = "mean",
     where: Bool[ArrayLike, "..."] | None = None,
@@ -85,10 +122,14 @@ def linear_kl(
         bias_p: Added to the model's logits.
         bias_q: Added to the reference's.
         direction, where, axis_name: As in `pj.kl_divergence`; so are result and errors.
-        temperature: The $T$ by which logits are divided, above 0: for all, or one for each
-            position.
-        block_size: Rows that are processed at once, for each device that JAX sees; if None, 64 MiB
-            of each head's float32 logits on a CPU and 1 GiB elsewhere, but at least 240 rows.
+        temperature: The $T$ by which logits are divided, after they are capped; above 0: for all,
+            or one for each position.
+        softcap: The $c$ of heads whose logits are $c \tanh(z / c)$, as Gemma's are; above 0: for
+            all heads, or a tuple of that of P and that of Q, of which None is no cap. A class that
+            is excluded by a bias of -inf stays excluded.
+        block_size: Rows that are processed at once, for each device of the mesh that arrays lie on;
+            if None, 64 MiB of each head's float32 logits on a CPU and 1 GiB elsewhere, but at least
+            240 rows.
         reduction: "mean" or "sum" over the positions, or "none", which computes the products again
             in the backward pass.
         class_axis_name: Axes of `jax.shard_map` over which the classes, of kernels and biases, are
@@ -103,7 +144,7 @@ def linear_kl(
         0.1109
     """
     check_choice("direction", direction, Direction)
-    heads = Head(hidden_p, kernel_p, bias_p), Head(hidden_q, kernel_q, bias_q)
+    heads = capped_by(softcap, Head(hidden_p, kernel_p, bias_p), Head(hidden_q, kernel_q, bias_q))
     options = Options(block_size, reduction, where, axis_name, class_axis_name)
     return divergence_of_heads(KL[direction], heads, options, temperature=temperature)
 
@@ -119,6 +160,7 @@ def linear_js(
     bias_q: Real[ArrayLike, " C"] | None = None,
     mixture: ArrayLike = 0.5,
     temperature: ArrayLike = 1.0,
+    softcap: Softcap = None,
     block_size: int | None = None,
     reduction: Reduction = "mean",
     where: Bool[ArrayLike, "..."] | None = None,
@@ -133,7 +175,7 @@ def linear_js(
     Args:
         hidden_p, kernel_p, hidden_q, kernel_q, bias_p, bias_q: As in `pj.linear_kl`.
         mixture: The $b$ of $M = b P + (1 - b) Q$, in [0, 1].
-        temperature, block_size, reduction, class_axis_name: As in `pj.linear_kl`.
+        temperature, softcap, block_size, reduction, class_axis_name: As in `pj.linear_kl`.
         where, axis_name: As in `pj.kl_divergence`; so are result and errors.
 
     Examples:
@@ -141,7 +183,7 @@ def linear_js(
         >>> round(float(pj.linear_js(jnp.ones((3, 1)), kernel, -jnp.ones((3, 1)), kernel)), 4)
         0.6931
     """
-    heads = Head(hidden_p, kernel_p, bias_p), Head(hidden_q, kernel_q, bias_q)
+    heads = capped_by(softcap, Head(hidden_p, kernel_p, bias_p), Head(hidden_q, kernel_q, bias_q))
     options = Options(block_size, reduction, where, axis_name, class_axis_name)
     return divergence_of_heads(JS, heads, options, temperature=temperature, mixture=mixture)
 
@@ -157,6 +199,7 @@ def linear_alpha(
     bias_p: Real[ArrayLike, " C"] | None = None,
     bias_q: Real[ArrayLike, " C"] | None = None,
     temperature: ArrayLike = 1.0,
+    softcap: Softcap = None,
     block_size: int | None = None,
     reduction: Reduction = "mean",
     where: Bool[ArrayLike, "..."] | None = None,
@@ -167,14 +210,14 @@ def linear_alpha(
 
     Args:
         hidden_p, kernel_p, hidden_q, kernel_q, bias_p, bias_q: As in `pj.linear_kl`.
-        temperature, block_size, reduction, class_axis_name: As in `pj.linear_kl`.
+        temperature, softcap, block_size, reduction, class_axis_name: As in `pj.linear_kl`.
         alpha, where, axis_name: As in `pj.alpha_divergence`; so are result and errors.
 
     Examples:
         >>> float(pj.linear_alpha(jnp.ones((3, 1)), jnp.eye(1), jnp.ones((3, 1)), jnp.eye(1), 1.0))
         0.0
     """
-    heads = Head(hidden_p, kernel_p, bias_p), Head(hidden_q, kernel_q, bias_q)
+    heads = capped_by(softcap, Head(hidden_p, kernel_p, bias_p), Head(hidden_q, kernel_q, bias_q))
     options = Options(block_size, reduction, where, axis_name, class_axis_name)
     return divergence_of_heads(ALPHA, heads, options, temperature=temperature, alpha=alpha)
 
@@ -186,6 +229,9 @@ def linear_cross_entropy(
     labels: Int[ArrayLike, "*positions"],
     *,
     bias: Real[ArrayLike, " C"] | None = None,
+    z_loss: ArrayLike = 0.0,
+    temperature: ArrayLike = 1.0,
+    softcap: Softcap = None,
     block_size: int | None = None,
     reduction: Reduction = "mean",
     where: Bool[ArrayLike, "..."] | None = None,
@@ -194,8 +240,9 @@ def linear_cross_entropy(
 ) -> Float[Array, "..."]:
     r"""The cross entropy of labels from hidden states, in nats, without all the logits.
 
-    $-\log\mathrm{softmax}(h W + b)_y$; streamed, and differentiable, as `pj.linear_kl`. The
-    derivative is softmax - onehot(y) through the logits.
+    $-\log\mathrm{softmax}(z)_y + w \log^2 \sum_c e^{z_c}$ of $z = (h W + b) / T$, with the
+    $w$ of `z_loss`; streamed, and differentiable, as `pj.linear_kl`. The derivative is
+    softmax - onehot(y) through z, and $2 w \log(\sum_c e^{z_c})$ softmax.
 
     Args:
         hidden: The last hidden states.
@@ -203,7 +250,8 @@ def linear_cross_entropy(
         labels: The classes y, counted over all members of `class_axis_name`. One outside of [0, C)
             has loss 0, but counts in a mean: exclude padding by `where=labels >= 0`.
         bias: Added to the logits.
-        block_size, reduction, class_axis_name: As in `pj.linear_kl`.
+        z_loss: The weight $w$ of `pj.z_loss`, at least 0: for all, or one for each position.
+        temperature, softcap, block_size, reduction, class_axis_name: As in `pj.linear_kl`.
         where, axis_name: As in `pj.kl_divergence`.
 
     Returns:
@@ -214,7 +262,8 @@ def linear_cross_entropy(
         TypeError: As `pj.kl_divergence`, or if labels are not integers.
 
     References:
-        Wijmans et al. (2024), Cut your losses in large-vocabulary language models.
+        Wijmans et al. (2024), Cut your losses in large-vocabulary language models. Chowdhery et
+        al. (2022), PaLM: scaling language modeling with Pathways, whose `z_loss` is 1e-4.
 
     Examples:
         >>> kernel = jnp.array([[0.0, 1.0]])
@@ -222,8 +271,9 @@ def linear_cross_entropy(
         0.3133
     """
     options = Options(block_size, reduction, where, axis_name, class_axis_name)
-    parts = [Part(CROSS_ENTROPY, 1.0, {"temperature": 1.0})]
-    return sum_of_parts(parts, [Head(hidden, kernel, bias)], options, labels)[0]
+    heads = capped_by(softcap, Head(hidden, kernel, bias))
+    parts = [Part(CROSS_ENTROPY, 1.0, {"temperature": temperature, "z_loss": z_loss})]
+    return sum_of_parts(parts, heads, options, labels)[0]
 
 
 @public
@@ -236,10 +286,12 @@ def linear_distillation(
     *,
     kl_weight: ArrayLike = 1.0,
     cross_entropy_weight: ArrayLike = 1.0,
+    z_loss: ArrayLike = 0.0,
     bias_p: Real[ArrayLike, " C"] | None = None,
     bias_q: Real[ArrayLike, " C"] | None = None,
     direction: Direction = "forward",
     temperature: ArrayLike = 1.0,
+    softcap: Softcap = None,
     block_size: int | None = None,
     reduction: Reduction = "mean",
     where: Bool[ArrayLike, "..."] | None = None,
@@ -249,20 +301,23 @@ def linear_distillation(
     r"""Cross entropy and divergence from a reference, in one pass over the model's logits.
 
     $w_{\mathrm{ce}}\,\mathrm{CE}(P, y) + w_{\mathrm{kl}}\,\mathrm{KL}(P \| Q)$, the sum of
-    `pj.linear_cross_entropy` and `pj.linear_kl` by their weights: the model's products are computed
-    once for both. Only the total has a gradient: that of its parts, which are for the log, is 0.
+    `pj.linear_cross_entropy`, its z-loss included, and `pj.linear_kl` by their weights: the model's
+    products are computed once for both. Only the total has a gradient: that of its parts, which are
+    for the log, is 0.
 
-    The temperature is that of the divergence alone; multiply `kl_weight` by $T^2$ for gradients
-    that don't depend on it. Hinton's distillation is KL(Q||P), direction="reverse".
+    The temperature is that of the divergence alone, not of the cross entropy; multiply `kl_weight`
+    by $T^2$ for gradients that don't depend on it. Hinton's distillation is KL(Q||P),
+    direction="reverse".
 
     Args:
         hidden_p, kernel_p, hidden_q, kernel_q, bias_p, bias_q: As in `pj.linear_kl`.
         labels: The classes y, as for `pj.linear_cross_entropy`.
         kl_weight: The weight of the divergence; for reduction="none" also one for each position.
         cross_entropy_weight: The weight of the cross entropy, likewise.
+        z_loss: As in `pj.linear_cross_entropy`: part of the cross entropy.
         temperature: The $T$ of the divergence, above 0.
         direction, where, axis_name: As in `pj.kl_divergence`.
-        block_size, reduction, class_axis_name: As in `pj.linear_kl`.
+        softcap, block_size, reduction, class_axis_name: As in `pj.linear_kl`.
 
     Returns:
         A `DistillationLoss(total, cross_entropy, kl)`. Only the total has a gradient.
@@ -283,11 +338,130 @@ def linear_distillation(
     weights = {"kl_weight": kl_weight, "cross_entropy_weight": cross_entropy_weight}
     FINITE.check(**weights)
     check_fits(jnp.shape(labels) if reduction == "none" else (), **weights)
-    heads = Head(hidden_p, kernel_p, bias_p), Head(hidden_q, kernel_q, bias_q)
+    heads = capped_by(softcap, Head(hidden_p, kernel_p, bias_p), Head(hidden_q, kernel_q, bias_q))
     options = Options(block_size, reduction, where, axis_name, class_axis_name)
     parts = (
-        Part(CROSS_ENTROPY, cross_entropy_weight, {"temperature": 1.0}),
+        Part(CROSS_ENTROPY, cross_entropy_weight, {"temperature": 1.0, "z_loss": z_loss}),
         Part(KL[direction], kl_weight, {"temperature": temperature}),
     )
     total, (cross_entropy, kl) = sum_of_parts(parts, heads, options, labels)
     return DistillationLoss(total, lax.stop_gradient(cross_entropy), lax.stop_gradient(kl))
+
+
+@public
+def linear_log_prob(
+    hidden: Real[ArrayLike, "*positions D"],
+    kernel: Real[ArrayLike, "D C"],
+    tokens: Int[ArrayLike, "*positions"],
+    *,
+    bias: Real[ArrayLike, " C"] | None = None,
+    temperature: ArrayLike = 1.0,
+    softcap: Softcap = None,
+    block_size: int | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
+    class_axis_name: AxisName | None = None,
+) -> Float[Array, "*positions"]:
+    r"""The log-probability of each token from hidden states, in nats, without all the logits.
+
+    $\log\mathrm{softmax}((h W + b) / T)_y$; streamed, and differentiable, as `pj.linear_kl` with
+    reduction="none".
+
+    Args:
+        hidden: The last hidden states.
+        kernel: The output kernel, classes last.
+        tokens: The classes y, counted over all members of `class_axis_name`. One outside of [0, C)
+            has log-probability 0.
+        bias: Added to the logits.
+        temperature, softcap, block_size, class_axis_name: As in `pj.linear_kl`.
+        where: As in `pj.kl_divergence`; an excluded position has 0.
+
+    Returns:
+        An array of the shape of the positions.
+
+    Raises:
+        ValueError, TypeError: As `pj.linear_cross_entropy`.
+
+    Examples:
+        >>> kernel = jnp.array([[0.0, 1.0]])
+        >>> pj.linear_log_prob(jnp.ones((1, 1)), kernel, jnp.array([1])).round(4).tolist()
+        [-0.3133]
+    """
+    heads = capped_by(softcap, Head(hidden, kernel, bias))
+    options = Options(block_size, "none", where, None, class_axis_name)
+    return sum_of_parts([_log_prob(temperature)], heads, options, tokens)[0]
+
+
+@public
+def linear_entropy(
+    hidden: Real[ArrayLike, "*positions D"],
+    kernel: Real[ArrayLike, "D C"],
+    *,
+    bias: Real[ArrayLike, " C"] | None = None,
+    temperature: ArrayLike = 1.0,
+    softcap: Softcap = None,
+    block_size: int | None = None,
+    reduction: Reduction = "mean",
+    where: Bool[ArrayLike, "..."] | None = None,
+    axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""The Shannon entropy of $\mathrm{softmax}((h W + b) / T)$, streamed as `pj.linear_kl`.
+
+    Args:
+        hidden: The last hidden states.
+        kernel: The output kernel, classes last.
+        bias: Added to the logits.
+        temperature, softcap, block_size, reduction, class_axis_name: As in `pj.linear_kl`.
+        where, axis_name: As in `pj.kl_divergence`; so are result and errors.
+
+    Examples:
+        >>> round(float(pj.linear_entropy(jnp.ones((3, 1)), jnp.zeros((1, 2)))), 4)
+        0.6931
+    """
+    heads = capped_by(softcap, Head(hidden, kernel, bias))
+    options = Options(block_size, reduction, where, axis_name, class_axis_name)
+    return divergence_of_heads(ENTROPY, heads, options, temperature=temperature)
+
+
+@public
+def linear_log_prob_and_entropy(
+    hidden: Real[ArrayLike, "*positions D"],
+    kernel: Real[ArrayLike, "D C"],
+    tokens: Int[ArrayLike, "*positions"],
+    *,
+    bias: Real[ArrayLike, " C"] | None = None,
+    temperature: ArrayLike = 1.0,
+    softcap: Softcap = None,
+    block_size: int | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
+    class_axis_name: AxisName | None = None,
+) -> LogProbAndEntropy:
+    """`pj.linear_log_prob` and, by position, `pj.linear_entropy`, of products computed once.
+
+    What a policy gradient with an entropy bonus takes at each position. Both have a gradient.
+
+    Args:
+        hidden, kernel, tokens, bias, where: As in `pj.linear_log_prob`.
+        temperature, softcap, block_size, class_axis_name: As in `pj.linear_kl`.
+
+    Returns:
+        A `LogProbAndEntropy(log_prob, entropy)` of arrays of the shape of the positions.
+
+    Raises:
+        ValueError, TypeError: As `pj.linear_cross_entropy`.
+
+    Examples:
+        >>> kernel = jnp.array([[0.0, 1.0]])
+        >>> both = pj.linear_log_prob_and_entropy(jnp.ones((1, 1)), kernel, jnp.array([1]))
+        >>> both.entropy.round(4).tolist()
+        [0.5822]
+    """
+    heads = capped_by(softcap, Head(hidden, kernel, bias))
+    options = Options(block_size, "none", where, None, class_axis_name)
+    parts = _log_prob(temperature), Part(ENTROPY, 1.0, {"temperature": temperature})
+    _, (surprise, entropy) = sum_of_parts(parts, heads, options, tokens)
+    return LogProbAndEntropy(-surprise, entropy)
+
+
+def _log_prob(temperature):
+    return Part(CROSS_ENTROPY, -1.0, {"temperature": temperature, "z_loss": 0.0})

@@ -8,7 +8,7 @@ divergence whose slope through log p_c is s_c, it is s_c - p_c sum(s) through th
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ from penalties_jax.functional.divergences.formulas import (
     log_ratio,
 )
 from penalties_jax.functional.divergences.running import moments
+from penalties_jax.functional.divergences.softcap import capped
 from penalties_jax.functional.platform import apart, by_platform, rows_in_block
 from penalties_jax.functional.reduction import (
     AxisName,
@@ -48,6 +49,8 @@ from penalties_jax.functional.reduction import (
     vary_alike,
     wide,
 )
+
+T = TypeVar("T")
 
 
 class Options(NamedTuple):
@@ -83,16 +86,27 @@ class Rows(NamedTuple):
         parameters: The temperature, and the formula's own.
         labels: The classes of a cross entropy.
         included: Which rows count: what the others hold is not looked at.
+        softcaps: The bounds of each distribution's logits, where they have some.
     """
 
     logits: tuple[Float[Array, "*rows C"], ...]
     parameters: tuple[Float[Array, "*rows 1"], ...]
     labels: Int[Array, "*rows 1"] | None = None
     included: Bool[Array, "*rows 1"] | None = None
+    softcaps: tuple[Float[Array, "*rows 1"] | None, ...] = ()
+
+    def apart(self, numbers: T) -> tuple["Rows", T]:
+        """The rows, and numbers of them, for sums that share nothing with others: `apart`."""
+        softcaps, numbers = apart((self.softcaps, numbers))
+        return self._replace(softcaps=softcaps), numbers
 
     def wide_logits(self) -> tuple[Float[Array, "*rows C"], ...]:
-        """The logits in the dtype of the computation."""
-        return tuple(_only(self.included, z, 0) for z in promote(*self.logits))
+        """The logits in the dtype of the computation, capped."""
+        logits = tuple(_only(self.included, z, 0) for z in promote(*self.logits))
+        caps = self.softcaps or (None,) * len(logits)
+        return tuple(
+            z if cap is None else capped(z, cap) for z, cap in zip(logits, caps, strict=True)
+        )
 
 
 class Normaliser(NamedTuple):
@@ -304,41 +318,60 @@ def _slope_sums(formula, class_axis_name, wanted, rows, normalisers):
 def _statistics(formula, class_axis_name, wanted, rows, normalisers, slope_sums):
     temperature, *others = rows.parameters
 
-    def total(terms, normalisers):
+    def total(terms, rows, normalisers):
         return jnp.sum(terms(_distributions(rows, class_axis_name, normalisers), *others), -1)
 
     def slope_of_temperature(x, *others):
-        # Through logits / T it is the sum of gradient x logit, up to a constant in the logits.
+        # Through logits / T it is the sum of gradient x logit, of which a constant only counts
+        # for what a shift of all logits changes.
         gradients = _gradients(formula, x, others, slope_sums)
         logs = (jnp.maximum(log, -MOST) for log in x.logs)
-        return -sum(map(jnp.multiply, gradients, logs)) / temperature
+        along = sum(map(jnp.multiply, gradients, logs))
+        if formula.of_normaliser:
+            along += _through_normaliser(formula, x, others) * x.log_normaliser
+        return -along / temperature
 
     slopes = slope_of_temperature, *(parameter.slope for parameter in formula.parameters)
     by_parameters = tuple(
-        total(slope, normalisers) if want else jnp.zeros_like(normalisers[0].total)
+        total(slope, rows, normalisers) if want else jnp.zeros_like(normalisers[0].total)
         for slope, want in zip(slopes, wanted.parameters, strict=True)
     )
-    normalisers = apart(normalisers)
-    value = total(formula.term, normalisers)
+    rows, normalisers = rows.apart(normalisers)
+    value = total(formula.term, rows, normalisers)
+    if formula.of_normaliser:
+        part = 1 if class_axis_name is None else lax.axis_size(class_axis_name)
+        own = formula.of_normaliser(_log_normaliser(normalisers[0], temperature), *others)
+        value += jnp.squeeze(own, -1) / part
     return value, Statistics(normalisers, slope_sums, by_parameters)
 
 
 def _gradients(formula, x, others, slope_sums):
     """Through logits / T."""
-    return [
+    gradients = [
         slope(x, *others) - p * total[..., None]
         for slope, p, total in zip(
             formula.slopes_of_logits, x.probabilities, slope_sums, strict=True
         )
     ]
+    if formula.of_normaliser:
+        gradients[0] += _through_normaliser(formula, x, others)
+    return gradients
+
+
+def _through_normaliser(formula, x, others):
+    log = x.log_normaliser
+    _, slope = jax.jvp(
+        lambda log: formula.of_normaliser(log, *others), (log,), (jnp.ones_like(log),)
+    )
+    return x.probabilities[0] * slope
 
 
 def gradients_of(
     formula: Formula, walk: Walk, rows: Rows, statistics: Statistics
 ) -> list[Float[Array, "*rows C"]]:
-    """The gradients of each row's divergence through its logits."""
+    """The gradients of each row's divergence through its logits, after they are capped."""
     temperature, *others = rows.parameters
-    statistics = apart(statistics)
+    rows, statistics = rows.apart(statistics)
     x = _distributions(rows, walk.class_axis_name, statistics.normalisers)
     return [g / temperature for g in _gradients(formula, x, others, statistics.slope_sums)]
 
@@ -359,10 +392,20 @@ def _distributions(rows, class_axis_name, normalisers):
     probabilities = tuple(_probabilities(z, temperature, n) for z, n in pairs)
     logs = tuple(_log_probabilities(z, temperature, n) for z, n in pairs)
     if len(logits) == 1:
-        return Distributions(probabilities, logs, label=_label(rows, class_axis_name))
+        return Distributions(
+            probabilities,
+            logs,
+            label=_label(rows, class_axis_name),
+            log_normaliser=_log_normaliser(normalisers[0], temperature),
+        )
     shift = _shift([Normaliser(*(x[..., None] for x in n)) for n in normalisers], temperature)
     ratio = log_ratio(*logits) / temperature - shift
     return Distributions(probabilities, logs, ratio)
+
+
+def _log_normaliser(normaliser, temperature):
+    peak, total = (x[..., None] for x in normaliser)
+    return peak / temperature + jnp.log(total)
 
 
 def _shift(normalisers, temperature):
