@@ -65,6 +65,7 @@ HAS := import sys; from importlib.metadata import version; [version(x) for x in 
 FETCH := -m pip install --quiet --disable-pip-version-check
 
 # By $(PYTHON) itself, which has the right build of jax: a borrowed machine may reach no network.
+# Without a GPU jax would go on with the second platform in silence.
 bench-gpu: export JAX_PLATFORMS ?= cuda,cpu
 bench-gpu:  ## tests and benchmarks on a GPU in 8 minutes, by a PYTHON that has a CUDA build of jax
 	@$(PYTHON) -c '$(HAS)' $(GPU_NEEDS) 2>/dev/null || $(PYTHON) $(FETCH) $(GPU_NEEDS)
@@ -72,6 +73,8 @@ bench-gpu:  ## tests and benchmarks on a GPU in 8 minutes, by a PYTHON that has 
 		|| $(PYTHON) -c '$(HAS)' liger-kernel 2>/dev/null \
 		|| $(PYTHON) $(FETCH) --retries 0 --timeout 5 --no-deps liger-kernel \
 		|| echo "Liger-Kernel does not install here: the benchmark goes on without it" >&2
+	@[ "$$JAX_PLATFORMS" = cpu ] || $(PYTHON) -c 'import jax; jax.devices()[0].platform == "cpu" and exit(1)' \
+		|| { echo "the jax of $(PYTHON) finds no GPU; with JAX_PLATFORMS=cpu the command is tried on a CPU" >&2; exit 1; }
 	@failed=0; \
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -o addopts= --import-mode=importlib \
 		-W default -q --durations 5 -n 4 -m gpu tests/test_gpu.py || failed=$$?; \
