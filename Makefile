@@ -10,7 +10,7 @@ PYTHONS ?= 3.11 3.13
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-types test-matrix lint notebooks docs bench bench-quick bench-accelerators clean
+.PHONY: help demo test test-slow test-types test-matrix lint notebooks docs bench bench-quick bench-accelerators bench-gpu clean
 
 help:  ## show what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -21,8 +21,8 @@ demo: $(VENV)/.recipes  ## set up, and fine-tune on real text with a KL penalty:
 test: $(VENV)/.test  ## set up, and run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-slow: $(VENV)/.test  ## the tests that take minutes each: whole runs on several devices
-	$(BIN)/python -m pytest -m slow -n auto --dist loadfile $(ARGS)
+test-slow: $(VENV)/.test  ## the tests that take minutes: whole runs on several devices, and what bench-gpu tests
+	$(BIN)/python -m pytest -m 'slow or gpu' -n auto --dist loadfile $(ARGS)
 
 test-matrix: $(PYTHONS:%=test-%)  ## the tests on the oldest and on the newest Python and jax
 
@@ -58,6 +58,28 @@ bench-quick: $(VENV)/.bench  ## the same on smaller arrays
 bench-accelerators:  ## bytes that programs move on an H100 and on TPUs, compiled without either
 	PYENV_VERSION=3.13 $(MAKE) .venv-accelerators/.cuda VENV=.venv-accelerators PYTHON=python3.13
 	.venv-accelerators/bin/python -m benchmarks.accelerators $(ARGS)
+
+# What the tests and the benchmark need beside jax.
+GPU_NEEDS := chex flax jaxtyping matplotlib mpmath optax pytest pytest-xdist scipy tqdm
+HAS := import sys; from importlib.metadata import version; [version(x) for x in sys.argv[1:]]
+FETCH := -m pip install --quiet --disable-pip-version-check
+
+# By $(PYTHON) itself, which has the right build of jax: a borrowed machine may reach no network.
+# Without a GPU jax would go on with the second platform in silence.
+bench-gpu: export JAX_PLATFORMS ?= cuda,cpu
+bench-gpu:  ## tests and benchmarks on a GPU in 8 minutes, by a PYTHON that has a CUDA build of jax
+	@$(PYTHON) -c '$(HAS)' $(GPU_NEEDS) 2>/dev/null || $(PYTHON) $(FETCH) $(GPU_NEEDS)
+	@! $(PYTHON) -c '$(HAS)' torch triton 2>/dev/null \
+		|| $(PYTHON) -c '$(HAS)' liger-kernel 2>/dev/null \
+		|| $(PYTHON) $(FETCH) --retries 0 --timeout 5 --no-deps liger-kernel \
+		|| echo "Liger-Kernel does not install here: the benchmark goes on without it" >&2
+	@[ "$$JAX_PLATFORMS" = cpu ] || $(PYTHON) -c 'import jax; jax.devices()[0].platform == "cpu" and exit(1)' \
+		|| { echo "the jax of $(PYTHON) finds no GPU; with JAX_PLATFORMS=cpu the command is tried on a CPU" >&2; exit 1; }
+	@failed=0; \
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -o addopts= --import-mode=importlib \
+		-W default -q --durations 5 -n 4 -m gpu tests/test_gpu.py || failed=$$?; \
+	$(PYTHON) -m benchmarks.gpu $(ARGS) || failed=$$?; \
+	exit $$failed
 
 clean:  ## remove the environments and all outputs
 	rm -rf .venv .venv-* $(RUNS) benchmarks/results site dist

@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from tqdm import tqdm
@@ -608,4 +607,7 @@ def main(quick: bool = False, out: Path = Path(__file__).parent / "results") -> 
 
 
 if __name__ == "__main__":
+    # Here, as `benchmarks.gpu` runs where it may be missing.
+    import tyro
+
     tyro.cli(main)
