@@ -52,6 +52,10 @@ MAIN = ("H100", "v5e")
 
 VALUES, LOGITS, BATCHES = (16, 1024, 4096), (4096, 131072), (4, 1024, 131072)
 TOKENS, FEATURES, CLASSES = 4096, 2048, 131072
+SOFTCAP = 30.0
+# A batch of sequences, of whose tokens the log-probabilities are wanted, and what that may hold
+# beside the kernel's gradient, which is summed in float32.
+SEQUENCES, HELD = (8, 1024), 600_000_000
 BETA, EXPONENT, WEIGHT = 0.5, 0.9, 0.1
 # Of the bytes of a device's logits: what collectives may send.
 COLLECTIVES_BAR = 0.01
@@ -312,6 +316,7 @@ class Case(NamedTuple):
         bar: What may be moved: in arrays, or times what the textbook moves.
         quick: Whether `--quick` runs it.
         relative: Whether the bar is the textbook; then bytes are told in GB.
+        held: Bytes of temporaries that there may be.
         spec: How the arguments are sharded; then `MESHES` is what it is compiled for.
     """
 
@@ -321,6 +326,7 @@ class Case(NamedTuple):
     bar: float | None
     quick: bool = False
     relative: bool = False
+    held: int | None = None
     spec: PartitionSpec | None = None
 
 
@@ -362,6 +368,26 @@ def linear_cross_entropy(hidden, kernel, labels):
     """Cross entropy of all the logits."""
     log_p = jax.nn.log_softmax((hidden @ kernel).astype(jnp.float32))
     return -jnp.mean(jnp.take_along_axis(log_p, labels[:, None], -1))
+
+
+def capped_linear_kl(hidden_p, kernel_p, hidden_q, kernel_q):
+    """KL of all the logits, each within the cap."""
+    return kl(*(_capped(h @ w) for h, w in ((hidden_p, kernel_p), (hidden_q, kernel_q))))
+
+
+def _capped(z):
+    return SOFTCAP * jnp.tanh(z.astype(jnp.float32) / SOFTCAP)
+
+
+def weighted_log_prob(hidden, kernel, tokens, weights):
+    """What a policy gradient differentiates, from all the logits."""
+    log_p = jax.nn.log_softmax((hidden @ kernel).astype(jnp.float32))
+    return jnp.sum(weights * jnp.take_along_axis(log_p, tokens[..., None], -1)[..., 0])
+
+
+def z_loss(z):
+    """The mean square of the log-normalisers."""
+    return jnp.mean(jnp.square(jax.nn.logsumexp(z.astype(jnp.float32), -1)))
 
 
 def minimality(c):
@@ -443,6 +469,7 @@ def cases() -> dict[str, Case]:
         result[f"`entropy_from_logits`, {name}"] = _differentiated(
             pj.entropy_from_logits, entropy, one, 3.3, quick=True
         )
+        result[f"`z_loss`, {name}"] = _differentiated(pj.z_loss, z_loss, one, 3.3)
     hidden, kernel = (
         _struct(shape, jnp.bfloat16) for shape in ((TOKENS, FEATURES), (FEATURES, CLASSES))
     )
@@ -461,6 +488,26 @@ def cases() -> dict[str, Case]:
         (hidden, kernel, labels),
         1.6,
         relative=True,
+    )
+    result["`linear_kl`, capped"] = Case(
+        jax.value_and_grad(partial(pj.linear_kl, softcap=SOFTCAP), (0, 1)),
+        jax.value_and_grad(capped_linear_kl, (0, 1)),
+        (hidden, kernel, hidden, kernel),
+        1.6,
+        relative=True,
+    )
+    result["`linear_log_prob`"] = Case(
+        jax.value_and_grad(lambda h, w, y, by: jnp.sum(by * pj.linear_log_prob(h, w, y)), (0, 1)),
+        jax.value_and_grad(weighted_log_prob, (0, 1)),
+        (
+            _struct((*SEQUENCES, FEATURES), jnp.bfloat16),
+            kernel,
+            _struct(SEQUENCES, jnp.int32),
+            _struct(SEQUENCES, jnp.float32),
+        ),
+        1.8,
+        relative=True,
+        held=HELD + 4 * FEATURES * CLASSES,
     )
     if find_spec("jax_cce"):
         result["its peer jax-cce"] = Case(
@@ -515,12 +562,14 @@ class Result(NamedTuple):
     textbook_temporaries: int | None
     bar: float | None
     relative: bool
+    held: int | None
 
     @property
     def met(self) -> bool:
         """Whether the program is within its bars."""
         base = self.textbook_moved if self.relative else self.unit
         few = self.bar is None or base is None or self.moved <= self.bar * base
+        few &= self.held is None or self.temporaries <= self.held
         return few and (self.sent or 0) <= COLLECTIVES_BAR * self.unit
 
 
@@ -545,6 +594,7 @@ def measure(name: str, case: Case, machine: str, *, textbook: bool) -> Result:
         textbook_temporaries=peer and peer.memory_analysis().temp_size_in_bytes,
         bar=case.bar,
         relative=case.relative,
+        held=case.held,
     )
 
 

@@ -26,8 +26,10 @@ every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 quick_calls = every(
     CALLS,
     "call",
-    slow=lambda call: "block_size" in inspect.signature(call.function).parameters
-    and call.function not in (pj.kl_from_logits, pj.linear_kl),
+    slow=lambda call: (
+        "block_size" in inspect.signature(call.function).parameters
+        and call.function not in (pj.kl_from_logits, pj.linear_kl)
+    ),
 )
 every_config = pytest.mark.parametrize("config", EXAMPLES.values(), ids=EXAMPLES)
 

@@ -133,11 +133,11 @@ HEADS = DIVERGENCES | {
 }
 kl = DIVERGENCES["linear_kl"].call
 every_head = every(HEADS, "head")
-# What is sharded is the one that is made of both kinds, and in make test-slow all of them.
+# What takes long to compile is the one that is made of both kinds, and in make test-slow all.
 BOTH, *OTHERS = sorted(HEADS, key=lambda name: name != "linear_distillation")
 
 
-def sharded(names, *ways, others):
+def most(names, *ways, others):
     """Every way with the first head, and one way with the others."""
     params = [pytest.param(HEADS[BOTH], *way, id="-".join([BOTH, *map(str, way)])) for way in ways]
     params += [pytest.param(HEADS[x], *others, id=x, marks=pytest.mark.slow) for x in OTHERS]
@@ -168,10 +168,9 @@ def directional(function, arrays, directions, step=1e-5):
     ("block_size", "reduction"),
     [
         (2, "mean"),
-        (2, "none"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in ((None, "sum"), (None, "mean"), (2, "sum"))
+            for case in ((2, "none"), (None, "sum"), (None, "mean"), (2, "sum"))
         ),
     ],
 )
@@ -204,8 +203,15 @@ def test_value_and_gradients(head, reduction, block_size, x64):
         assert_close(slope, desired, rtol=1e-7, atol=1e-9)
 
 
-@every_head
-@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("head", "reduction"),
+    [
+        (HEADS[BOTH], "mean"),
+        pytest.param(HEADS[BOTH], "none", marks=pytest.mark.slow),
+        pytest.param(HEADS["linear_log_prob_and_entropy"], "none", marks=pytest.mark.slow),
+    ],
+    ids=["mean", "none", "of two values"],
+)
 def test_second_derivatives(head, reduction, x64):
     """Forward over reverse mode, mapped over directions, and reverse over reverse."""
     arrays, labels, mask = data(np.float64)
@@ -283,9 +289,12 @@ def test_mapped_over_models():
 
 
 @pytest.mark.parametrize(
-    "argument", [1, *(pytest.param(x, marks=pytest.mark.slow) for x in (0, 5))]
+    ("argument", "reduction"),
+    [
+        (1, "mean"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, "none"), (5, "mean"))),
+    ],
 )
-@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.slow)])
 def test_mapped_over_one_argument(argument, reduction):
     """Values, and gradients whose weights come later; a kernel can't be cut into rows."""
     arrays, labels, _ = data()
@@ -343,7 +352,7 @@ def test_an_excluded_position_may_hold_anything():
     assert all(np.isfinite(x).all() for x in (*found, by_temperature))
 
 
-@sharded(("kind",), (AxisType.Auto,), (AxisType.Explicit,), others=(AxisType.Explicit,))
+@most(("kind",), (AxisType.Auto,), (AxisType.Explicit,), others=(AxisType.Explicit,))
 def test_rows_sharded_under_jit(head, kind):
     """The numbers of one device, with nothing gathered."""
     arrays, labels, mask = data()
@@ -386,7 +395,7 @@ def test_kernels_sharded_on_explicit_axes(kernel):
         assert_close(slope, desired, rtol=1e-4, atol=1e-7)
 
 
-@sharded(("reduction", "check_vma"), ("mean", False), ("mean", True), others=("none", True))
+@most(("reduction", "check_vma"), ("mean", False), ("mean", True), others=("none", True))
 def test_rows_and_classes_sharded(head, reduction, check_vma):
     """Rows over one mesh axis, the classes of kernels and biases over another."""
     arrays, labels, mask = data()
@@ -463,13 +472,17 @@ def test_half_precision_multiplies_as_it_is_and_accumulates_in_float32():
     assert "bf16>, tensor<" in text.split("dot_general", 1)[1].splitlines()[0]
 
 
-@every_head
 @pytest.mark.parametrize(
-    ("dtype", "reduction"),
+    ("head", "dtype", "reduction"),
     [
-        (jnp.float16, "mean"),
+        *(pytest.param(head, jnp.float16, "mean", id=name) for name, head in HEADS.items()),
         *(
-            pytest.param(dtype, reduction, marks=pytest.mark.slow)
+            pytest.param(
+                *(HEADS[name], dtype, reduction),
+                id=f"{name}-{dtype.__name__}-{reduction}",
+                marks=pytest.mark.slow,
+            )
+            for name in ("linear_kl", "linear_js", "linear_cross_entropy", BOTH)
             for dtype in (jnp.float16, jnp.bfloat16)
             for reduction in ("mean", "sum", "none")
             if (dtype, reduction) != (jnp.float16, "mean")

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 import penalties_jax as pj
 import penalties_jax.functional as F  # noqa: N812
-from tests.catalogue import CONSTRAINTS, DIVERGENCES, GATES, PENALTIES, every
+from tests.catalogue import CONSTRAINTS, DIVERGENCES, GATES, PENALTIES
 from tests.oracles import assert_close, lattice
 from tests.programs import quick_jit
 
@@ -209,7 +209,6 @@ FUNCTIONS = {
     for name, function in ((name, getattr(F, name)) for name in F.__all__)
     if inspect.isfunction(function) and takes_arrays(function)
 }
-every_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 
 
 def long_to_compile(function):
@@ -234,10 +233,22 @@ def assert_near(actual, desired):
         assert_close(part(np.asarray(actual)), part(np.asarray(desired)), rtol=2e-5, atol=2e-6)
 
 
+# One for each way in which arrays meet.
+WAYS = [
+    F.l2,
+    F.kl_divergence,
+    F.entropy_from_logits,
+    F.linear_cross_entropy,
+    F.top_k_gate,
+    F.jump_relu,
+]
+every_way = pytest.mark.parametrize("function", WAYS, ids=lambda function: function.__name__)
+
+
 # The tests.
 
 
-@every(FUNCTIONS, "function", slow=long_to_compile)
+@every_way
 def test_any_pair_with_the_first_array(function):
     """Of nine placements all are traced, which is where they would fail, and one is computed."""
     mesh, call = mesh_of("2x4"), calls_of(function)[0]
@@ -249,9 +260,16 @@ def test_any_pair_with_the_first_array(function):
         assert_as_on_one_device(call, [call.placed(mesh, call.rows(few=True)[1])])
 
 
+PAIRS = {
+    f"{own}-{name}": (function, name)
+    for own, function in FUNCTIONS.items()
+    for name in MESHES
+    if name == "2x4" or not long_to_compile(function)
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MESHES)
-@every_function
+@pytest.mark.parametrize(("function", "name"), PAIRS.values(), ids=PAIRS)
 def test_any_pair(function, name):
     """All variants are traced, and the first is computed; what is long to compile on one mesh."""
     mesh = mesh_of(name)
@@ -261,22 +279,8 @@ def test_any_pair(function, name):
             for call in variants:
                 for row in call.rows(few=call is not variants[0]):
                     jax.jit(call.slopes).trace(call.placed(mesh, row))
-        if name == "4" and long_to_compile(function):
-            return
         first = calls[0][0]
         assert_as_on_one_device(first, [first.placed(mesh, row) for row in first.rows(few=True)])
-
-
-# One for each way in which arrays meet.
-WAYS = [
-    F.l2,
-    F.kl_divergence,
-    F.entropy_from_logits,
-    F.linear_cross_entropy,
-    F.top_k_gate,
-    F.jump_relu,
-]
-every_way = pytest.mark.parametrize("function", WAYS, ids=lambda function: function.__name__)
 
 
 @every_way

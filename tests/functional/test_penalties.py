@@ -333,9 +333,8 @@ REPEATED = {
 }
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
 @every(REPEATED, "x")
-def test_spectral_norm_has_a_subgradient_at_repeated_values(x, scale):
+def test_spectral_norm_has_a_subgradient_at_repeated_values(x):
     """Of x, and with singular values that add up to 1; and finite second derivatives."""
 
     @quick_jit
@@ -343,13 +342,13 @@ def test_spectral_norm_has_a_subgradient_at_repeated_values(x, scale):
         slopes = jax.grad(F.spectral_norm)
         return F.spectral_norm(x), slopes(x), jax.jvp(slopes, (x,), (jnp.ones_like(x),))[1]
 
-    x = np.float32(x * scale)
-    value, slope, second = everything(x)
-    exact = np.linalg.norm(np.float64(x), 2)
-    assert_close(value, exact, rtol=1e-6)
-    assert_close((np.float64(slope) * x).sum(), exact, rtol=1e-6)
-    assert_close(np.linalg.norm(np.float64(slope), "nuc"), 1, rtol=1e-6)
-    assert np.isfinite(second).all()
+    for scaled in map(np.float32, (x, 1e30 * x, 1e-30 * x)):
+        value, slope, second = everything(scaled)
+        exact = np.linalg.norm(np.float64(scaled), 2)
+        assert_close(value, exact, rtol=1e-6)
+        assert_close((np.float64(slope) * scaled).sum(), exact, rtol=1e-6)
+        assert_close(np.linalg.norm(np.float64(slope), "nuc"), 1, rtol=1e-6)
+        assert np.isfinite(second).all()
 
 
 def test_spectral_norm_at_zero():
