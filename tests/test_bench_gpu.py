@@ -28,7 +28,13 @@ def one_row(monkeypatch):
     return with_peer
 
 
-@pytest.mark.parametrize("name", gpu.ROWS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "`linear_kl`" else pytest.mark.slow)
+        for name in gpu.ROWS
+    ],
+)
 def test_peers_compute_the_same(name):
     row, case = gpu.ROWS[name], gpu.cases()[name]
     arguments = gpu.drawn(row.draw, case.arguments)

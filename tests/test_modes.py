@@ -73,7 +73,7 @@ def is_variable(node):
 # Strict promotion.
 
 
-@every_call
+@quick_calls
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_function_under_strict_promotion(call, dtype):
     """Masks and weights have fewer axes than what they meet, and numbers are Python's."""
@@ -213,7 +213,7 @@ def test_what_is_no_array_is_named(call):
 # Dtypes.
 
 
-@every_call
+@quick_calls
 def test_python_numbers_never_widen(call, x64):
     """A float32 result of float32 arrays, that is no weakly typed carry; of float64, float64."""
     for dtype in (jnp.float32, jnp.float64):
@@ -242,7 +242,7 @@ def test_a_config_never_widens(config, x64):
     assert not result.weak_type
 
 
-@every_call
+@quick_calls
 def test_narrow_dtypes_are_upcast(call):
     """Quantised values are what they are in float32."""
 
@@ -264,7 +264,8 @@ def test_narrow_dtypes_are_upcast(call):
 # NaN on the way.
 
 
-@quick_calls
+@pytest.mark.slow
+@every_call
 def test_no_false_alarm(call):
     """No operation makes a NaN or divides by 0, in what is selected or not: at every edge.
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy import optimize
 
 import penalties_jax as pj
-from tests.catalogue import CONFIGS, every, first_of_each, numbers_of, only
+from tests.catalogue import CONFIGS, Divergence, every, first_of_each, numbers_of, only
 from tests.oracles import assert_close, lattice
 from tests.programs import jit_once, quick_jit
 
@@ -673,7 +673,7 @@ def test_configs_keep_float32_under_x64():
         assert pj.L1()(jnp.ones(3, jnp.float64)).dtype == jnp.float64
 
 
-@every(only(lambda case: case.streamed, FEW))
+@every(only(lambda case: case.streamed and isinstance(case.entry, Divergence), FEW))
 def test_divergences_from_logits(case):
     """Over one array and over trees of unlike positions, with a temperature and a mask."""
     case, mask = case.having(temperature=0.5), np.array([True, False, True])

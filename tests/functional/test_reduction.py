@@ -33,6 +33,7 @@ from tests.programs import quick_jit
 
 every_case = every(STRUCTURES)
 every_function = every(FUNCTIONS)
+KINDS = first_of_each(lambda case: (type(case.entry), case.by_row, case.inputs), FUNCTIONS)
 every_penalty = every(only(lambda case: isinstance(case.entry, Penalty), STRUCTURES))
 properties = hypothesis.settings(deadline=None, max_examples=10, derandomize=True, database=None)
 
@@ -129,7 +130,7 @@ def test_no_entries_at_all_is_zero(case):
     assert slope.shape == inputs[0].shape
 
 
-@every(first_of_each(lambda case: (type(case.entry), case.by_row, case.inputs), FUNCTIONS))
+@every(KINDS)
 def test_masks_of_broadcast_shapes(case):
     call = quick_jit(lambda *x, where: case.call(*x, reduction="mean", where=where))
     for shape in ((), (1,), (SHAPE[len(case.mask_shape) - 1],), (8,) + (1,) * len(SHAPE[1:])):
@@ -239,7 +240,7 @@ def test_weights_of_broadcast_shapes(case):
     assert_close(slope, entries.mean())
 
 
-@every(FUNCTIONS, slow=streamed_again)
+@every(FUNCTIONS, slow=lambda case: case.name not in KINDS)
 def test_composes_with_transformations(case, x64):
     """Jit, vmap, scan, remat, jvp and second derivatives, in one compiled program."""
 

@@ -383,8 +383,8 @@ def linear_log_prob(
 
     Examples:
         >>> kernel = jnp.array([[0.0, 1.0]])
-        >>> pj.linear_log_prob(jnp.ones((1, 1)), kernel, jnp.array([1])).round(4).tolist()
-        [-0.3133]
+        >>> round(float(pj.linear_log_prob(jnp.ones((1, 1)), kernel, jnp.array([1]))[0]), 4)
+        -0.3133
     """
     heads = capped_by(softcap, Head(hidden, kernel, bias))
     options = Options(block_size, "none", where, None, class_axis_name)
@@ -436,9 +436,10 @@ def linear_log_prob_and_entropy(
     where: Bool[ArrayLike, "..."] | None = None,
     class_axis_name: AxisName | None = None,
 ) -> LogProbAndEntropy:
-    """`pj.linear_log_prob` and, by position, `pj.linear_entropy`, of products computed once.
+    r"""`pj.linear_log_prob` and, by position, `pj.linear_entropy`, of products computed once.
 
-    What a policy gradient with an entropy bonus takes at each position. Both have a gradient.
+    $\log p_y$ and $-\sum_c p_c \log p_c$ of $p = \mathrm{softmax}((h W + b) / T)$: what a policy
+    gradient with an entropy bonus takes at each position. Both have a gradient.
 
     Args:
         hidden, kernel, tokens, bias, where: As in `pj.linear_log_prob`.
@@ -453,8 +454,8 @@ def linear_log_prob_and_entropy(
     Examples:
         >>> kernel = jnp.array([[0.0, 1.0]])
         >>> both = pj.linear_log_prob_and_entropy(jnp.ones((1, 1)), kernel, jnp.array([1]))
-        >>> both.entropy.round(4).tolist()
-        [0.5822]
+        >>> round(float(both.entropy[0]), 4)
+        0.5822
     """
     heads = capped_by(softcap, Head(hidden, kernel, bias))
     options = Options(block_size, "none", where, None, class_axis_name)
