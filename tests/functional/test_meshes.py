@@ -273,9 +273,12 @@ PAIRS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("function", "name"), PAIRS.values(), ids=PAIRS)
 def test_any_pair(function, name):
-    """All variants are traced, and the first is computed; what is streamed on one mesh."""
+    """All variants are traced, and the first is computed; what is streamed on one mesh.
+
+    In all placements it is on the larger mesh, if it is not streamed, or stands for what is.
+    """
     mesh = mesh_of(name)
-    fewer = is_streamed(function) and function not in SHOWN
+    fewer = name == "4" or (is_streamed(function) and function not in SHOWN)
     calls = [calls_of(function, **own) for own in reductions_of(function)]
     with jax.set_mesh(mesh):
         for variants in calls:
@@ -283,7 +286,8 @@ def test_any_pair(function, name):
                 for row in call.rows(few=fewer or call is not variants[0]):
                     jax.jit(call.slopes).trace(call.placed(mesh, row))
         first = calls[0][0]
-        assert_as_on_one_device(first, [first.placed(mesh, row) for row in first.rows(few=True)])
+        rows = first.rows(few=True)[:: 4 if fewer else 1]
+        assert_as_on_one_device(first, [first.placed(mesh, row) for row in rows])
 
 
 @every_way

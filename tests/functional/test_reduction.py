@@ -240,7 +240,7 @@ def test_weights_of_broadcast_shapes(case):
     assert_close(slope, entries.mean())
 
 
-@every(FUNCTIONS, slow=lambda case: case.name not in KINDS)
+@every(KINDS)
 def test_composes_with_transformations(case, x64):
     """Jit, vmap, scan, remat, jvp and second derivatives, in one compiled program."""
 

@@ -32,17 +32,12 @@ def test_values_and_slopes_of_any_size():
         assert_close(slopes[argument], desired, rtol=1e-5, atol=least)
 
 
-@pytest.mark.parametrize(
-    "caps",
-    [(2.5, None), *(pytest.param(caps, marks=pytest.mark.slow) for caps in (2.5, (None, 0.5)))],
-    ids=str,
-)
-def test_the_same_of_logits_that_were_capped(caps, x64):
+def test_the_same_of_logits_that_were_capped(x64):
     random = np.random.default_rng(0)
     shapes = [(4, 3, 6), (6, 40)] * 2
     arrays = [jnp.asarray(random.normal(size=shape)) for shape in shapes]
     tokens = random.integers(0, 40, size=(4, 3))
-    p, q = caps if isinstance(caps, tuple) else (caps, caps)
+    caps = p, q = 2.5, None
 
     def logits(hidden, kernel, cap):
         z = hidden @ kernel
