@@ -219,14 +219,15 @@ def check_where(where: Any, shape: tuple[Size, ...]) -> None:
     check_fits(shape, where=where)
 
 
-def check_labels(labels: Any, positions: tuple[Size, ...]) -> None:
+def check_labels(positions: tuple[Size, ...], **labels: Any) -> None:
     """Raises TypeError for labels that are not integers, ValueError unless there is one each."""
-    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
-        raise TypeError(f"labels must be integers, got {jnp.result_type(labels)}")
-    if jnp.shape(labels) != positions:
-        raise ValueError(
-            f"labels must have shape {positions}, that of the positions, got {jnp.shape(labels)}"
-        )
+    for name, x in labels.items():
+        if not jnp.issubdtype(jnp.result_type(x), jnp.integer):
+            raise TypeError(f"{name} must be integers, got {jnp.result_type(x)}")
+        if jnp.shape(x) != positions:
+            raise ValueError(
+                f"{name} must have shape {positions}, that of the positions, got {jnp.shape(x)}"
+            )
 
 
 def check_classes(**inputs: Any) -> None:

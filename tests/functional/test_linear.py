@@ -608,3 +608,11 @@ def test_bad_labels():
         F.linear_cross_entropy(HIDDEN, KERNEL, np.ones(2))
     with pytest.raises(ValueError, match=r"labels must have shape \(2,\)"):
         F.linear_cross_entropy(HIDDEN, KERNEL, np.arange(3))
+    with pytest.raises(TypeError, match="tokens must be integers, got float"):
+        F.linear_log_prob(HIDDEN, KERNEL, np.ones(2))
+
+
+def test_logits_as_large_as_float32_holds():
+    kernel = np.float32([[0, 1], [0, 1]])
+    value = F.linear_cross_entropy(np.full((1, 2), 1e20, np.float32), kernel, np.array([0]))
+    assert_close(value, 2e20, rtol=1e-6)

@@ -107,7 +107,6 @@ def test_half_precision_saturates_as_float32_does():
     [
         (0.0, "softcap must be above 0, got 0.0"),
         ((30.0, -1), "softcap must be above 0, got -1"),
-        ((30.0,), r"softcap must be one number or 2, got \(30.0,\)"),
         (np.ones(2), r"softcap must broadcast to shape \(\), got shape \(2,\)"),
     ],
 )
@@ -117,7 +116,23 @@ def test_bad_caps(softcap, message):
         F.linear_kl(hidden, kernel, hidden, kernel, softcap=softcap)
 
 
-def test_a_list_is_no_cap():
+@pytest.mark.parametrize(
+    "softcap", [[30.0, 30.0], (30.0,), (30.0, [30.0]), (1.0, 2.0, 3.0), {"p": 30.0}], ids=str
+)
+def test_what_is_no_pair(softcap):
     hidden, kernel = np.ones((2, 3), np.float32), np.ones((3, 4), np.float32)
-    with pytest.raises(TypeError, match="softcap must be"):
-        F.linear_kl(hidden, kernel, hidden, kernel, softcap=[30.0, 30.0])
+    with pytest.raises(TypeError, match="softcap must be a number or a pair"):
+        F.linear_kl(hidden, kernel, hidden, kernel, softcap=softcap)
+    with pytest.raises(TypeError, match="softcap must be a number, got"):
+        F.linear_entropy(hidden, kernel, softcap=softcap)
+
+
+def test_an_infinite_cap_is_none():
+    random = np.random.default_rng(0)
+    hidden, kernel = (jnp.asarray(random.normal(size=shape)) for shape in ((2, 3), (3, 4)))
+    slopes = jax.value_and_grad(lambda h, cap: F.linear_entropy(h, kernel, softcap=cap), (0, 1))
+    value, (slope, of_cap) = slopes(hidden, jnp.inf)
+    without, desired = jax.value_and_grad(lambda h: F.linear_entropy(h, kernel))(hidden)
+    assert_close(value, without)
+    assert_close(slope, desired)
+    assert of_cap == 0

@@ -269,7 +269,7 @@ def test_temporaries_are_a_few_blocks(case):
 
 @pytest.mark.parametrize(
     ("function", "shapes"),
-    [(F.kl_from_logits, [(3, 80, 16)] * 2), (F.linear_kl, [(3, 80, 16), (16, 50)] * 2)],
+    [(F.kl_from_logits, [(3, 504, 16)] * 2), (F.linear_kl, [(3, 504, 16), (16, 50)] * 2)],
 )
 def test_shardings_that_only_the_compiled_program_has(function, shapes):
     """Rows are cut so that each block has some of each device: nothing is gathered."""

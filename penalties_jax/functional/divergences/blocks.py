@@ -248,9 +248,8 @@ def _shards(arrays, axis, size):
 
 
 def _parts(size, block_size, most):
-    """Into how many parts to cut an axis for devices that can't be seen.
+    """Into how many parts to cut an axis for devices that can't be seen, so many or fewer.
 
-    A block has rows of each part. Of what makes the fewest blocks, the most parts.
+    A block has rows of each part. There are 2, 4, 8 devices and so on.
     """
-    even = (n for n in range(1, min(size, block_size, most) + 1) if size % n == 0)
-    return min(even, key=lambda n: (-(-(size // n) // (block_size // n)), -n), default=1)
+    return math.gcd(size, 1 << (min(block_size, most).bit_length() - 1))

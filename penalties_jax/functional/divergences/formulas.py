@@ -356,7 +356,8 @@ CROSS_ENTROPY = Formula(
     _surprise_of_label,
     (_surprise_of_label_slope,),
     (Parameter("z_loss", _z_loss_slope, NONNEGATIVE),),
-    of_normaliser=lambda log, z_loss: z_loss * jnp.square(log),
+    # Without a z-loss a normaliser may be as large as it likes.
+    of_normaliser=lambda log, z_loss: z_loss * jnp.square(jnp.where(z_loss == 0, 0, log)),
 )
 
 

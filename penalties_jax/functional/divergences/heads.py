@@ -58,15 +58,16 @@ def capped_by(softcap: Softcap, *heads: Head) -> tuple[Head, ...]:
     """Heads with their softcaps: one for all, or a tuple of that of each.
 
     Raises:
-        TypeError: If they are a list.
-        ValueError: If there are more or fewer than heads, or one is not a number above 0.
+        TypeError: If they are neither.
+        ValueError: If one is not a number above 0.
     """
-    if isinstance(softcap, list):
-        raise TypeError(f"softcap must be a number or a tuple, got a list: {softcap!r}")
-    caps = softcap if isinstance(softcap, tuple) else (softcap,) * len(heads)
-    if len(caps) != len(heads):
-        raise ValueError(f"softcap must be one number or {len(heads)}, got {softcap!r}")
+    caps: Any = (softcap,) * len(heads)
+    if isinstance(softcap, tuple) and len(softcap) == len(heads) > 1:
+        caps = softcap
     for cap in caps:
+        if isinstance(cap, tuple | list | dict):
+            words = "a number" if len(heads) == 1 else "a number or a pair of them"
+            raise TypeError(f"softcap must be {words}, got {softcap!r}")
         if cap is not None:
             check_fits((), softcap=cap)
             POSITIVE.check(softcap=cap)
@@ -106,22 +107,28 @@ def sum_of_parts(
     parts: Sequence[Part],
     heads: Sequence[Head],
     options: Options,
-    labels: Int[ArrayLike, "*positions"] | None = None,
+    **labels: Int[ArrayLike, "*positions"],
 ) -> tuple[Float[Array, "..."], list[Float[Array, "..."]]]:
     """The weighted sum of the parts, and the parts, each reduced.
+
+    Args:
+        parts: What is summed.
+        heads: One or two.
+        options: Of the function.
+        **labels: The classes of a cross entropy, by the name that errors give them.
 
     Raises:
         TypeError: If an input is not an array, or labels are not integers.
         ValueError: If shapes don't fit each other, or a parameter or an option is bad.
     """
     _check_heads(heads)
-    if labels is not None:
-        check_labels(labels, jnp.shape(heads[0].hidden)[:-1])
+    check_labels(jnp.shape(heads[0].hidden)[:-1], **labels)
     formulas, weights, parameters = zip(*parts, strict=True)
     for formula, numbers in zip(formulas, parameters, strict=True):
         check_parameters(formula, numbers)
     options.check()
-    return _evaluate(formulas, weights, parameters, tuple(heads), labels, **options._asdict())
+    classes = next(iter(labels.values()), None)
+    return _evaluate(formulas, weights, parameters, tuple(heads), classes, **options._asdict())
 
 
 def _check_heads(heads):

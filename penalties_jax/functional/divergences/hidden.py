@@ -125,8 +125,8 @@ def linear_kl(
         temperature: The $T$ by which logits are divided, after they are capped; above 0: for all,
             or one for each position.
         softcap: The $c$ of heads whose logits are $c \tanh(z / c)$, as Gemma's are; above 0: for
-            all heads, or a tuple of that of P and that of Q, of which None is no cap. A class that
-            is excluded by a bias of -inf stays excluded.
+            all heads, or a pair, of P's and Q's. None and infinity are no cap. A class that is
+            excluded by a bias of -inf stays excluded.
         block_size: Rows that are processed at once, for each device of the mesh that arrays lie on;
             if None, 64 MiB of each head's float32 logits on a CPU and 1 GiB elsewhere, but at least
             240 rows.
@@ -248,7 +248,8 @@ def linear_cross_entropy(
         hidden: The last hidden states.
         kernel: The output kernel, classes last.
         labels: The classes y, counted over all members of `class_axis_name`. One outside of [0, C)
-            has loss 0, but counts in a mean: exclude padding by `where=labels >= 0`.
+            has cross entropy 0, but a z-loss, and counts in a mean: exclude padding by
+            `where=labels >= 0`.
         bias: Added to the logits.
         z_loss: The weight $w$ of `pj.z_loss`, at least 0: for all, or one for each position.
         temperature, softcap, block_size, reduction, class_axis_name: As in `pj.linear_kl`.
@@ -273,7 +274,7 @@ def linear_cross_entropy(
     options = Options(block_size, reduction, where, axis_name, class_axis_name)
     heads = capped_by(softcap, Head(hidden, kernel, bias))
     parts = [Part(CROSS_ENTROPY, 1.0, {"temperature": temperature, "z_loss": z_loss})]
-    return sum_of_parts(parts, heads, options, labels)[0]
+    return sum_of_parts(parts, heads, options, labels=labels)[0]
 
 
 @public
@@ -344,7 +345,7 @@ def linear_distillation(
         Part(CROSS_ENTROPY, cross_entropy_weight, {"temperature": 1.0, "z_loss": z_loss}),
         Part(KL[direction], kl_weight, {"temperature": temperature}),
     )
-    total, (cross_entropy, kl) = sum_of_parts(parts, heads, options, labels)
+    total, (cross_entropy, kl) = sum_of_parts(parts, heads, options, labels=labels)
     return DistillationLoss(total, lax.stop_gradient(cross_entropy), lax.stop_gradient(kl))
 
 
@@ -388,7 +389,7 @@ def linear_log_prob(
     """
     heads = capped_by(softcap, Head(hidden, kernel, bias))
     options = Options(block_size, "none", where, None, class_axis_name)
-    return sum_of_parts([_log_prob(temperature)], heads, options, tokens)[0]
+    return sum_of_parts([_log_prob(temperature)], heads, options, tokens=tokens)[0]
 
 
 @public
@@ -460,7 +461,7 @@ def linear_log_prob_and_entropy(
     heads = capped_by(softcap, Head(hidden, kernel, bias))
     options = Options(block_size, "none", where, None, class_axis_name)
     parts = _log_prob(temperature), Part(ENTROPY, 1.0, {"temperature": temperature})
-    _, (surprise, entropy) = sum_of_parts(parts, heads, options, tokens)
+    _, (surprise, entropy) = sum_of_parts(parts, heads, options, tokens=tokens)
     return LogProbAndEntropy(-surprise, entropy)
 
 

@@ -25,5 +25,5 @@ def slope_of_cap(z: Float[Array, "..."], cap: Float[Array, "..."]) -> Float[Arra
 
 @elementwise_derivatives(slope, slope_of_cap)
 def capped(z: Float[Array, "..."], cap: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Cap tanh(z / cap); a class that is excluded by -inf stays so."""
-    return jnp.where(jnp.isneginf(z), z, cap * jnp.tanh(z / cap))
+    """Cap tanh(z / cap); z for a cap of infinity, and of a class that is excluded by -inf."""
+    return jnp.where(jnp.isneginf(z) | jnp.isinf(cap), z, cap * jnp.tanh(z / cap))
