@@ -21,8 +21,8 @@ demo: $(VENV)/.recipes  ## set up, and fine-tune on real text with a KL penalty:
 test: $(VENV)/.test  ## set up, and run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-slow: $(VENV)/.test  ## the tests that take minutes: whole runs on several devices, and what bench-gpu tests
-	$(BIN)/python -m pytest -m 'slow or gpu' -n auto --dist loadfile $(ARGS)
+test-slow: $(VENV)/.test  ## the tests that take minutes: whole runs on several devices
+	$(BIN)/python -m pytest -m slow -n auto --dist loadfile $(ARGS)
 
 test-matrix: $(PYTHONS:%=test-%)  ## the tests on the oldest and on the newest Python and jax
 

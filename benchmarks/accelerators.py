@@ -510,7 +510,7 @@ def cases() -> dict[str, Case]:
         held=HELD + 4 * FEATURES * CLASSES,
     )
     if find_spec("jax_cce"):
-        result["its peer jax-cce"] = Case(
+        result["`linear_cross_entropy` of jax-cce"] = Case(
             jax.value_and_grad(import_module("jax_cce").linear_cross_entropy, (0, 1)),
             None,
             (hidden, _struct(kernel.shape[::-1], jnp.bfloat16), labels),

@@ -1,9 +1,8 @@
 """Values and gradients on the default device, a GPU where there is one, beside float64.
 
 Of everything in the catalogue and of every public function; and at a real vocabulary, where the
-platform walks the rows as it likes. `make bench-gpu` runs these on a GPU, and `make test-slow` on a
-CPU, so that they are known to work. A function's variants share a program: most of the time goes
-into compiling.
+platform walks the rows as it likes. `make bench-gpu` runs these on a GPU; `python -m pytest -m gpu`
+on whatever there is. A function's variants share a program: most of the time goes into compiling.
 """
 
 import inspect

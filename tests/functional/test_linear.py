@@ -109,6 +109,7 @@ def distilled(arrays, labels):
 def policy(arrays, labels, reduction="mean", where=None, axis_name=None, **options):
     """What reinforcement learning makes of both: a log-probability and a bonus of entropy."""
     hidden, kernel, bias, *_ = arrays
+    where = None if where is None else jnp.asarray(where)
     both = F.linear_log_prob_and_entropy(
         hidden, kernel, labels, bias=bias, where=where, **(ENTROPIC | options)
     )
