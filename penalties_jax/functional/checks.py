@@ -31,12 +31,18 @@ def standard_promotion() -> Iterator[None]:
     Around what is called from outside, and around what is differentiated later: the rules of
     declared derivatives.
     """
-    modes: Any = jax.config
-    if (modes.jax_numpy_dtype_promotion, modes.jax_numpy_rank_promotion) == ("standard", "allow"):
+    if _promotes_as_ever():
         yield
     else:
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             yield
+
+
+def _promotes_as_ever():
+    modes: Any = jax.config
+    return (
+        modes.jax_numpy_dtype_promotion == "standard" and modes.jax_numpy_rank_promotion == "allow"
+    )
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:
@@ -53,6 +59,9 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     def entered(*inputs: P.args, **options: P.kwargs) -> R:
         let_in = map(lambda door, x: door(x), chain(doors.values(), repeat(_as_it_is)), inputs)
         named = {name: doors.get(name, _as_it_is)(x) for name, x in options.items()}
+        # A context manager takes longer than all the rest.
+        if _promotes_as_ever():
+            return body(*let_in, **named)
         with standard_promotion():
             return body(*let_in, **named)
 
@@ -89,6 +98,8 @@ def _as_it_is(x):
 
 
 def _array(name, others, x):
+    if isinstance(x, (jax.Array, float)):
+        return x
     if holds_array(x):
         x = x.__jax_array__()
     numeric = not isinstance(x, (np.ndarray, np.generic)) or x.dtype.kind not in "OSUMm"
@@ -105,6 +116,8 @@ def _number(name, others, x):
 
 def as_number(x: Any) -> Any:
     """A number in a dtype that meets others, as float8 and int4 do not."""
+    if isinstance(x, (float, int)):
+        return x
     dtype = np.dtype(getattr(x, "dtype", float))
     return x.astype(np.float32) if dtype.kind == "V" and dtype.itemsize == 1 else x
 
@@ -146,12 +159,16 @@ class Range(NamedTuple):
     def check_all(self, name: str, shown: Any, values: Iterable[Any]) -> None:
         """The same for all that a value stands for, such as the ends of a schedule."""
         for value in values:
-            if not isinstance(value, PLAIN):
+            if isinstance(value, (float, int)):
+                valid = self.contains(value)
+            elif not isinstance(value, PLAIN):
                 continue
-            if np.iscomplexobj(value):
+            elif np.iscomplexobj(value):
                 raise TypeError(f"{name} must be real, got {shown!r}")
-            valid = self.contains(value)
-            if not np.all(valid | np.isnan(value) if np.ndim(value) else valid):
+            else:
+                valid = self.contains(value)
+                valid = np.all(valid | np.isnan(value) if np.ndim(value) else valid)
+            if not valid:
                 raise ValueError(f"{name} must be {self.description}, got {shown!r}")
 
 
