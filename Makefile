@@ -21,7 +21,7 @@ demo: $(VENV)/.recipes  ## set up, and fine-tune on real text with a KL penalty:
 test: $(VENV)/.test  ## set up, and run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-slow: $(VENV)/.test  ## the tests that take minutes: whole runs on several devices
+test-slow: $(VENV)/.test  ## the tests that take long: notebooks, whole runs, many compiled programs
 	$(BIN)/python -m pytest -m slow -n auto --dist loadfile $(ARGS)
 
 test-matrix: $(PYTHONS:%=test-%)  ## the tests on the oldest and on the newest Python and jax

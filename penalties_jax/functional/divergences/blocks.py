@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Int, PyTree, Shaped
 from penalties_jax.functional.checks import Size
 from penalties_jax.functional.derivatives import differentiated_as
 
-# Of an axis, where a program does not tell how many devices hold it. The rows of a block that are
-# neighbours are then still some, which are read together.
+# How many devices may hold the rows where a program does not tell: with more, the rows of a block
+# that are neighbours, and read together, would be too few.
 MOST_SHARDS = 64
 
 
