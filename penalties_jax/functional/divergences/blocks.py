@@ -82,13 +82,14 @@ def sum_rows(
         return function(rows, jnp.ones(grid.positions, bool))
     rows = jax.tree.map(grid.split, rows)
 
-    # XLA's CPU backend divides work between cores along the first axis: it should not have size 1.
-    single = [i for i, n in enumerate(grid.block_shape) if n == 1]
+    # A function is given one axis for each axis of positions: two, XLA's TPU backend would copy.
+    # Its CPU backend divides work between cores along the first, which should not have size 1.
+    single = [i for i, (g, n) in enumerate(zip(grid.shards, grid.sizes, strict=True)) if g * n == 1]
 
     def run(index):
-        block = jax.tree.map(lambda x: jnp.squeeze(grid.block(x, index), single), rows)
-        kept, sums = function(block, jnp.squeeze(grid.fresh(index), single))
-        return jax.tree.map(lambda x: jnp.expand_dims(x, single), kept), sums
+        block = jax.tree.map(lambda x: jnp.squeeze(grid.join(grid.block(x, index)), single), rows)
+        kept, sums = function(block, jnp.squeeze(grid.join(grid.fresh(index)), single))
+        return jax.tree.map(lambda x: grid.split(jnp.expand_dims(x, single)), kept), sums
 
     def step(index, carry):
         (kept, sums), (parts, terms) = carry, run(index)
@@ -125,17 +126,12 @@ class Grid(NamedTuple):
         """The number of blocks."""
         return math.prod(self.counts)
 
-    @property
-    def block_shape(self) -> tuple[Size, ...]:
-        """The axes of a block, two for each axis of positions."""
-        return tuple(n for axis in zip(self.shards, self.sizes, strict=True) for n in axis)
-
     def split(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-        """Cuts each axis of positions in two; an axis of size 1 stays whole."""
+        """Cuts each axis of positions, of all rows or of a block, in two; size 1 stays whole."""
         # One axis at a time: that is how shardings follow a reshape.
         for axis in reversed(range(len(self.positions))):
-            cut = (self.shards[axis], self.rows[axis]) if x.shape[axis] != 1 else (1, 1)
-            x = x.reshape(*x.shape[:axis], *cut, *x.shape[axis + 1 :])
+            parts = self.shards[axis] if x.shape[axis] != 1 else 1
+            x = x.reshape(*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
         return x
 
     def join(self, x: Array) -> Array:
@@ -164,7 +160,8 @@ class Grid(NamedTuple):
             last = self.rows[axis] - self.sizes[axis]
             row = jnp.minimum(start, last) + jnp.arange(self.sizes[axis]) >= start
             result &= jnp.expand_dims(row, [i for i in range(result.ndim) if i != 2 * axis + 1])
-        return result
+        block = [n for axis in zip(self.shards, self.sizes, strict=True) for n in axis]
+        return jnp.broadcast_to(result, block)
 
     def pad(self, part: Array) -> Array:
         """The first block with room for the others: an array of the type of the whole result."""
