@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from penalties_jax import (
+    _pytree,
     controllers,
     functional,
     objective,
@@ -19,7 +20,7 @@ from penalties_jax import (
     terms,
     transforms,
 )
-from penalties_jax._pytree import stack
+from penalties_jax._pytree import *
 from penalties_jax.controllers import *
 from penalties_jax.functional import *
 from penalties_jax.objective import *
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 # Each room lists its public names; here they become one face.
-__all__ = ["functional", "stack"]
+__all__ = ["functional"]
+__all__ += _pytree.__all__
 __all__ += controllers.__all__
 __all__ += functional.__all__
 __all__ += objective.__all__

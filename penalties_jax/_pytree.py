@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from penalties_jax.functional.checks import ANY, Range, as_number, bare, check_choice
+from penalties_jax.functional.checks import ANY, Range, as_number, bare, check_choice, let_in
+
+__all__ = ["Range", "config", "number", "option", "stack"]
 
 Class = TypeVar("Class", bound=type)
 Tree = TypeVar("Tree")
@@ -28,12 +30,24 @@ def number(
     single: bool = False,
     kw_only: bool = False,
 ) -> Any:
-    """A field that is a leaf: a number, an array, a schedule, or a pytree of them if not `single`.
+    """A field of a config that is a leaf: a number, an array, a schedule, or a pytree of them.
 
-    A plain number has to be in the range `valid`; a default of None makes it optional. `choices` is
-    a `Literal` of names that stand for a computed number; they are structure.
+    Args:
+        default: What it is if it is not given; None makes it optional.
+        valid: The `pj.Range` that a plain number has to be in, else it is a ValueError.
+        choices: A `Literal` of names that stand for a computed number; they are structure.
+        single: Whether it is one for all arrays of an input, never a pytree like the input.
+        kw_only: Whether it is given by name only.
+
+    Examples:
+        >>> @pj.config
+        ... class Shifted(pj.Separable):
+        ...     shift: float = pj.number(default=0.0)
+        ...     formula = staticmethod(lambda x, shift: jnp.abs(x - shift))
+        >>> float(Shifted(1.0)(jnp.array([0.0, 3.0])))
+        3.0
     """
-    metadata = {"valid": valid, "choices": choices, "single": single}
+    metadata = {"valid": valid, "choices": choices, "single": single, "check": _checked_number}
     return dataclasses.field(default=default, kw_only=kw_only, metadata=metadata)
 
 
@@ -43,9 +57,35 @@ def option(
     choices: Any = None,
     kw_only: bool = False,
 ) -> Any:
-    """A field that is structure, one of a `Literal` if given: changing it changes the program."""
+    """A field of a config that is structure: changing it changes the program.
+
+    Args:
+        default: What it is if it is not given.
+        choices: A `Literal` of what it may be, else it is a ValueError; without one, what is not of
+            the annotated type is a TypeError.
+        kw_only: Whether it is given by name only.
+
+    Examples:
+        >>> @pj.config
+        ... class Power(pj.Separable):
+        ...     exponent: int = pj.option(default=2)
+        ...     formula = staticmethod(lambda x, exponent: x**exponent)
+        >>> float(Power(4)(jnp.array([1.0, 2.0])))
+        17.0
+    """
     metadata = {"option": True, "choices": choices}
     return dataclasses.field(default=default, kw_only=kw_only, metadata=metadata)
+
+
+def numbers_by_name() -> Any:
+    """A field that is a dict of numbers, as those of `number`."""
+    metadata = {"check": _checked_numbers}
+    return dataclasses.field(default_factory=dict, kw_only=True, metadata=metadata)
+
+
+def arrays() -> Any:
+    """A field that is a pytree of arrays."""
+    return dataclasses.field(metadata={"check": lambda label, value, field: let_in(label, value)})
 
 
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(number, option))
@@ -106,8 +146,7 @@ class Pytree:
         for field in fields(self):
             label = f"{type(self).__name__}.{field.name}"
             value = getattr(self, field.name)
-            check = _checked_number if "valid" in field.metadata else _checked_option
-            value = check(label, value, field)
+            value = field.metadata.get("check", _checked_option)(label, value, field)
             object.__setattr__(self, field.name, value)
 
     def __eq__(self, other):
@@ -296,3 +335,10 @@ def _checked_number(label, value, field):
         return as_number(number)
 
     return jax.tree.map(check, value, is_leaf=is_schedule)
+
+
+def _checked_numbers(label, value, field):
+    of_one = number()
+    return {
+        name: _checked_number(f"{label}[{name!r}]", item, of_one) for name, item in value.items()
+    }

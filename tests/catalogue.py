@@ -746,6 +746,9 @@ OTHERS = {
     "sparsity_rate": ("functional/test_sparsity.py", "a measurement, of trees"),
     "sparsity_target_loss": ("functional/test_sparsity.py", "it takes trees of rates"),
     "straight_through": ("functional/test_gates.py", "how gates get their gradients"),
+    "Elementwise": ("test_own.py", "it takes a function"),
+    "Function": ("test_own.py", "it takes a function"),
+    "Separable": ("test_own.py", "a base"),
     "AdaptiveSparsityScheduler": ("test_controllers.py", "a controller"),
     "DualAscent": ("test_controllers.py", "a controller"),
     "ImportanceMinimality": ("test_importance.py", "it takes a penalty"),
@@ -799,6 +802,16 @@ def cases_of(*entries):
     return {case.name: case for entry in entries for case in entry.cases()}
 
 
+def saturating(x, gamma):
+    """As a user writes smooth L0."""
+    return x**2 / (x**2 + gamma**2)
+
+
+def squared_distance(x, center):
+    """As a user writes L2 to a center."""
+    return ((x - center) ** 2).sum()
+
+
 CASES = cases_of(*PENALTIES, *DIVERGENCES, *CONSTRAINTS)
 REDUCED = only(lambda case: case.reduced, CASES)
 PENALTY_CASES = cases_of(*PENALTIES)
@@ -811,6 +824,9 @@ DIVERGENCE_CASES = cases_of(*DIVERGENCES)
 CONFIGS = first_of_each(lambda case: case.structure, only(lambda case: case.entry.config, CASES))
 GATE_CASES = cases_of(*GATES)
 EXAMPLES = {name: case.config() for name, case in CONFIGS.items()} | {
+    "Against": pj.Consistency("l1").against(np.full(SHAPE, 0.25, np.float32)),
+    "Elementwise": pj.Elementwise(saturating, gamma=0.5, fill=1.0),
+    "Function": pj.Function(squared_distance, center=0.5),
     "ImportanceMinimality": pj.ImportanceMinimality(pj.SmoothL0(gamma=0.5), beta=0.5),
     "SampledEntropy": pj.SampledEntropy(maximize=True),
     "SparsityTarget": pj.SparsityTarget(target=0.5, kind="huber", delta=0.2),

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 import penalties_jax as pj
-from tests.catalogue import EXAMPLES, choices_of
+from tests.catalogue import EXAMPLES, choices_of, saturating, squared_distance
 from tests.oracles import assert_close
 
 SHAPES = choices_of(pj.anneal)["shape"]
@@ -52,12 +53,16 @@ ARRAYS = {
     "jax, bfloat16": jnp.array([0.1, 0.2], jnp.bfloat16),
 }
 
+FUNCTIONS = {
+    f"tests.catalogue:{function.__name__}": function for function in (saturating, squared_distance)
+}
+from_dict = partial(pj.from_dict, functions=FUNCTIONS)
 ROUTES = {
-    "dict": (pj.to_dict, pj.from_dict),
-    "json": (pj.to_json, pj.from_json),
-    "yaml": (pj.to_yaml, pj.from_yaml),
-    "json of dict": (lambda c: json.dumps(pj.to_dict(c)), lambda s: pj.from_dict(json.loads(s))),
-    "yaml of dict": (lambda c: yaml.dump(pj.to_dict(c)), lambda s: pj.from_dict(yaml.safe_load(s))),
+    "dict": (pj.to_dict, from_dict),
+    "json": (pj.to_json, partial(pj.from_json, functions=FUNCTIONS)),
+    "yaml": (pj.to_yaml, partial(pj.from_yaml, functions=FUNCTIONS)),
+    "json of dict": (lambda c: json.dumps(pj.to_dict(c)), lambda s: from_dict(json.loads(s))),
+    "yaml of dict": (lambda c: yaml.dump(pj.to_dict(c)), lambda s: from_dict(yaml.safe_load(s))),
     "pickle": (pickle.dumps, pickle.loads),
 }
 every_route = pytest.mark.parametrize(("there", "back"), ROUTES.values(), ids=ROUTES.keys())

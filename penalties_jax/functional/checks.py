@@ -142,7 +142,21 @@ def bare(tree: Any) -> Any:
 
 
 class Range(NamedTuple):
-    """The values that a number may take."""
+    """The values that a number may take.
+
+    Attributes:
+        description: What an error says that they must be, such as "above 0".
+        contains: From a number, or a NumPy array of them, to whether it is one.
+
+    Examples:
+        >>> @pj.config
+        ... class Scaled(pj.Separable):
+        ...     scale: float = pj.number(valid=pj.Range("above 0", lambda value: value > 0))
+        ...     formula = staticmethod(lambda x, scale: jnp.abs(x) / scale)
+        >>> Scaled(0.0)
+        Traceback (most recent call last):
+        ValueError: Scaled.scale must be above 0, got 0.0
+    """
 
     description: str
     contains: Callable[[Any], Any]

@@ -222,6 +222,7 @@ def evaluate(
     *,
     weights: Any = 1.0,
     axis: int | None = None,
+    fill: float = 0.0,
 ) -> Any:
     """Reduces `weights * formula(*inputs, **parameters)`; the body of most public functions.
 
@@ -239,13 +240,14 @@ def evaluate(
         where: Mask that broadcasts to the values.
         weights: A factor that broadcasts to the values.
         axis: The class axis, which the values don't have.
+        fill: What the formula is given of the inputs where an entry is excluded.
     """
     check_choice("reduction", reduction, Reduction)
-    return _evaluate(formula, inputs, parameters, reduction, where, axis_name, weights, axis)
+    return _evaluate(formula, inputs, parameters, reduction, where, axis_name, weights, axis, fill)
 
 
-@partial(jax.jit, static_argnames=("formula", "reduction", "axis_name", "axis"))
-def _evaluate(formula, inputs, parameters, reduction, where, axis_name, weights, axis):
+@partial(jax.jit, static_argnames=("formula", "reduction", "axis_name", "axis", "fill"))
+def _evaluate(formula, inputs, parameters, reduction, where, axis_name, weights, axis, fill):
     shape = inputs[0].shape
     parameters = {name: value for name, value in parameters.items() if value is not None}
     check_fits(shape, **parameters)
@@ -268,7 +270,7 @@ def _evaluate(formula, inputs, parameters, reduction, where, axis_name, weights,
         )
         if where is None:
             return weights * _apply(formula, inputs, parameters, axis)
-        inputs = [jnp.where(entries, x, 0) for x in inputs]
+        inputs = [jnp.where(entries, x, fill) for x in inputs]
         parameters = {
             name: jnp.where(entries, value, 1) if value.ndim else value
             for name, value in parameters.items()

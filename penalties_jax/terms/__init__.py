@@ -1,17 +1,33 @@
 """The penalties as configs: what a penalty is, apart from what it is applied to."""
 
-from penalties_jax.terms import constraints, divergences, importance, penalties, samples, sparsity
+from penalties_jax.terms import (
+    base,
+    constraints,
+    divergences,
+    importance,
+    own,
+    penalties,
+    reduced,
+    samples,
+    sparsity,
+)
+from penalties_jax.terms.base import *
 from penalties_jax.terms.constraints import *
 from penalties_jax.terms.divergences import *
 from penalties_jax.terms.importance import *
+from penalties_jax.terms.own import *
 from penalties_jax.terms.penalties import *
+from penalties_jax.terms.reduced import *
 from penalties_jax.terms.samples import *
 from penalties_jax.terms.sparsity import *
 
 __all__ = []
+__all__ += base.__all__
 __all__ += constraints.__all__
 __all__ += divergences.__all__
 __all__ += importance.__all__
+__all__ += own.__all__
 __all__ += penalties.__all__
+__all__ += reduced.__all__
 __all__ += samples.__all__
 __all__ += sparsity.__all__

@@ -4,19 +4,49 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import optax
+from jax import lax
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
-from penalties_jax._pytree import TYPES, Pytree, Tree, config, has_schedule, number, resolve
+from penalties_jax._pytree import (
+    TYPES,
+    Pytree,
+    Tree,
+    arrays,
+    config,
+    has_schedule,
+    number,
+    option,
+    resolve,
+)
 from penalties_jax.functional.checks import bare, let_in, public, standard_promotion
+
+__all__ = ["Penalty"]
 
 # A number, an array or a schedule; or a pytree of them like the input.
 Numeric = Any
 
 
 class Penalty(Pytree):
-    """The base of all penalties."""
+    """The base of all penalties, and of one of your own that is no sum over single values.
+
+    A subclass is decorated with `pj.config`, has its hyperparameters as fields, and a method
+    `_value(self, inputs, where)`: from the tuple of inputs, arrays or pytrees, and a mask or None
+    to a scalar. For a sum over single values there is `pj.Separable`, for a function without a
+    class `pj.Function`.
+
+    Examples:
+        >>> @pj.config
+        ... class Range(pj.Penalty):
+        ...     width: float = pj.number(default=1.0)
+        ...
+        ...     def _value(self, inputs, where):
+        ...         (x,) = inputs
+        ...         return jnp.maximum(jnp.ptp(x) - self.width, 0)
+        >>> float(0.5 * Range(width=2.0)(jnp.array([-1.0, 4.0])))
+        1.5
+    """
 
     # NumPy's arrays and scalars leave `array * config` to the config.
     __array_ufunc__ = None
@@ -103,6 +133,28 @@ class Penalty(Pytree):
         raise NotImplementedError(
             f"{self!r} has no proximal operator here; {', '.join(have)} have one"
         )
+
+    def against(self, reference: PyTree, *, stop_gradient: bool = True) -> "Penalty":
+        """This penalty of two inputs, the second of which is bound: one of a single input.
+
+        Args:
+            reference: The second input: a frozen model's outputs, or parameters to stay near.
+            stop_gradient: Whether no gradient goes to the reference.
+
+        Raises:
+            TypeError: If this is no penalty of two inputs, or the reference holds no arrays.
+            ValueError: In a call, if the input is not like the reference.
+
+        Examples:
+            >>> reference = jnp.log(jnp.array([0.5, 0.5]))
+            >>> penalty = 0.1 * pj.KLDivergence().against(reference)
+            >>> float(penalty(reference))
+            0.0
+        """
+        for node in self.summands:
+            if node._inputs != 2:
+                raise TypeError(f"{node!r} takes {node._inputs} input(s): against binds one of two")
+        return Against(self, reference, stop_gradient)
 
     def estimate(self) -> "Penalty":
         """What estimates it from log-probabilities of sampled tokens; itself if it is of entries.
@@ -204,6 +256,30 @@ class Sum(Penalty):
 
     def _value(self, inputs, where):
         return _add(penalty(*inputs, where=where) for penalty in self.penalties)
+
+
+@config
+class Against(Penalty):
+    """A penalty of two inputs, the second of which is bound; made by `against`."""
+
+    penalty: Penalty
+    reference: PyTree = arrays()
+    stop_gradient: bool = option(default=True)
+
+    @property
+    def class_axis(self) -> int | None:
+        return self.penalty.class_axis
+
+    @property
+    def takes_where(self) -> bool:
+        return all(node.takes_where for node in self.penalty.summands)
+
+    def estimate(self) -> Penalty:
+        return self._with(penalty=self.penalty.estimate())
+
+    def _value(self, inputs, where):
+        stop = lax.stop_gradient if self.stop_gradient else lambda x: x
+        return self.penalty(*inputs, stop(self.reference), where=where)
 
 
 def _parts(penalty):
