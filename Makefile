@@ -33,7 +33,7 @@ test-3.%:
 # An int is a float, as PEP 484 has it.
 TYPES := penalties_jax,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 
-test-types:  ## the tests on the newest Python and jax, while every annotation is checked
+test-types:  ## a third of the cases on the newest Python and jax, while every annotation is checked
 	$(MAKE) test-3.13 ARGS='"--jaxtyping-packages=$(TYPES)" $(ARGS)'
 
 lint: $(LINT)/.lint  ## ruff and basedpyright

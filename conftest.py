@@ -1,6 +1,7 @@
 """Eight host devices, short notebooks, and the names that examples in docstrings assume."""
 
 import os
+import zlib
 
 import pytest
 
@@ -39,13 +40,24 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Leaves notebooks to make test-slow, and calls that annotations don't allow to other runs."""
-    typed = config.getoption("--jaxtyping-packages")
+    """Leaves notebooks to make test-slow, and to other runs what annotations don't have to see."""
     for item in items:
         if item.path.suffix == ".ipynb":
             item.add_marker(pytest.mark.slow)
-        if typed and item.get_closest_marker("untyped"):
-            item.add_marker(pytest.mark.skip("takes more than its annotations say"))
+    if config.getoption("--jaxtyping-packages"):
+        for item in items:
+            if item.get_closest_marker("untyped"):
+                item.add_marker(pytest.mark.skip("takes more than its annotations say"))
+        left_out = [item for item in items if _seen_by_others(item)]
+        items[:] = [item for item in items if not _seen_by_others(item)]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def _seen_by_others(item):
+    """Two of three cases of a test, but for its first: make test has them all."""
+    case = getattr(item, "callspec", None)
+    first = case is None or not any(case.indices.values())
+    return not first and zlib.crc32(item.nodeid.encode()) % 3 != 0
 
 
 @pytest.fixture(autouse=True)

@@ -421,10 +421,20 @@ def in_a_scan(divergence):
     return accumulated
 
 
+def saturating(x, gamma):
+    return x**2 / (x**2 + gamma**2)
+
+
 def cases() -> dict[str, Case]:
     """Everything that is compiled, by name."""
     result = {
         **{f"`{name}`": _penalty(name) for name in ("l1", "l2", "lp", "huber", "smooth_l0")},
+        "`Elementwise`": _differentiated(
+            pj.Elementwise(saturating, gamma=EXPONENT),
+            lambda x: jnp.sum(saturating(x, EXPONENT)),
+            (_values(),),
+            2.1,
+        ),
         "`importance_minimality`": Case(
             jax.value_and_grad(
                 lambda c: pj.importance_minimality({"a": c}, pj.Lp(p=EXPONENT), beta=BETA).total
