@@ -202,7 +202,7 @@ def add_objective(
     AT_LEAST_ONE.check(every=every)
 
     def change(updates, params, count, *, batch, step, whole):
-        step = count // every if step is None else step
+        step = count // every if step is None else bare(step)
 
         def total(params):
             everything = jax.tree.map(
@@ -299,7 +299,7 @@ _RESTARTED = (optax.ApplyEvery, optax.contrib.ReduceLROnPlateauState)
 
 
 def _counts(node):
-    """Whether the `count` of a state is one of optimiser steps."""
+    """Whether a state has a count of optimiser steps."""
     ours = isinstance(node, (PenaltyState, MonitoredState))
     theirs = type(node).__module__.startswith("optax.") and not isinstance(node, _RESTARTED)
     return "count" in node._fields and (ours or theirs)
@@ -315,7 +315,7 @@ def _check_config(penalty, name):
     check_one_input(f"pj.{name}", penalty)
 
 
-def _at(value: Any, count: Array) -> Any:
+def _at(value: Any, count: ArrayLike) -> Any:
     return value(count) if callable(value) else value
 
 

@@ -245,13 +245,14 @@ def test_python_numbers_never_widen(number, x64):
     params = {"w": jnp.ones(3, jnp.float32)}
     for transformation in (
         pj.add_penalty(pj.Huber(delta=0.5), weight=number),
-        pj.proximal(pj.L1(weights=0.5), number, weight=0.5),
+        pj.proximal(pj.L1(weights=0.5), number, weight=0.5, monitor=True),
+        pj.add_objective(SLOPE, lambda params, batch: {"y": params["w"] * batch}, number),
     ):
         state = transformation.init(params)
 
         def step(carry, _, transformation=transformation):
             params, state = carry
-            updates, state = transformation.update(params, state, params)
+            updates, state = transformation.update(params, state, params, batch=0.5)
             return (optax.apply_updates(params, updates), state), updates
 
         carry, updates = jax.lax.scan(step, (params, state), length=2)
@@ -457,7 +458,8 @@ def test_a_divergence_ends_where_it_does_in_the_loss(microbatches, x64):
     assert int(steps) == 100
     assert ours.dtype == jnp.float64
     assert float(jnp.max(jnp.abs(theirs - start))) > 0.1
-    assert_close(ours, theirs, rtol=1e-10)
+    # The schedule's weight is rounded to float32.
+    assert_close(ours, theirs, rtol=1e-7)
 
 
 def test_before_multi_steps_and_inside():
@@ -712,10 +714,10 @@ def test_the_elastic_net(diabetes, alpha, ratio):
     "transformation",
     [
         pj.add_penalty(pj.L1(), 0.5),
-        pj.add_penalty(pj.SmoothL0(gamma=0.5, reduction="mean"), 0.5),
+        pj.add_penalty(pj.SmoothL0(gamma=0.5, reduction="mean"), 0.5, monitor=True),
         pj.add_penalty(pj.L2(center="mean"), 0.5),
         pj.proximal(pj.ElasticNet(reduction="mean"), 0.5),
-        pj.proximal(0.5 * pj.L1(), 0.5),
+        pj.proximal(0.5 * pj.L1(), 0.5, monitor=True),
         pj.proximal(pj.GroupLasso(axis=1), 0.5),
         pj.add_penalty(pj.GroupLasso(axis=1), 0.5),
     ],
@@ -724,7 +726,7 @@ def test_the_elastic_net(diabetes, alpha, ratio):
 def test_sharded_parameters(axis_type, transformation):
     optimizer = optax.chain(transformation, optax.scale(-1.0))
     params = {"a": lattice(0, 16, 4).astype(np.float32), "b": lattice(1, 8, 2).astype(np.float32)}
-    expected, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params)
+    expected, monitored = jax.jit(optimizer.update)(params, optimizer.init(params), params)
     mesh = jax.make_mesh((8,), ("shard",), axis_types=(axis_type,))
     with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, P("shard"))
@@ -732,7 +734,8 @@ def test_sharded_parameters(axis_type, transformation):
         update = jax.jit(optimizer.update)
         lowered = update.lower(sharded, optimizer.init(sharded), sharded)
         assert "all-gather" not in lowered.compile().as_text()
-        updates, _ = update(sharded, optimizer.init(sharded), sharded)
+        updates, state = update(sharded, optimizer.init(sharded), sharded)
+    assert_trees_close(state, monitored, rtol=1e-5)
     for update in jax.tree.leaves(updates):
         assert update.sharding.is_equivalent_to(sharding, 2)
     assert_trees_close(updates, expected, rtol=1e-5, atol=1e-7)
