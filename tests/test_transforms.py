@@ -548,6 +548,13 @@ def test_inject_hyperparams_of_an_objective():
     assert int(pj.step_of(state)) == 2
 
 
+@pytest.mark.parametrize("objective", [SLOPE, SCALED], ids=["a loss", "a term"])
+def test_inject_hyperparams_of_an_objective_that_is_not_static(objective):
+    optimizer = optax.inject_hyperparams(pj.add_objective)(objective, scaled)
+    with pytest.raises(TypeError, match=r'static_args=\("objective", "forward"\)'):
+        optimizer.init(PARAMS)
+
+
 def test_optimizers_of_flax_take_a_batch():
     """Those of NNX do; linen's `TrainState` does in the subclass of the guide."""
 
