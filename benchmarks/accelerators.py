@@ -408,6 +408,18 @@ def added(updates, parameters):
     return transform.update(updates, transform.init(parameters), parameters)[0]
 
 
+def coupled_and_measured(updates, parameters):
+    """The same as `coupled`, with the sum of squares and the norm of its gradient."""
+    value, gradient = jax.value_and_grad(lambda x: jnp.sum(x**2))(parameters)
+    return updates + WEIGHT * gradient, value, jnp.sqrt(jnp.sum(gradient**2))
+
+
+def monitored(updates, parameters):
+    """`pj.add_penalty` with what it keeps in its state, which is nothing of the step before."""
+    transform = pj.add_penalty(pj.L2(), WEIGHT, monitor=True)
+    return transform.update(updates, transform.init(parameters), parameters)
+
+
 def in_a_scan(divergence):
     """Value and gradient of each microbatch, inside a scan over them."""
 
@@ -444,6 +456,9 @@ def cases() -> dict[str, Case]:
             3.1,
         ),
         "`add_penalty`": Case(added, coupled, (_values(), _values()), 3.1),
+        "`add_penalty`, monitored": Case(
+            monitored, coupled_and_measured, (_values(), _values()), 3.1
+        ),
     }
     for dtype in (jnp.float32, jnp.bfloat16):
         name, pair = jnp.dtype(dtype).name, (_logits(dtype),) * 2

@@ -136,6 +136,7 @@ class Objective(Pytree):
                 names.
             ValueError: If the loss, a term or its weight is not a scalar.
         """
+        _check_not_a_count(outputs)
         metrics = self._metrics(outputs, step)
         return metrics["total"], metrics
 
@@ -267,6 +268,16 @@ def named(outputs: Outputs) -> dict[str, Any]:
             f"got a {type(outputs).__name__}"
         )
     return {name: value for name, value in vars(outputs).items() if not name.startswith("_")}
+
+
+def _check_not_a_count(outputs):
+    """Raises TypeError for what `optax.inject_hyperparams` gives to all that it can call."""
+    if isinstance(outputs, jax.Array) and outputs.shape == () and outputs.dtype == jnp.int32:
+        raise TypeError(
+            "an objective was called as a schedule; in inject_hyperparams, write "
+            "optax.inject_hyperparams(pj.add_objective, "
+            'static_args=("objective", "forward"))'
+        )
 
 
 def replace_named(outputs: Outputs, values: Mapping[str, Any]) -> Outputs:

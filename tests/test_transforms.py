@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from optax._src.base import NO_PARAMS_MSG
@@ -243,13 +245,14 @@ def test_python_numbers_never_widen(number, x64):
     params = {"w": jnp.ones(3, jnp.float32)}
     for transformation in (
         pj.add_penalty(pj.Huber(delta=0.5), weight=number),
-        pj.proximal(pj.L1(weights=0.5), number, weight=0.5),
+        pj.proximal(pj.L1(weights=0.5), number, weight=0.5, monitor=True),
+        pj.add_objective(SLOPE, lambda params, batch: {"y": params["w"] * batch}, number),
     ):
         state = transformation.init(params)
 
         def step(carry, _, transformation=transformation):
             params, state = carry
-            updates, state = transformation.update(params, state, params)
+            updates, state = transformation.update(params, state, params, batch=0.5)
             return (optax.apply_updates(params, updates), state), updates
 
         carry, updates = jax.lax.scan(step, (params, state), length=2)
@@ -385,6 +388,276 @@ def test_a_penalty_that_is_not_a_scalar():
         optimizer.update(GRADIENTS, optimizer.init(PARAMS), PARAMS)
 
 
+# Objectives of outputs.
+
+SLOPE = pj.Objective(loss=lambda outputs: jnp.sum(outputs["y"]))
+SCALED = pj.Objective(
+    terms={"y": pj.Term(pj.L2(), on="y", weight=pj.anneal(0.0, 8.0, start=0, end=8))}
+)
+
+
+def scaled(params, batch):
+    return {"y": jax.tree.map(lambda p: p * batch, params)}
+
+
+def kl_by_hand(kernel, batch):
+    log_p, log_q = (jax.nn.log_softmax(batch @ w) for w in (kernel, lattice(9, 4, 5)))
+    return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1))
+
+
+def model(kernel, batch):
+    outputs = (jax.nn.log_softmax(batch @ w) for w in (kernel, lattice(9, 4, 5)))
+    return dict(zip(("logprobs", "reference"), outputs, strict=True))
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_divergence_ends_where_it_does_in_the_loss(microbatches, x64):
+    """Over 100 steps of SGD, whose microbatches' gradients differ in size."""
+    sizes = np.array([1.0, 5.0])[:microbatches, None, None]
+    batches = jnp.asarray(sizes * lattice(3, microbatches, 16, 4))
+    start = jnp.asarray(lattice(4, 4, 5))
+
+    def loss(kernel, batch):
+        return -jnp.mean(jax.nn.log_softmax(batch @ kernel)[:, 0])
+
+    def by_hand(kernel, step):
+        weight = 0.1 + 0.9 * jnp.clip((step - 10) / 50, 0, 1)
+
+        def total(kernel):
+            parts = [loss(kernel, batch) + weight * kl_by_hand(kernel, batch) for batch in batches]
+            return sum(parts) / microbatches
+
+        return kernel - 0.02 * jax.grad(total)(kernel), None
+
+    term = pj.Term(pj.KLDivergence(), on=("logprobs", "reference"), weight=2.0)
+    accumulated = optax.MultiSteps(
+        optax.sgd(0.02), every_k_schedule=microbatches, accumulator_dtype=jnp.float64
+    )
+    optimizer = optax.chain(
+        pj.add_objective(
+            pj.Objective(terms={"kl": term}),
+            model,
+            pj.anneal(0.05, 0.5, start=10, end=60),
+            every=microbatches,
+        ),
+        accumulated.gradient_transformation(),
+    )
+
+    def step(carry, batch):
+        kernel, state = carry
+        gradients = jax.grad(loss)(kernel, batch)
+        updates, state = optimizer.update(gradients, state, kernel, batch=batch)
+        return (optax.apply_updates(kernel, updates), state), None
+
+    def run(kernel):
+        carry = kernel, optimizer.init(kernel)
+        (ours, state), _ = jax.lax.scan(step, carry, jnp.tile(batches, (100, 1, 1)))
+        return ours, pj.step_of(state), jax.lax.scan(by_hand, kernel, jnp.arange(100))[0]
+
+    ours, steps, theirs = jax.jit(run)(start)
+    assert int(steps) == 100
+    assert ours.dtype == jnp.float64
+    assert float(jnp.max(jnp.abs(theirs - start))) > 0.1
+    # The schedule's weight is rounded to float32.
+    assert_close(ours, theirs, rtol=1e-7)
+
+
+def test_before_multi_steps_and_inside():
+    term = pj.add_objective(SLOPE, scaled)
+    before = optax.chain(term, optax.MultiSteps(optax.sgd(1.0), 2).gradient_transformation())
+    inside = optax.MultiSteps(optax.chain(term, optax.sgd(1.0)), 2)
+    for optimizer, expected in [(before, -5.5), (inside, -1.0)]:
+        params = jnp.zeros(())
+        state = optimizer.init(params)
+        for batch in (10.0, 1.0):
+            updates, state = optimizer.update(jnp.zeros(()), state, params, batch=batch)
+        assert float(updates) == expected
+
+
+def test_the_step_of_an_objective():
+    """A slope of 2 w θ, at a weight that is the step."""
+    weight = pj.anneal(1.0, 2.0, start=2, end=3)
+    optimizer = pj.add_objective(SCALED, scaled, weight, every=2)
+    params = jnp.array(0.5)
+    update = jit_once(optimizer.update)
+    state, slopes = optimizer.init(params), []
+    for _ in range(8):
+        updates, state = update(jnp.zeros(()), state, params, batch=1.0)
+        slopes.append(float(updates))
+    assert slopes == [0, 0, 1, 1, 2, 2, 6, 6]
+    updates, state = optimizer.update(
+        jnp.zeros(()), state, params, batch=1.0, step=5, value=jnp.inf, whole=None
+    )
+    assert float(updates) == 10
+    assert int(state.count) == 9
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"a": {"w": True, "n": True}, "b": False, "c": False},
+        {"a": True, "b": False, "c": False},
+        lambda params: jax.tree.map(lambda p: p.ndim == 1, params),
+    ],
+    ids=["tree", "prefix", "callable"],
+)
+def test_a_mask_is_of_the_updates_and_not_of_the_outputs(mask):
+    params = {
+        "a": {"w": jnp.array([3.0], jnp.bfloat16), "n": jnp.array([7])},
+        "b": {"w": jnp.array([[5.0]]), "none": None},
+        "c": jnp.float32(1.0),
+    }
+    optimizer = pj.add_objective(
+        SLOPE, lambda p, b: {"y": p["a"]["w"] * p["b"]["w"] * p["a"]["n"] * b}, 0.5, mask=mask
+    )
+    gradients = jax.tree.map(jnp.ones_like, params)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params, batch=2.0)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert [x.dtype for x in jax.tree.leaves(updates)] == [x.dtype for x in jax.tree.leaves(params)]
+    assert jax.tree.map(float, jax.tree.map(jnp.sum, updates)) == {
+        "a": {"w": 1 + 0.5 * 5 * 7 * 2, "n": 1},
+        "b": {"w": 1, "none": None},
+        "c": 1,
+    }
+
+
+def test_an_objective_of_some_of_the_parameters():
+    params = {"student": {"w": jnp.array(2.0)}, "probe": {"w": jnp.array(3.0)}}
+    of_student = pj.add_objective(SLOPE, lambda params, x: {"y": params["student"]["w"] * x})
+    optimizer = optax.multi_transform(
+        {"student": of_student, "probe": optax.sgd(1.0)}, {"student": "student", "probe": "probe"}
+    )
+    ones = jax.tree.map(jnp.ones_like, params)
+    updates, _ = optimizer.update(ones, optimizer.init(params), params, batch=4.0)
+    assert jax.tree.map(float, updates) == {"student": {"w": 5}, "probe": {"w": -1}}
+
+
+def test_inject_hyperparams_of_an_objective():
+    make = optax.inject_hyperparams(pj.add_objective, static_args=("objective", "forward"))
+    optimizer = optax.apply_if_finite(make(SLOPE, scaled, weight=0.5, every=2, monitor=True), 3)
+    params = jnp.float32(2.0)
+    update = jit_once(lambda *x: optimizer.update(*x, batch=4.0))
+    updates, state = update(jnp.float32(0.0), optimizer.init(params), params)
+    assert float(updates) == 2
+    state.inner_state.hyperparams["weight"] = jnp.float32(2)
+    updates, state = update(jnp.float32(0.0), state, params)
+    assert float(updates) == 8
+    assert float(optax.tree.get(state, "penalty_value")) == 8
+    updates, state = update(jnp.float32(jnp.nan), state, params)
+    assert float(updates) == 0
+    assert int(pj.step_of(state)) == 2
+
+
+@pytest.mark.parametrize("objective", [SLOPE, SCALED], ids=["a loss", "a term"])
+def test_inject_hyperparams_of_an_objective_that_is_not_static(objective):
+    optimizer = optax.inject_hyperparams(pj.add_objective)(objective, scaled)
+    with pytest.raises(TypeError, match=r'static_args=\("objective", "forward"\)'):
+        optimizer.init(PARAMS)
+
+
+def test_optimizers_of_flax_take_a_batch():
+    """Those of NNX do; linen's `TrainState` does in the subclass of the guide."""
+
+    class State(TrainState):
+        def apply_gradients(self, *, grads, batch):
+            updates, opt_state = self.tx.update(grads, self.opt_state, self.params, batch=batch)
+            params = optax.apply_updates(self.params, updates)
+            return self.replace(step=self.step + 1, params=params, opt_state=opt_state)
+
+    linear = nnx.Linear(1, 1, use_bias=False, kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+    definition, start = nnx.split(nnx.clone(linear), nnx.Param)
+    batch = jnp.array([[3.0]])
+
+    def forward(params, batch):
+        return {"y": nnx.merge(definition, params)(batch)}
+
+    chain = optax.chain(pj.add_objective(SLOPE, forward), optax.sgd(0.5))
+    zeros = jax.tree.map(jnp.zeros_like, start)
+    optimizer = nnx.Optimizer(linear, chain, wrt=nnx.Param)
+    optimizer.update(linear, zeros, batch=batch)
+    state = State.create(apply_fn=None, params=start, tx=chain)
+    state = state.apply_gradients(grads=zeros, batch=batch)
+    for kernel in (linear.kernel, state.params["kernel"]):
+        assert kernel[...].tolist() == [[-0.5]]
+    assert int(pj.step_of(optimizer)) == int(pj.step_of(state)) == 1
+
+
+@pytest.mark.parametrize(
+    ("objective", "forward"), [(pj.L1(), scaled), (scaled, SLOPE), (SLOPE, None), (SLOPE, {})]
+)
+def test_what_is_not_an_objective(objective, forward):
+    hint = re.escape('inject_hyperparams(pj.add_objective, static_args=("objective", "forward"))')
+    with pytest.raises(TypeError, match=f"takes a pj.Objective and a function.*{hint}$"):
+        pj.add_objective(objective, forward)
+
+
+def test_an_objective_lacks_what_it_needs():
+    for mask in (None, True):
+        optimizer = pj.add_objective(SLOPE, scaled, mask=mask)
+        state = optimizer.init(jnp.zeros(()))
+        with pytest.raises(TypeError, match=r"^pj\.add_objective needs the batch: .*batch\)$"):
+            optimizer.update(jnp.zeros(()), state, jnp.zeros(()))
+        with pytest.raises(ValueError, match=re.escape(NO_PARAMS_MSG)):
+            optimizer.update(jnp.zeros(()), state, batch=1.0)
+    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
+        pj.add_objective(SLOPE, scaled, every=0)
+
+
+# What is monitored: 3 |θ| is of value 21 and of slope 3 in each of 2 coordinates.
+
+TWO = jnp.array([3.0, -4.0], jnp.bfloat16)
+MONITORED = {
+    "add_penalty": lambda **mask: pj.add_penalty(3.0 * pj.L1(), 0.5, monitor=True, **mask),
+    "proximal": lambda **mask: pj.proximal(3.0 * pj.L1(), 0.1, 0.5, monitor=True, **mask),
+    "add_objective": lambda **mask: pj.add_objective(
+        pj.Objective(terms={"l1": pj.Term(pj.L1(), on="y", weight=3.0)}),
+        lambda params, batch: {"y": params["two"]},
+        0.5,
+        monitor=True,
+        **mask,
+    ),
+}
+ONLY_TWO = {"two": True, "other": False}
+WRAPPED = {
+    "mask": lambda make: make(mask=ONLY_TWO),
+    "masked": lambda make: optax.masked(make(), ONLY_TWO),
+    "chain in MultiSteps": lambda make: optax.MultiSteps(
+        optax.chain(make(mask=ONLY_TWO), optax.adam(0.1)), 2
+    ),
+    "multi_transform": lambda make: optax.multi_transform(
+        {True: make(), False: optax.sgd(0.1)}, ONLY_TWO
+    ),
+    "apply_if_finite": lambda make: optax.apply_if_finite(make(mask=ONLY_TWO), 2),
+    "inject_hyperparams": lambda make: optax.inject_hyperparams(
+        lambda weight: optax.chain(make(mask=ONLY_TWO), optax.scale(weight))
+    )(0.5),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED.keys())
+@pytest.mark.parametrize("make", MONITORED.values(), ids=MONITORED.keys())
+def test_what_is_monitored(make, wrap):
+    optimizer = wrap(make)
+    params = {"two": TWO, "other": jnp.array([100.0])}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+
+    def step(state, _):
+        return optimizer.update(zeros, state, params, batch=None)[1], None
+
+    state = jax.jit(lambda state: jax.lax.scan(step, state, length=2)[0])(optimizer.init(params))
+    for name, expected in [("value", 21), ("gradient_norm", 3 * np.sqrt(2))]:
+        number = optax.tree.get(state, f"penalty_{name}")
+        assert number.dtype == jnp.float32
+        assert_close(number, expected)
+
+
+def test_monitoring_changes_nothing():
+    for name, make in MONITORED.items():
+        if name != "add_objective":
+            plain = getattr(pj, name)(3.0 * pj.L1(), *([0.1] if name == "proximal" else []), 0.5)
+            assert_trees_close(updates_of(make()), updates_of(plain), rtol=0)
+
+
 # The solutions of scikit-learn.
 
 
@@ -448,10 +721,10 @@ def test_the_elastic_net(diabetes, alpha, ratio):
     "transformation",
     [
         pj.add_penalty(pj.L1(), 0.5),
-        pj.add_penalty(pj.SmoothL0(gamma=0.5, reduction="mean"), 0.5),
+        pj.add_penalty(pj.SmoothL0(gamma=0.5, reduction="mean"), 0.5, monitor=True),
         pj.add_penalty(pj.L2(center="mean"), 0.5),
         pj.proximal(pj.ElasticNet(reduction="mean"), 0.5),
-        pj.proximal(0.5 * pj.L1(), 0.5),
+        pj.proximal(0.5 * pj.L1(), 0.5, monitor=True),
         pj.proximal(pj.GroupLasso(axis=1), 0.5),
         pj.add_penalty(pj.GroupLasso(axis=1), 0.5),
     ],
@@ -460,7 +733,7 @@ def test_the_elastic_net(diabetes, alpha, ratio):
 def test_sharded_parameters(axis_type, transformation):
     optimizer = optax.chain(transformation, optax.scale(-1.0))
     params = {"a": lattice(0, 16, 4).astype(np.float32), "b": lattice(1, 8, 2).astype(np.float32)}
-    expected, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params)
+    expected, monitored = jax.jit(optimizer.update)(params, optimizer.init(params), params)
     mesh = jax.make_mesh((8,), ("shard",), axis_types=(axis_type,))
     with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, P("shard"))
@@ -468,7 +741,8 @@ def test_sharded_parameters(axis_type, transformation):
         update = jax.jit(optimizer.update)
         lowered = update.lower(sharded, optimizer.init(sharded), sharded)
         assert "all-gather" not in lowered.compile().as_text()
-        updates, _ = update(sharded, optimizer.init(sharded), sharded)
+        updates, state = update(sharded, optimizer.init(sharded), sharded)
+    assert_trees_close(state, monitored, rtol=1e-5)
     for update in jax.tree.leaves(updates):
         assert update.sharding.is_equivalent_to(sharding, 2)
     assert_trees_close(updates, expected, rtol=1e-5, atol=1e-7)
