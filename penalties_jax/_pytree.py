@@ -219,6 +219,8 @@ def stack(configs: Sequence[Tree]) -> Tree:
         >>> values = jax.vmap(lambda config: config(jnp.ones(3)))(sweep)
         >>> [round(float(value), 3) for value in values]
         [2.97, 1.5]
+        >>> pj.stack([pj.L1(weights=w) for w in (2.0, pj.anneal(0, 1, start=0, end=9))]).at(0)
+        L1(weights=Array([2., 0.], dtype=float32))
     """
     if not configs:
         raise ValueError("stack needs at least one config, got none")

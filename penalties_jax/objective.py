@@ -186,9 +186,9 @@ class Objective(Pytree):
             each, `"<name>/weights/kernel"`.
 
         Examples:
-            >>> penalty = pj.SmoothL0(gamma=pj.anneal(1.0, 0.0, start=0, end=4))
+            >>> penalty = pj.SmoothL0(gamma=pj.anneal(1.0, 0.5, start=0, end=4))
             >>> objective = pj.Objective(terms={"l0": pj.Term(penalty, on="x", weight=0.5)})
-            >>> {name: float(value) for name, value in objective.hyperparameters(1).items()}
+            >>> {name: float(value) for name, value in objective.hyperparameters(2).items()}
             {'l0/weight': 0.5, 'l0/gamma': 0.75}
         """
         self._check_step(step)
@@ -235,6 +235,12 @@ class Objective(Pytree):
             outputs_of: The function.
             inputs: What it takes.
             step: As in a call.
+
+        Examples:
+            >>> objective = pj.Objective(terms={"l2": pj.Term(pj.L2(), on="y", weight=0.5)})
+            >>> norms = objective.grad_norms_of(lambda x: {"y": 2 * x}, jnp.array([3.0, 4.0]))
+            >>> round(float(norms["total"]), 4)
+            20.0
         """
         # A term of weight 0 passes no gradient on, so that its own comes from one of weight 1.
         unweighted = dataclasses.replace(

@@ -94,6 +94,11 @@ class Penalty(Pytree):
 
         Args:
             *inputs, where: As in a call; so are errors.
+
+        Examples:
+            >>> metrics = (0.5 * pj.L1(weights=2.0)).metrics(jnp.array([1.0, -3.0]))
+            >>> {name: float(value) for name, value in sorted(metrics.items())}
+            {'max': 6.0, 'mean': 4.0, 'min': 2.0, 'raw': 8.0}
         """
         return self._run(_measure, inputs, where)
 
@@ -157,6 +162,10 @@ class Penalty(Pytree):
         Raises:
             TypeError: If none has such a field.
             ValueError: If several parts have it; if a value is out of range.
+
+        Examples:
+            >>> (0.1 * pj.SmoothL0(gamma=1.0) + pj.L1()).replace(gamma=0.5).penalties[0]
+            Scaled(penalty=SmoothL0(gamma=0.5), scale=0.1)
         """
         return _replaced(self, hyperparameters)
 
