@@ -178,6 +178,10 @@ class Pytree:
 class Schedule:
     """A value that depends on the step: a callable from the step, and a pytree."""
 
+    def constant(self: Tree, value: Any) -> Tree:
+        """A schedule like this one, with the same options, that is `value` at every step."""
+        raise NotImplementedError
+
     def endpoints(self) -> tuple[Any, ...]:
         """The values that bound it, as far as they are known."""
         return ()
@@ -243,6 +247,7 @@ def stack(configs: Sequence[Tree]) -> Tree:
 
     Returns:
         One of the same type, whose leaves have a new leading axis: n numbers become an array [n].
+        A number that is a schedule in another config becomes one that stays what it is.
 
     Raises:
         ValueError: If there is none, or if two differ in type or in an option, which is named.
@@ -253,15 +258,37 @@ def stack(configs: Sequence[Tree]) -> Tree:
         >>> values = jax.vmap(lambda config: config(jnp.ones(3)))(sweep)
         >>> [round(float(value), 3) for value in values]
         [2.97, 1.5]
+        >>> pj.stack([pj.L1(weights=w) for w in (2.0, pj.anneal(0, 1, start=0, end=9))]).at(0)
+        L1(weights=Array([2., 0.], dtype=float32))
     """
     if not configs:
         raise ValueError("stack needs at least one config, got none")
     for node in jax.tree.leaves(configs, is_leaf=is_schedule):
         if isinstance(node, BareSchedule):
             raise node.refuse("stacked")
+    configs = _with_schedules(configs)
     for other in configs[1:]:
         _check_same_options(configs[0], other, type(configs[0]).__name__)
     return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *configs)
+
+
+def _with_schedules(configs):
+    """The configs, in which a number is a constant schedule where it is a schedule in another."""
+    flat = [jax.tree.flatten(config, is_leaf=is_schedule) for config in configs]
+    if len({structure for _, structure in flat}) > 1:
+        return configs
+
+    def alike(nodes):
+        schedule = next(filter(is_schedule, nodes), None)
+        if schedule is None:
+            return nodes
+        return [node if is_schedule(node) else schedule.constant(node) for node in nodes]
+
+    columns = [alike(nodes) for nodes in zip(*(leaves for leaves, _ in flat), strict=True)]
+    return [
+        structure.unflatten(column[i] for column in columns)
+        for i, (_, structure) in enumerate(flat)
+    ]
 
 
 def _check_same_options(a, b, label):

@@ -10,19 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from penalties_jax._pytree import Pytree, config, has_schedule, number, option, resolve
 from penalties_jax.functional.checks import bare, standard_promotion
 from penalties_jax.functional.derivatives import norm
 from penalties_jax.functional.reduction import promote
-from penalties_jax.terms.base import Numeric, Penalty
+from penalties_jax.terms.base import Numeric, Penalty, distinct
 
 __all__ = ["Objective", "Term"]
 
 # What a model returns: a mapping, a dataclass, a NamedTuple, or a module with attributes.
 Outputs = Any
 Metrics = dict[str, Float[Array, ""]]
+
+# What terms can't be called, and their metrics can't.
+TAKEN = ("loss", "total", "penalties")
+TAKEN_IN_A_TERM = ("weighted", "weight")
 
 
 @config
@@ -56,10 +60,26 @@ class Term(Pytree):
             raise TypeError(f"Term.penalty must be a config such as pj.L1(), got {self.penalty!r}")
         super().__post_init__()
 
-    @standard_promotion()
-    def _evaluate(self, name: str, outputs: Outputs) -> Metrics:
+    def _weight(self, name):
         weight = jnp.where(self.enabled, self.weight, 0)
-        weight = as_scalar(f"the weight of term {name!r}", weight)
+        return as_scalar(f"the weight of term {name!r}", weight)
+
+    @standard_promotion()
+    def _hyperparameters(self, name: str, step: ArrayLike | None) -> Metrics:
+        """The weight and the values of schedules, by name, at a step."""
+        weight = promote(resolve(self, step)._weight(name))[0]
+        names, values = [], []
+        for path, schedule in self.penalty.scheduled():
+            names.append(path)
+            values.append(jnp.mean(promote(bare(resolve(schedule, step)))[0]))
+        names = distinct(names, taken=TAKEN_IN_A_TERM)
+        return {"weight": weight} | dict(zip(names, values, strict=True))
+
+    @standard_promotion()
+    def _evaluate(self, name: str, outputs: Outputs, step: Any, detail: bool) -> Metrics:
+        details = self._hyperparameters(name, step) if detail else {}
+        self = resolve(self, step)
+        weight = self._weight(name)
         gate = partial(_gate, weight)
         outputs = replace_named(outputs, jax.tree.map(gate, named(outputs)))
         inputs = pick_inputs(f"term {name!r}", outputs, self.on)
@@ -70,7 +90,11 @@ class Term(Pytree):
         penalty = jax.tree.map(gate, self.penalty)
         value = check_scalar(f"term {name!r}", penalty(*inputs, where=mask))
         counted = jnp.where((weight != 0) | jnp.isfinite(value), value, 0)
-        return {name: value, f"{name}/weighted": weight * counted}
+        if detail:
+            measured = penalty.metrics(*inputs, where=mask)
+            names = distinct(measured, taken=("weighted", *details))
+            details |= dict(zip(names, measured.values(), strict=True))
+        return {name: value, f"{name}/weighted": weight * counted} | under(name, details)
 
 
 @config
@@ -83,11 +107,13 @@ class Objective(Pytree):
 
     Attributes:
         loss: A function from the outputs to a scalar, or None for none.
-        terms: The penalty terms by name. "loss", "total" and names with a "/" are taken.
+        terms: The penalty terms by name. "loss", "total", "penalties" and names with a "/" are
+            taken.
 
     Raises:
         TypeError: If a term is not a `pj.Term`; in `replace`, for an unknown hyperparameter.
-        ValueError: If a name is one that is taken; in `replace`, if a value is out of range.
+        ValueError: If a name is one that is taken; in `replace`, if a value is out of range, or
+            several parts of the penalty have such a hyperparameter, which are listed.
         KeyError: Where a method names a term that is not there.
 
     Examples:
@@ -107,28 +133,35 @@ class Objective(Pytree):
     def __post_init__(self):
         super().__post_init__()
         for name, term in self.terms.items():
-            if name in ("loss", "total") or "/" in name:
+            if name in TAKEN or "/" in name:
                 raise ValueError(
-                    f"a term can't be called {name!r}: 'loss', 'total' and names with a '/' "
-                    "stand for other metrics"
+                    f"a term can't be called {name!r}: {', '.join(map(repr, TAKEN))} and names "
+                    "with a '/' stand for other metrics"
                 )
             if not isinstance(term, Term):
                 raise TypeError(f"term {name!r} must be a pj.Term, got {term!r}")
         object.__setattr__(self, "terms", dict(self.terms))
 
     def __call__(
-        self, outputs: Outputs, *, step: ArrayLike | None = None
+        self, outputs: Outputs, *, step: ArrayLike | None = None, detail: bool = False
     ) -> tuple[Float[Array, ""], Metrics]:
         """The total, and what it is made of.
 
         Args:
             outputs: What the loss and the terms pick their inputs from, by name: a mapping, a
-                dataclass, a NamedTuple, or a module with attributes. Functions are given the same.
+                dataclass, a NamedTuple, or a module with attributes. Properties have names too.
+                Functions are given the same.
             step: The optimiser step, for schedules.
+            detail: Whether to measure more than the total needs: Python's True or False, which
+                changes the program.
 
         Returns:
             The total, and a flat dict of scalars: "loss" (0 without one), the value of each term
             under its name, its share of the total under `"<name>/weighted"`, and "total".
+
+            With `detail` also "penalties", the sum of the shares; what `hyperparameters` gives;
+            and what the `metrics` of each penalty are, as in `"<name>/raw"`. Where a hyperparameter
+            has the name of a metric, the metric gets a number: `"<name>/target_2"`.
 
         Raises:
             KeyError: If an input is missing: names the term, the key and the keys there are.
@@ -137,8 +170,33 @@ class Objective(Pytree):
             ValueError: If the loss, a term or its weight is not a scalar.
         """
         _check_not_a_count(outputs)
-        metrics = self._metrics(outputs, step)
+        metrics = self._metrics(outputs, step, detail)
         return metrics["total"], metrics
+
+    def hyperparameters(self, step: ArrayLike | None = None) -> Metrics:
+        """What changes with the step, as scalars by name.
+
+        Args:
+            step: As in a call; so are errors.
+
+        Returns:
+            The weight of each term under `"<name>/weight"`, 0 if it is disabled, and the value of
+            each hyperparameter of a penalty that is a schedule: `"<name>/gamma"`, `"<name>/scale"`
+            of a multiple, and in a sum under the name that the part has among the metrics,
+            `"<name>/smoothl0/gamma"`. Of arrays it is the mean. A pytree of schedules has one for
+            each, `"<name>/weights/kernel"`.
+
+        Examples:
+            >>> penalty = pj.SmoothL0(gamma=pj.anneal(1.0, 0.5, start=0, end=4))
+            >>> objective = pj.Objective(terms={"l0": pj.Term(penalty, on="x", weight=0.5)})
+            >>> {name: float(value) for name, value in objective.hyperparameters(2).items()}
+            {'l0/weight': 0.5, 'l0/gamma': 0.75}
+        """
+        self._check_step(step)
+        hyperparameters: Metrics = {}
+        for name, term in self.terms.items():
+            hyperparameters |= under(name, term._hyperparameters(name, step))
+        return hyperparameters
 
     def grad_norms(
         self, outputs: Outputs, *, wrt: Sequence[str], step: ArrayLike | None = None
@@ -163,6 +221,28 @@ class Objective(Pytree):
         if not keys:
             raise ValueError("wrt needs at least one key of the outputs")
         inputs = {key: pick("wrt", outputs, key) for key in keys}
+        return self.grad_norms_of(lambda inputs: replace_named(outputs, inputs), inputs, step=step)
+
+    def grad_norms_of(
+        self,
+        outputs_of: Callable[[Any], Outputs],
+        inputs: PyTree,
+        *,
+        step: ArrayLike | None = None,
+    ) -> Metrics:
+        """The same with respect to a pytree from which a function makes the outputs.
+
+        Args:
+            outputs_of: The function.
+            inputs: What it takes.
+            step: As in a call.
+
+        Examples:
+            >>> objective = pj.Objective(terms={"l2": pj.Term(pj.L2(), on="y", weight=0.5)})
+            >>> norms = objective.grad_norms_of(lambda x: {"y": 2 * x}, jnp.array([3.0, 4.0]))
+            >>> round(float(norms["total"]), 4)
+            20.0
+        """
         # A term of weight 0 passes no gradient on, so that its own comes from one of weight 1.
         unweighted = dataclasses.replace(
             self,
@@ -174,7 +254,7 @@ class Objective(Pytree):
 
         def gradient_norms(objective, names):
             values, pullback = jax.vjp(
-                lambda inputs: objective._metrics(replace_named(outputs, inputs), step), inputs
+                lambda inputs: objective._metrics(outputs_of(inputs), step), inputs
             )
             for name in names:
                 one_hot = {other: jnp.full_like(v, other == name) for other, v in values.items()}
@@ -191,19 +271,22 @@ class Objective(Pytree):
             **dict(gradient_norms(self, [*weighted, "total"])),
         }
 
-    def _metrics(self, outputs, step):
-        objective = self
-        if has_schedule(self):
-            if step is None:
-                raise TypeError("the objective holds a schedule: pass step=")
-            objective = resolve(self, step)
+    def _check_step(self, step):
+        if step is None and has_schedule(self):
+            raise TypeError("the objective holds a schedule: pass step=")
+
+    def _metrics(self, outputs, step, detail=False):
+        self._check_step(step)
         loss = 0.0 if self.loss is None else self.loss(outputs)
         metrics = {"loss": check_scalar("the loss", loss)}
-        for name, term in objective.terms.items():
-            metrics |= term._evaluate(name, outputs)
+        for name, term in self.terms.items():
+            metrics |= term._evaluate(name, outputs, step, detail)
+        weighted = [metrics[f"{name}/weighted"] for name in self.terms]
         with standard_promotion():
-            weighted = (metrics[f"{name}/weighted"] for name in objective.terms)
-            return metrics | {"total": sum(weighted, start=metrics["loss"])}
+            metrics["total"] = sum(weighted, start=metrics["loss"])
+            if detail:
+                metrics["penalties"] = sum(weighted, start=jnp.zeros_like(metrics["loss"]))
+        return metrics
 
     def with_weight(self, name: str, weight: Numeric) -> "Objective":
         """The same objective with another weight for one term."""
@@ -220,11 +303,17 @@ class Objective(Pytree):
     def replace(
         self, name: str, *, weight: Numeric | None = None, **hyperparameters: Any
     ) -> "Objective":
-        """The same objective with other hyperparameters, or another weight, for one term."""
+        """The same objective with another weight for one term, or others in its penalty.
+
+        Args:
+            name: The term.
+            weight: Its weight; None for the one that it has.
+            **hyperparameters: Fields of its penalty, or of what that scales or adds up, if one
+                part alone has them: `gamma=` of `0.1 * pj.SmoothL0(gamma=1.0) + pj.L1()`.
+        """
         changes: dict[str, Any] = {} if weight is None else {"weight": weight}
         if hyperparameters:
-            penalty: Any = self._term(name).penalty
-            changes["penalty"] = dataclasses.replace(penalty, **hyperparameters)
+            changes["penalty"] = self._term(name).penalty.replace(**hyperparameters)
         return self._with_term(name, **changes)
 
     def _term(self, name):
@@ -235,6 +324,11 @@ class Objective(Pytree):
     def _with_term(self, name, **changes):
         term = dataclasses.replace(self._term(name), **changes)
         return dataclasses.replace(self, terms={**self.terms, name: term})
+
+
+def under(name: str, metrics: Metrics) -> Metrics:
+    """Metrics by names that begin with another."""
+    return {f"{name}/{metric}": value for metric, value in metrics.items()}
 
 
 @jax.custom_jvp
@@ -255,11 +349,11 @@ def _gate(weight, x):
 
 
 def named(outputs: Outputs) -> dict[str, Any]:
-    """The outputs by name; a TypeError if they have no names."""
-    if isinstance(outputs, Mapping):
-        return dict(outputs)
+    """What outputs hold, by name; a TypeError if they have no names."""
     if dataclasses.is_dataclass(outputs):
         return {field.name: getattr(outputs, field.name) for field in dataclasses.fields(outputs)}
+    if isinstance(outputs, Mapping):
+        return dict(outputs)
     if hasattr(outputs, "_asdict"):
         return outputs._asdict()
     if isinstance(outputs, (jax.Array, np.ndarray)) or not hasattr(outputs, "__dict__"):
@@ -282,11 +376,13 @@ def _check_not_a_count(outputs):
 
 def replace_named(outputs: Outputs, values: Mapping[str, Any]) -> Outputs:
     """The same outputs with other values, of a type from which they can be read as before."""
-    if isinstance(outputs, Mapping):
-        return {**outputs, **values}
     if hasattr(outputs, "_replace"):
         return outputs._replace(**values)
-    # Neither a frozen dataclass nor one that makes its fields itself takes them otherwise.
+    # Some dataclasses are mappings too, and a dict has no attributes.
+    if isinstance(outputs, Mapping) and not dataclasses.is_dataclass(outputs):
+        return {**outputs, **values}
+    # Neither a frozen dataclass, nor one that makes its fields itself, nor a module of another
+    # trace takes them otherwise. What the original holds is not changed.
     outputs = copy.copy(outputs)
     for name, value in values.items():
         object.__setattr__(outputs, name, value)
@@ -294,8 +390,13 @@ def replace_named(outputs: Outputs, values: Mapping[str, Any]) -> Outputs:
 
 
 def pick(label: str, outputs: Outputs, key: str) -> Any:
-    """One of the outputs; a KeyError that names who needs it, the key and the keys there are."""
+    """One of the outputs; a KeyError that names who needs it, the key and the keys there are.
+
+    A property is computed from the others, whose gradients it passes on.
+    """
     values = named(outputs)
+    if isinstance(getattr(type(outputs), key, None), property):
+        return getattr(outputs, key)
     if key not in values:
         raise KeyError(f"{label} needs {key!r}; the outputs have {sorted(values)}")
     return values[key]

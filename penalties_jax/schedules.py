@@ -38,6 +38,10 @@ class Anneal(Pytree, Schedule):
                 f"got init={self.init}, final={self.final}"
             )
 
+    def constant(self, value: Any) -> "Anneal":
+        """One of the same steps and shape that is `value` at all of them."""
+        return self._with(init=value, final=value)
+
     def endpoints(self) -> tuple[Any, ...]:
         """The values before and after."""
         return self.init, self.final

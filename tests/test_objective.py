@@ -6,6 +6,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import penalties_jax as pj
+from penalties_jax._pytree import config, is_schedule, number
+from tests.catalogue import EXAMPLES
 from tests.oracles import assert_close, lattice
 from tests.programs import doubles, jit_once
 
@@ -160,11 +163,38 @@ class Module(nnx.Module):
         self.keep = nnx.data(keep)
 
 
+@chex.dataclass
+class Mappable:
+    """A dataclass that is a mapping too."""
+
+    x: Any
+    keep: Any
+
+
+class Inside(nnx.Module):
+    """A module whose outputs are properties of what a module in it holds."""
+
+    def __init__(self, x, keep):
+        self.inner = Module(x, keep)
+        self.name = "static"
+        self.layers = nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(0))])
+
+    @property
+    def x(self):
+        return self.inner.x
+
+    @property
+    def keep(self):
+        return self.inner.keep
+
+
 @pytest.mark.parametrize("weight", [0.5, 0.0])
 @pytest.mark.parametrize(
     "make",
     [
         Frozen,
+        lambda x, keep: Mappable(x=x, keep=keep),
+        Inside,
         Slots,
         lambda x, keep: Derived((x, keep)),
         Registered,
@@ -192,7 +222,8 @@ def test_outputs_with_named_fields(make, weight):
     }  # fmt: skip
     slopes = jax.jacobian(metrics)(X)
     assert slopes["total"].tolist() == [2 + 2 * weight, -4 * weight, 1]
-    norms = objective.grad_norms(make(X, KEEP), wrt=("x",))
+    held = "inner" if make is Inside else "x"
+    norms = objective.grad_norms(make(X, KEEP), wrt=(held,))
     for name in ("loss", "l1", "l2/weighted", "total"):
         assert_close(norms[name], np.linalg.norm(slopes[name]), rtol=1e-6)
 
@@ -203,6 +234,26 @@ def test_outputs_without_names(outputs):
     for call in (objective, partial(objective.grad_norms, wrt=("x",)), pj.nnx.Loss(objective)):
         with pytest.raises(TypeError, match=r"outputs must be a mapping, a dataclass, .* got a"):
             call(outputs)
+
+
+@pytest.mark.parametrize("jit", [jax.jit, nnx.jit])
+def test_a_module_is_an_argument_and_stays_as_it_is(jit):
+    module = Inside(X, KEEP)
+    objective = one_term(pj.L2(), where="keep", weight=2.0)
+
+    @jit
+    def both(module):
+        norms = objective.grad_norms(module, wrt=("inner",))
+        slopes = nnx.grad(
+            lambda module: objective(module)[0], argnums=nnx.DiffState(0, nnx.Intermediate)
+        )(module)
+        return objective(module)[0], norms["total"], slopes["inner"]["x"][...]
+
+    total, norm, slopes = both(module)
+    assert float(total) == 10
+    assert_close(norm, 4 * np.sqrt(5))
+    assert slopes.tolist() == [4, -8, 0]
+    assert module.inner.x[...].tolist() == X.tolist()
 
 
 def test_a_missing_field():
@@ -269,8 +320,121 @@ def test_schedules_need_the_step(objective):
     with pytest.raises(TypeError, match="step="):
         objective({"x": jnp.ones(1)})
     with pytest.raises(TypeError, match="step="):
+        objective.hyperparameters()
+    with pytest.raises(TypeError, match="step="):
         objective.grad_norms({"x": jnp.ones(1)}, wrt=("x",))
     assert float(objective({"x": jnp.ones(1)}, step=1)[0]) in (0.5, 1)
+
+
+# Details.
+
+
+def test_details():
+    objective = example()
+    plain, detailed = (
+        jax.jit(partial(objective, detail=detail))(OUTPUTS, step=1) for detail in (False, True)
+    )
+    for name, value in plain[1].items():
+        assert_close(detailed[1][name], value, rtol=1e-6)
+    log_p, log_q = (np.asarray(x, np.float64) for x in log_probabilities(OUTPUTS))
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)[MASK]
+    hidden = np.abs(OUTPUTS["hidden"].astype(float))
+    both = (OUTPUTS["logits"] - OUTPUTS["reference"]).astype(float) ** 2
+    expected = {"kl/weight": 0.5, "l1/weight": 0.25, "both/weight": 2} | {
+        f"{name}/{metric}": value
+        for name, x in {"kl": kl, "l1": hidden, "both": both}.items()
+        for metric, value in {
+            "raw": x.sum(), "mean": x.mean(), "max": x.max(), "min": x.min()
+        }.items()
+    }  # fmt: skip
+    expected["penalties"] = 0.5 * kl.mean() + 0.25 * hidden.sum() + 2 * both.mean()
+    assert detailed[1].keys() - plain[1].keys() == expected.keys()
+    for name, value in expected.items():
+        assert_close(detailed[1][name], value, rtol=1e-5, atol=1e-7)
+        assert detailed[1][name].shape == ()
+    assert pj.Objective()({}, detail=True)[1].keys() == {"loss", "penalties", "total"}
+
+
+def ramp(init, final):
+    """A schedule that is halfway at step 1."""
+    return pj.anneal(init, final, start=0, end=2)
+
+
+@pytest.mark.parametrize(
+    ("penalty", "expected"),
+    [
+        (pj.L1(), {}),
+        (pj.SmoothL0(gamma=ramp(1, 2)), {"gamma": 1.5}),
+        (ramp(0, 1) * (ramp(4, 0) * pj.Lp(p=ramp(2, 1))), {"scale": 0.5, "scale_2": 2, "p": 1.5}),
+        (pj.L1(weights=ramp(np.zeros(3), np.array([0.0, 2.0, 4.0]))), {"weights": 1}),
+        (
+            pj.L1(weights={"a": ramp(0, 1), "b": [1.0, lambda step: 3 * step]}),
+            {"weights/a": 0.5, "weights/b/1": 3},
+        ),
+        (
+            0.5 * pj.L1() + ramp(0, 1) * pj.L1(weights=ramp(2, 4)) + pj.L2(clip=ramp(1, 3)),
+            {"l1_2/scale": 0.5, "l1_2/weights": 3, "l2/clip": 2},
+        ),
+        (
+            pj.L1(weights=ramp(0, 1)) + ramp(4, 0) * (pj.L1(weights=ramp(2, 4)) + pj.L1()),
+            {"l1/weights": 0.5, "sum/scale": 2, "sum/l1/weights": 3},
+        ),
+        (
+            pj.ImportanceMinimality(ramp(0, 1) * pj.Lp(p=ramp(2, 1)), beta=ramp(0, 8)),
+            {"scale": 0.5, "p": 1.5, "beta": 4},
+        ),
+    ],
+)
+def test_hyperparameters(penalty, expected):
+    objective = one_term(penalty, weight=ramp(0.5, 1.5))
+    found = jax.jit(objective.hyperparameters)(1)
+    assert scalars(found) == {"term/weight": 1} | {f"term/{k}": v for k, v in expected.items()}
+    off = objective.disable("term").hyperparameters(1)
+    assert scalars(off) == scalars(found) | {"term/weight": 0}
+
+
+@config
+class Awkward(pj.L1):
+    """A penalty whose hyperparameters and metrics are called as others are."""
+
+    weight: Any = number(default=2.0)
+    weighted: Any = number(default=3.0)
+    raw: Any = number(default=4.0)
+
+    def _metrics(self, inputs, where):
+        return {"raw": jnp.float32(5), "weight": jnp.float32(6), "weighted": jnp.float32(7)}
+
+
+@pytest.mark.parametrize(
+    "penalty", [*EXAMPLES.values(), 2.0 * EXAMPLES["l1"] + EXAMPLES["SparsityTarget"], Awkward()]
+)
+def test_no_metric_hides_another(penalty):
+    """Of every config, with all of its numbers scheduled."""
+    penalty = jax.tree.map(lambda x: ramp(x, x), penalty)
+    objective = one_term(penalty, on=("x", "y")[: penalty.summands[0]._inputs], weight=ramp(0, 1))
+    x = jnp.full((8, 3, 5), -0.5)[(0,) * (isinstance(penalty, pj.Orthogonality | pj.MMD))]
+
+    def measure(x):
+        inputs = (x, x)[: len(objective.terms["term"].on)]
+        metrics = objective({"x": x, "y": x}, step=1, detail=True)[1]
+        return metrics, objective.hyperparameters(1), penalty.at(1).metrics(*inputs)
+
+    metrics, hyperparameters, measured = jax.eval_shape(measure, x)
+    assert metrics.keys() >= hyperparameters.keys()
+    assert len(hyperparameters) == 1 + len(jax.tree.leaves(penalty, is_leaf=is_schedule))
+    usual = {"loss", "total", "penalties", "term", "term/weighted"}
+    assert usual <= metrics.keys()
+    assert len(metrics) == len(usual) + len(hyperparameters) + len(measured)
+
+
+def test_names_that_others_have_get_a_number():
+    penalty = Awkward(weight=ramp(1, 3), weighted=ramp(2, 4), raw=ramp(3, 5))
+    metrics = scalars(one_term(penalty, weight=0.5)({"x": jnp.ones(3)}, step=1, detail=True)[1])
+    assert metrics == {
+        "loss": 0, "total": 1.5, "penalties": 1.5, "term": 3, "term/weighted": 1.5,
+        "term/weight": 0.5, "term/weight_2": 2, "term/weighted_2": 3, "term/raw": 4,
+        "term/raw_2": 5, "term/weight_3": 6, "term/weighted_3": 7,
+    }  # fmt: skip
 
 
 # A weight of 0.
@@ -301,11 +465,12 @@ def test_a_weight_of_zero_adds_exactly_nothing(penalty, x, value, off):
 
     @partial(jax.value_and_grad, has_aux=True)
     def total(x):
-        return objective({"x": x}, step=0)
+        return objective({"x": x}, step=0, detail=True)
 
     (result, metrics), slopes = jax.jit(total)(jnp.array(x))
     assert float(result) == 3
-    assert float(metrics["term/weighted"]) == 0
+    for name in ("term/weighted", "term/weight", "penalties"):
+        assert float(metrics[name]) == 0
     assert slopes.tolist() == [0, 0]
     if value is not None:
         np.testing.assert_array_equal(metrics["term"], np.float32(value))
@@ -380,9 +545,35 @@ def test_a_term_that_is_not_there(change):
         change(one_term())
 
 
+def test_changes_reach_into_multiples_and_sums():
+    x = {"x": jnp.array([1.0, -3.0])}
+    objective = one_term(0.5 * (0.1 * pj.Huber(delta=1) + ramp(2, 4) * pj.L1()))
+    for changes, value in [
+        ({"delta": 10.0}, 0.05 * 5 + 4),
+        ({"delta": 10.0, "scale": 3.0}, 0.3 * 5 + 24),
+        ({"weight": 2.0, "delta": 10.0}, 2 * (0.05 * 5 + 4)),
+    ]:
+        assert_close(objective.replace("term", **changes)(x, step=0)[0], value)
+    nested = pj.ImportanceMinimality(0.1 * pj.Lp(p=1.0), beta=0.5)
+    changed = one_term(nested).replace("term", p=2.0, beta=1.0, axis_name="batch").terms["term"]
+    assert changed.penalty == pj.ImportanceMinimality(
+        0.1 * pj.Lp(p=2.0), beta=1.0, axis_name="batch"
+    )
+    # What is checked together is changed together.
+    logits = one_term(2.0 * pj.KLDivergence()).replace("term", inputs="logits", temperature=2.0)
+    assert logits.terms["term"].penalty.penalty.temperature == 2.0
+
+
 def test_bad_changes():
-    with pytest.raises(TypeError, match="gamma"):
+    with pytest.raises(TypeError, match=r"no hyperparameter 'gamma'; there are .*'delta'"):
         one_term(pj.Huber()).replace("term", gamma=1.0)
+    with pytest.raises(TypeError, match="no hyperparameter 'gamma'"):
+        one_term(0.1 * pj.Huber() + pj.L1()).replace("term", gamma=1.0)
+    several = 0.1 * pj.Huber() + pj.L1(weights=3.0)
+    with pytest.raises(ValueError, match=r"'weights' is .* parts, Huber\(\), L1\(weights=3\.0\)"):
+        one_term(several).replace("term", weights=1.0)
+    with pytest.raises(ValueError, match=r"Huber\.delta must be above 0"):
+        one_term(several).replace("term", delta=-1.0)
     with pytest.raises(ValueError, match=r"Huber\.delta must be above 0"):
         one_term(pj.Huber()).replace("term", delta=-1.0)
     with pytest.raises(ValueError, match=r"Term\.weight"):
@@ -392,7 +583,7 @@ def test_bad_changes():
 # Errors.
 
 
-@pytest.mark.parametrize("name", ["loss", "total", "a/b", "/", "kl/weighted"])
+@pytest.mark.parametrize("name", ["loss", "total", "penalties", "a/b", "/", "kl/weighted"])
 def test_names_that_are_taken(name):
     with pytest.raises(ValueError, match=f"{name!r}.*'loss', 'total'"):
         pj.Objective(terms={name: pj.Term(pj.L1(), on="x")})

@@ -124,6 +124,8 @@ def test_structure_only_transformations():
 
 # Stacks.
 
+SHAPES = ("linear", "cubic")
+
 
 def test_a_stack_maps_like_its_members():
     configs = [pj.Lp(p=p, weights=weight) for p, weight in [(0.5, 1), (1, 2.0), (2.0, 0.5)]]
@@ -143,6 +145,24 @@ def test_a_stack_of_trees_with_schedules():
     assert arrays.weights.tolist() == [[1, 1], [0, 0]]
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_number_and_a_schedule_in_a_stack(shape):
+    """The number stays what it is, at every step."""
+    schedule = pj.anneal(4.0, 2.0, start=1, end=3, shape=shape)
+    terms = [pj.Term(w * pj.SmoothL0(gamma=w), on="x", weight=w) for w in (0.5, schedule)]
+    terms.append(pj.Term(schedule * pj.SmoothL0(gamma=1.5), on="x", weight=0))
+    stacked = pj.stack([pj.Objective(terms={"l0": term}) for term in terms])
+    steps = jnp.arange(5)
+    values = jax.jit(
+        jax.vmap(jax.vmap(lambda o, step: o.hyperparameters(step), (None, 0)), (0, None))
+    )(stacked, steps)
+    annealed = [float(schedule(step)) for step in steps]
+    assert_close(values["l0/weight"], [[0.5] * 5, annealed, [0] * 5])
+    assert_close(values["l0/scale"], [[0.5] * 5, annealed, annealed])
+    assert_close(values["l0/gamma"], [[0.5] * 5, annealed, [1.5] * 5])
+    assert len(jax.tree.leaves(pj.stack([pj.Orthogonality()] * 2))) == 0
+
+
 @pytest.mark.parametrize(
     ("configs", "named"),
     [
@@ -155,7 +175,14 @@ def test_a_stack_of_trees_with_schedules():
         ([pj.L2(clip=1.0), pj.L2()], r"L2\.clip is 1\.0 and None"),
         ([0.1 * pj.GroupLasso(axis=0), 0.1 * pj.GroupLasso(axis=1)], r"penalty\.axis is 0 and 1"),
         ([pj.L1() + pj.L2(), pj.L1() + pj.L1()], "Sum"),
-        ([pj.L1(weights=pj.anneal(0, 1, start=0, end=1)), pj.L1()], r"L1\.weights"),
+        (
+            [pj.L1(weights=pj.anneal(0, 1, start=0, end=1, shape=shape)) for shape in SHAPES],
+            r"L1\.weights\.shape is 'linear' and 'cubic'",
+        ),
+        (
+            [pj.L1(weights=pj.anneal(0, 1, start=0, end=1)), pj.L1(weights={"a": 1.0})],
+            r"L1\.weights is Anneal.* and {'a': 1\.0}",
+        ),
         (
             [pj.Objective(terms={name: pj.Term(pj.L1(), on="x")}) for name in "ab"],
             r"Objective\.terms",

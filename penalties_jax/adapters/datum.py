@@ -157,7 +157,7 @@ def measure(
     """
     first, *others = penalty.summands
     kind = first.measured_as
-    if kind is None or any(other != first for other in others):
+    if kind not in LOGGED or any(other != first for other in others):
         raise TypeError(
             "expected L1, L2, KLDivergence, KLEstimate or Entropy, or a multiple of one, got "
             f"{penalty!r}: measure each by itself"
@@ -305,6 +305,15 @@ def _with_axes_of(x, mask):
     return mask.reshape(*mask.shape, *(1,) * (x.ndim - mask.ndim))
 
 
+# What is logged of each kind, and which of the penalty's own metrics it is.
+LOGGED = {
+    "l1": {"l1_raw": "raw", "l1_mean": "mean"},
+    "l2": {"l2_raw": "raw", "l2_mean": "mean", "l2_max": "max"},
+    "kl": {"kl_divergence": "mean", "kl_max": "max", "kl_min": "min"},
+    "entropy": {"entropy": "mean"},
+}
+
+
 @functools.partial(jax.jit, static_argnames=("kind", "target"))
 def _measure(penalty, inputs, mask, kind, target):
     of_one = penalty.summands[0]
@@ -312,19 +321,10 @@ def _measure(penalty, inputs, mask, kind, target):
         inputs = [jnp.exp(x) for x in inputs]
     where = _with_axes_of(inputs[0], mask) if of_one.class_axis is None else mask
     value = penalty(*inputs, where=where)
-    raw = {"center": None, "clip": None} if kind == "l2" else {}
-    values = dataclasses.replace(of_one, reduction="none", **raw)(*inputs, where=where)
-    total, included = jnp.sum(values), jnp.broadcast_to(where, values.shape)
-    mean = total / jnp.maximum(jnp.sum(included), 1)
-    largest = jnp.max(values, where=included, initial=-jnp.inf)
-    smallest = jnp.min(values, where=included, initial=jnp.inf)
-    largest, smallest = (jnp.where(jnp.any(included), x, 0) for x in (largest, smallest))
-    return value, {
-        "l1": {"l1_raw": total, "l1_mean": mean},
-        "l2": {"l2_raw": total, "l2_mean": mean, "l2_max": largest},
-        "kl": {"kl_divergence": mean, "kl_max": largest, "kl_min": smallest},
-        "entropy": {"entropy": -mean if getattr(of_one, "maximize", False) else mean},
-    }[kind]
+    # Those of what a penalty is of, not of what it makes of it.
+    plain = {"l2": {"center": None, "clip": None}, "entropy": {"maximize": False}}
+    metrics = of_one.replace(**plain.get(kind, {})).metrics(*inputs, where=where)
+    return value, {name: metrics[metric] for name, metric in LOGGED[kind].items()}
 
 
 def check_distributions(

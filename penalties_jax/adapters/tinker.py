@@ -31,6 +31,7 @@ def as_loss(
     reference_logprobs: Arrays | None = None,
     reference_field: str | None = None,
     compute_reference: Callable[[Sequence[Record]], Arrays] | None = None,
+    grad_norms: bool = False,
 ) -> Callable[..., tuple[Any, dict[str, float]]]:
     """A loss for `TrainingClient.forward_backward_custom`, whose gradient JAX computes.
 
@@ -43,6 +44,9 @@ def as_loss(
         sampled: As for `penalties_jax.adapters.datum.measure`.
         reference_logprobs, reference_field, compute_reference: As for
             `penalties_jax.adapters.datum.collate`.
+        grad_norms: Whether metrics have the norms of gradients in the log-probabilities too, of
+            the loss and of each term under the names of its metrics, as in `"<name>/grad_norm"`
+            and `"<name>/weighted/grad_norm"`. It takes a backward pass for each.
 
     Returns:
         A function of `(data, logprobs_list)`, torch tensors, and optionally `step=` for schedules.
@@ -84,7 +88,7 @@ def as_loss(
         adapted = objective_for(objective, sampled=of_samples)
         try:
             _check_distributions(adapted, batch)
-            (total, metrics), gradient = _value_and_gradient(adapted, batch, step)
+            (total, metrics), gradient = _value_and_gradient(adapted, batch, step, grad_norms)
         except KeyError as error:
             raise explained(error, batch, data) from error
         gradients = [gradient[i, : len(x)] for i, x in enumerate(logprobs_list)]
@@ -96,12 +100,21 @@ def as_loss(
     return loss
 
 
-@jax.jit
-def _value_and_gradient(objective, batch, step):
-    def total(logprobs):
-        return objective(_outputs({**batch, "logprobs": logprobs}), step=step)
+@partial(jax.jit, static_argnames="grad_norms")
+def _value_and_gradient(objective, batch, step, grad_norms):
+    logprobs = batch["logprobs"]
 
-    return jax.value_and_grad(total, has_aux=True)(batch["logprobs"])
+    def outputs_of(logprobs):
+        return _outputs({**batch, "logprobs": logprobs})
+
+    def total(logprobs):
+        return objective(outputs_of(logprobs), step=step)
+
+    (value, metrics), gradient = jax.value_and_grad(total, has_aux=True)(logprobs)
+    if grad_norms:
+        norms = objective.grad_norms_of(outputs_of, logprobs, step=step)
+        metrics |= {f"{name}/grad_norm": norm for name, norm in norms.items()}
+    return (value, metrics), gradient
 
 
 def _outputs(batch):

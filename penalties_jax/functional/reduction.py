@@ -1,5 +1,6 @@
 """Masking, promotion and reduction: one meaning for `where`, `axis_name` and `reduction`."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -106,6 +107,37 @@ def add_up(
     included = sum(counts, start=zero)
     included = included if axis_name is None else lax.psum(included, axis_name)
     return total / jnp.maximum(included, 1)
+
+
+def summary(
+    values: Sequence[Array],
+    masks: Sequence[Bool[ArrayLike, "..."] | None],
+    *,
+    axis_name: AxisName | None,
+) -> dict[str, Float[Array, ""]]:
+    """The sum, mean, maximum and minimum of the values of several arrays, by name; 0 if of none.
+
+    Args:
+        values: The arrays, which are 0 where their masks are False.
+        masks: A mask that broadcasts to each array, or None for all of it.
+        axis_name: As in `reduce`.
+    """
+    zero = jnp.zeros((), jnp.float32)
+    total = sum(map(jnp.sum, values), start=zero)
+    counts = [count(x.shape, mask) for x, mask in zip(values, masks, strict=True)]
+    included = sum(counts, start=zero)
+    if axis_name is not None:
+        total, included = lax.psum((total, included), axis_name)
+    pairs = [lie_alike(pair)[0] for pair in zip(values, masks, strict=True)]
+
+    def largest(sign):
+        each = [jnp.max(sign * x, initial=-jnp.inf, where=mask) for x, mask in pairs]
+        most = functools.reduce(jnp.maximum, each, zero - jnp.inf)
+        most = most if axis_name is None else lax.pmax(most, axis_name)
+        return jnp.where(included > 0, sign * most, 0)
+
+    mean = total / jnp.maximum(included, 1)
+    return {"raw": total, "mean": mean, "max": largest(1), "min": largest(-1)}
 
 
 def spread(name: str, value: Any, structure: Any) -> list[Any]:

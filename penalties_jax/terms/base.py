@@ -1,5 +1,8 @@
 """What every penalty can do: be evaluated, resolved at a step, scaled and added."""
 
+import dataclasses
+import itertools
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -7,15 +10,18 @@ import optax
 from jax import lax
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from penalties_jax._pytree import (
     TYPES,
     Pytree,
+    Schedule,
     Tree,
     arrays,
     config,
+    fields,
     has_schedule,
+    is_schedule,
     number,
     option,
     resolve,
@@ -93,6 +99,31 @@ class Penalty(Pytree):
             TypeError: If a hyperparameter still is a schedule, or inputs are too few or too many.
             ValueError: As the function of the same name; if it takes no `where` and is given one.
         """
+        return self._run(_evaluate, inputs, where)
+
+    def metrics(self, *inputs: PyTree, where: PyTree | None = None) -> dict[str, Float[Array, ""]]:
+        """What people log of it, by name: scalars that carry no gradient.
+
+        Of a penalty of values, groups or positions "raw", their sum whatever the reduction, and
+        "mean", "max" and "min", all over those that `where` includes, with weights, and over the
+        global batch with `axis_name`. Each is 0 if there is none. Of one that is a single number
+        "raw", which is that number. The docstring of a config says so where it has others.
+
+        Of a multiple they are those of what is multiplied, before that; of a sum those of each
+        part, as in `"l1/raw"`: under the name of its class, with a number from the second of one
+        class on, `"l1_2/raw"`.
+
+        Args:
+            *inputs, where: As in a call; so are errors.
+
+        Examples:
+            >>> metrics = (0.5 * pj.L1(weights=2.0)).metrics(jnp.array([1.0, -3.0]))
+            >>> {name: float(value) for name, value in sorted(metrics.items())}
+            {'max': 6.0, 'mean': 4.0, 'min': 2.0, 'raw': 8.0}
+        """
+        return self._run(_measure, inputs, where)
+
+    def _run(self, program, inputs, where):
         self._check_resolved()
         for node in self.summands:
             if len(inputs) != node._inputs:
@@ -106,8 +137,8 @@ class Penalty(Pytree):
         inputs = tuple(let_in("an input", x) for x in inputs)
         where = let_in("where", where)
         with standard_promotion():
-            evaluate = type(self)._value if _has_function(self) else _evaluate
-            return evaluate(penalty, inputs, where)
+            run = program.__wrapped__ if _has_function(self) else program
+            return run(penalty, inputs, where)
 
     def at(self: Tree, step: ArrayLike) -> Tree:
         """The same penalty with every schedule replaced by its value at `step`."""
@@ -164,12 +195,48 @@ class Penalty(Pytree):
         """
         return self
 
+    def replace(self: Tree, **hyperparameters: Any) -> Tree:
+        """The same penalty with other hyperparameters, its own or those of a part.
+
+        Args:
+            **hyperparameters: Fields, which the penalty has or exactly one part of it: what it
+                scales, or a summand.
+
+        Raises:
+            TypeError: If none has such a field.
+            ValueError: If several parts have it; if a value is out of range.
+
+        Examples:
+            >>> (0.1 * pj.SmoothL0(gamma=1.0) + pj.L1()).replace(gamma=0.5).penalties[0]
+            Scaled(penalty=SmoothL0(gamma=0.5), scale=0.1)
+        """
+        return _replaced(self, hyperparameters)
+
+    @property
+    def label(self) -> str:
+        """What it is called among the metrics of a sum."""
+        return type(self).__name__.lower()
+
+    def scheduled(self) -> Iterator[tuple[str, Schedule]]:
+        """Its schedules and those of its parts, by the names of their values in a log."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        parts = {name: value for name, value in values.items() if isinstance(value, Penalty)}
+        own = {name: value for name, value in values.items() if name not in parts}
+        for path, node in jax.tree.leaves_with_path(own, is_leaf=is_schedule):
+            if is_schedule(node):
+                yield jax.tree_util.keystr(path, simple=True, separator="/"), node
+        for part in parts.values():
+            yield from part.scheduled()
+
     def _check_resolved(self):
         if has_schedule(self):
             raise TypeError(f"{self!r} holds a schedule: call .at(step) first")
 
     def _value(self, inputs, where):
         raise NotImplementedError
+
+    def _metrics(self, inputs, where):
+        return {"raw": self._value(inputs, where)}
 
     def __mul__(self, scale: Numeric) -> "Scaled":
         return NotImplemented if isinstance(scale, Penalty) else Scaled(self, scale)
@@ -200,10 +267,69 @@ def _evaluate(penalty, inputs, where):
     return penalty._value(inputs, where)
 
 
+@jax.jit
+def _measure(penalty, inputs, where):
+    # Before the formula, so that nothing of a derivative is computed, and after it, because a
+    # user's function may hold what is differentiated.
+    penalty, inputs = lax.stop_gradient((penalty, inputs))
+    return lax.stop_gradient(penalty._metrics(inputs, where))
+
+
 def _has_function(penalty):
     """Whether it holds a user's function, by whose identity a compiled program would go stale."""
     nodes = jax.tree.leaves(penalty, is_leaf=lambda node: isinstance(node, Partial))
     return any(isinstance(node, Partial) for node in nodes)
+
+
+def distinct(names: Iterable[str], taken: Collection[str] = ()) -> list[str]:
+    """The names, each with a number if it is taken by then: l1, l2, l1_2."""
+    found: list[str] = []
+    for name in names:
+        numbered = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(2)))
+        found.append(next(x for x in numbered if x not in taken and x not in found))
+    return found
+
+
+def _replaced(penalty, hyperparameters):
+    for name in hyperparameters:
+        owners = _owners(penalty, name)
+        if not owners:
+            nodes = (penalty, *penalty.summands)
+            there = sorted({field.name for node in nodes for field in fields(node)})
+            raise TypeError(f"{penalty!r} has no hyperparameter {name!r}; there are {there}")
+        if len(owners) > 1:
+            raise ValueError(
+                f"{name!r} is a hyperparameter of several parts, {', '.join(map(repr, owners))}: "
+                "make each a term of its own"
+            )
+    return _with_those_it_has(penalty, hyperparameters)
+
+
+def _owners(penalty, name):
+    """The outermost penalties that have a field of a name."""
+    if name in _names(penalty):
+        return [penalty]
+    parts = jax.tree.leaves(penalty, is_leaf=lambda node: _is_part(node, penalty))
+    return [x for part in parts if isinstance(part, Penalty) for x in _owners(part, name)]
+
+
+def _with_those_it_has(penalty, hyperparameters):
+    own = {name: value for name, value in hyperparameters.items() if name in _names(penalty)}
+    others = {name: value for name, value in hyperparameters.items() if name not in own}
+
+    def change(node):
+        return _with_those_it_has(node, others) if isinstance(node, Penalty) else node
+
+    changed = jax.tree.map(change, penalty, is_leaf=lambda node: _is_part(node, penalty))
+    return dataclasses.replace(changed, **own) if own else changed
+
+
+def _names(penalty):
+    return {field.name for field in fields(penalty)}
+
+
+def _is_part(node, whole):
+    return isinstance(node, Penalty) and node is not whole
 
 
 @config
@@ -216,6 +342,10 @@ class Scaled(Penalty):
     @property
     def summands(self) -> tuple[Penalty, ...]:
         return self.penalty.summands
+
+    @property
+    def label(self) -> str:
+        return self.penalty.label
 
     @public
     def elementwise(self, x: PyTree) -> PyTree:
@@ -233,6 +363,9 @@ class Scaled(Penalty):
     def _value(self, inputs, where):
         return self._times(self.penalty(*inputs, where=where))
 
+    def _metrics(self, inputs, where):
+        return self.penalty._metrics(inputs, where)
+
     def _times(self, values):
         return jax.tree.map(lambda value: self.scale * value, values)
 
@@ -247,6 +380,10 @@ class Sum(Penalty):
     def summands(self) -> tuple[Penalty, ...]:
         return tuple(part for penalty in self.penalties for part in penalty.summands)
 
+    def scheduled(self) -> Iterator[tuple[str, Schedule]]:
+        for label, penalty in self._labelled():
+            yield from ((f"{label}/{name}", schedule) for name, schedule in penalty.scheduled())
+
     @public
     def elementwise(self, x: PyTree) -> PyTree:
         return _add(penalty.elementwise(x) for penalty in self.penalties)
@@ -256,6 +393,17 @@ class Sum(Penalty):
 
     def _value(self, inputs, where):
         return _add(penalty(*inputs, where=where) for penalty in self.penalties)
+
+    def _metrics(self, inputs, where):
+        return {
+            f"{label}/{name}": value
+            for label, penalty in self._labelled()
+            for name, value in penalty._metrics(inputs, where).items()
+        }
+
+    def _labelled(self):
+        labels = distinct(penalty.label for penalty in self.penalties)
+        return zip(labels, self.penalties, strict=True)
 
 
 @config

@@ -18,6 +18,8 @@ __all__ = ["ImportanceMinimality"]
 class ImportanceMinimality(Penalty):
     """The total of `pj.importance_minimality` as a config; `parts` has the rest.
 
+    Its metrics are its parts: "total", "sparsity" and "frequency".
+
     Attributes:
         penalty: That of each value: a config that has `elementwise`, or a function.
         beta, reference_count, axis_name: As in `pj.importance_minimality`.
@@ -68,3 +70,7 @@ class ImportanceMinimality(Penalty):
     def _value(self, inputs, where):
         (importances,) = inputs
         return self.parts(importances, where=where).total
+
+    def _metrics(self, inputs, where):
+        (importances,) = inputs
+        return self.parts(importances, where=where)._asdict()

@@ -12,7 +12,6 @@ from penalties_jax import functional
 from penalties_jax._pytree import config, number, option
 from penalties_jax.functional.checks import ABOVE_ONE, ABOVE_TWO, NONNEGATIVE, POSITIVE, UNIT
 from penalties_jax.functional.derivatives import Axis
-from penalties_jax.functional.reduction import count
 from penalties_jax.terms.base import Numeric, Penalty
 from penalties_jax.terms.reduced import Separable, Weighted
 
@@ -238,10 +237,10 @@ class GroupLasso(Weighted):
     _function = staticmethod(functional.group_lasso)
     _prox = staticmethod(functional.prox_group_lasso)
 
-    def _count(self, x, where):
+    def _included(self, x, where):
         in_group = partial(jnp.any, axis=self.axis)
         included = None if where is None else in_group(jnp.broadcast_to(where, jnp.shape(x)))
-        return count(jax.eval_shape(in_group, x).shape, included)
+        return jax.eval_shape(in_group, x).shape, included
 
 
 @config
@@ -261,5 +260,5 @@ class SpectralNorm(Weighted):
 
     _function = staticmethod(functional.spectral_norm)
 
-    def _count(self, x, where):
-        return count(jnp.shape(x)[:-2], where)
+    def _included(self, x, where):
+        return jnp.shape(x)[:-2], where

@@ -21,6 +21,7 @@ from penalties_jax.functional.reduction import (
     evaluate,
     leaves_by_name,
     spread,
+    summary,
 )
 from penalties_jax.terms.base import Numeric, Penalty, is_absent
 
@@ -57,8 +58,22 @@ class Reduced(Penalty):
             )
         present = [leaf for leaf in leaves if not is_absent(leaf[1][0])]
         totals = [member._of_arrays(row, mask, "sum") for member, row, mask in present]
-        counts = [member._count(row[0], mask) for member, row, mask in present]
+        counts = [count(*self._included(row[0], mask)) for _, row, mask in present]
         return add_up(totals, counts, reduction=self.reduction, axis_name=self.axis_name)
+
+    def _metrics(self, inputs, where):
+        structure = jax.tree.structure(inputs[0], is_leaf=is_absent)
+        values = self._with(reduction="none")._value(inputs, where)
+        masks = [
+            self._included(x, mask)[1]
+            for x, mask in zip(
+                jax.tree.leaves(inputs[0], is_leaf=is_absent),
+                spread("where", where, structure),
+                strict=True,
+            )
+            if not is_absent(x)
+        ]
+        return summary(jax.tree.leaves(values), masks, axis_name=self.axis_name)
 
     def _of_arrays(self, row, where, reduction):
         """The function of one array of each input."""
@@ -72,12 +87,12 @@ class Reduced(Penalty):
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name in taken}
         return {name: value for name, value in values.items() if value is not None}
 
-    def _count(self, x, where):
-        """How many values a mean over one array divides by."""
+    def _included(self, x, where):
+        """The shape of the values of one array, and the mask of those that count."""
         shape = list(jnp.shape(x))
         if self.class_axis is not None:
             del shape[self.class_axis]
-        return count(tuple(shape), where)
+        return tuple(shape), where
 
     def _members(self, structure):
         """One config for each array: numbers given as pytrees like the input are dealt out."""
@@ -117,7 +132,8 @@ class Weighted(Reduced):
         self = bare(self)
         leaves, structure = jax.tree.flatten(v, is_leaf=is_absent)
         if self.reduction == "mean":
-            total = sum(self._count(leaf, None) for leaf in leaves if not is_absent(leaf))
+            present = [leaf for leaf in leaves if not is_absent(leaf)]
+            total = sum(count(*self._included(leaf, None)) for leaf in present)
             members = 1 if self.axis_name is None else lax.psum(1, self.axis_name)
             step_size = step_size / max(total * members, 1)
         return structure.unflatten(

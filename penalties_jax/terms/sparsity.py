@@ -11,6 +11,7 @@ from penalties_jax.functional.derivatives import Axis
 from penalties_jax.functional.reduction import Reduction, spread
 from penalties_jax.functional.sparsity import Kind
 from penalties_jax.terms.base import Numeric, is_absent
+from penalties_jax.terms.penalties import L1
 from penalties_jax.terms.reduced import Reduced
 
 __all__ = ["SparsityTarget"]
@@ -22,6 +23,8 @@ class SparsityTarget(Reduced):
 
     Takes rates of any shape or, with `from_mask`, masks [...] of which it takes one rate an array:
     of the whole array, or along `axis`. `where` then says which entries of a mask exist.
+
+    Its metrics are those of the losses, and "rate" and "target", the mean rate and its target.
 
     Attributes:
         target, kind, delta: As in `pj.sparsity_target_loss`.
@@ -45,8 +48,25 @@ class SparsityTarget(Reduced):
     _function = staticmethod(functional.sparsity_target_loss)
 
     def _value(self, inputs, where):
-        if not self.from_mask or len(inputs) != 1:
+        if not self.from_mask:
             return super()._value(inputs, where)
+        of_rates, rates, included = self._of_rates(inputs, where)
+        return of_rates._value((rates,), included)
+
+    def _metrics(self, inputs, where):
+        of_rates, rates, included = self._of_rates(inputs, where)
+        ones = jax.tree.map(jnp.ones_like, rates)
+        mean = L1(reduction="mean", axis_name=of_rates.axis_name)
+        return {
+            **super(SparsityTarget, of_rates)._metrics((rates,), included),
+            "rate": mean._value((rates,), included),
+            "target": mean._with(weights=of_rates.target)._value((ones,), included),
+        }
+
+    def _of_rates(self, inputs, where):
+        """The same of rates, the rates, and which of them exist."""
+        if not self.from_mask:
+            return self, *inputs, where
         masks, structure = jax.tree.flatten(inputs[0], is_leaf=is_absent)
         rates, included = [], []
         for mask, exists in zip(masks, spread("where", where, structure), strict=True):
@@ -54,7 +74,7 @@ class SparsityTarget(Reduced):
             included.append(exists if is_absent(mask) else self._any_included(mask, exists))
         # A rate over the global batch is the same on every member: its loss counts once.
         of_rates = self._with(from_mask=False, axis_name=None)
-        return of_rates._value((structure.unflatten(rates),), structure.unflatten(included))
+        return of_rates, structure.unflatten(rates), structure.unflatten(included)
 
     def _of_arrays(self, row, where, reduction):
         # Else every rate of a tree would be compared with the targets of all of them.

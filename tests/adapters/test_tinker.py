@@ -198,6 +198,27 @@ def test_fields_and_probabilities():
         np.testing.assert_allclose(weight, -np.exp(x), rtol=1e-5)
 
 
+def test_norms_of_the_gradients_of_every_term():
+    """Of what is on "probs" too, which are made of the log-probabilities; and of no padding."""
+    objective = pj.Objective(
+        loss=lambda outputs: jnp.sum(outputs["logprobs"], where=outputs["mask"]),
+        terms={"k2": term(pj.KLEstimate("k2"), 0.5), "l1": pj.Term(pj.L1(), "probs", weight=2.0)},
+    )
+    logprobs, reference = rows(0), rows(1)
+    loss = partial(pj.adapters.tinker.as_loss, objective, reference_field="reference")
+    *_, plain = sent(loss(), records(reference), logprobs)
+    *_, metrics = sent(loss(grad_norms=True), records(reference), logprobs)
+    slopes = {
+        "loss": np.ones(sum(LENGTHS)),
+        "k2": np.concatenate(ratios(logprobs, reference)) / sum(LENGTHS),
+        "l1": np.exp(np.concatenate(logprobs)),
+    }
+    slopes |= {"k2/weighted": 0.5 * slopes["k2"], "l1/weighted": 2.0 * slopes["l1"]}
+    slopes["total"] = slopes["loss"] + slopes["k2/weighted"] + slopes["l1/weighted"]
+    expected = plain | {f"{x}/grad_norm": np.linalg.norm(slope) for x, slope in slopes.items()}
+    assert metrics == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_log_probability_of_minus_infinity():
     objective = pj.Objective(terms={"kl": term(pj.KLEstimate("k1"))})
     data = [np.array([-1.0, -2.0], np.float32)]
