@@ -325,5 +325,20 @@ def test_functions_are_stored_by_name_and_nothing_is_imported():
     assert pj.from_dict(pj.to_dict(importance), functions={name: jnp.abs}) == importance
 
 
+@every_own
+def test_metrics_hyperparameters_and_replacement(own, by_hand):
+    term = pj.Term(own, on="x", weight=pj.anneal(0.0, 1.0, start=0, end=8))
+    objective = pj.Objective(terms={"own": term})
+    _, metrics = objective({"x": X}, step=4, detail=True)
+    assert_close(metrics["own/weight"], 0.5)
+    assert_close(metrics["own"], by_hand(X, 4), rtol=1e-5)
+    names = {name.rpartition("/")[2] for name in metrics}
+    scheduled = dict(own.scheduled())
+    assert {name.rpartition("/")[2] for name in scheduled} <= names
+    for name in {name.rpartition("/")[2] for name in scheduled}:
+        fixed = objective.replace("own", **{name: 0.25}).terms["own"].penalty
+        assert not dict(fixed.scheduled())
+
+
 def test_a_class_of_one_s_own_is_twelve_lines():
     assert len(inspect.getsource(Tanh).splitlines()) <= 12

@@ -228,6 +228,9 @@ class Penalty(Pytree):
         for part in parts.values():
             yield from part.scheduled()
 
+    def _hyperparameters(self):
+        return {field.name for field in fields(self)}
+
     def _check_resolved(self):
         if has_schedule(self):
             raise TypeError(f"{self!r} holds a schedule: call .at(step) first")
@@ -295,7 +298,7 @@ def _replaced(penalty, hyperparameters):
         owners = _owners(penalty, name)
         if not owners:
             nodes = (penalty, *penalty.summands)
-            there = sorted({field.name for node in nodes for field in fields(node)})
+            there = sorted({name for node in nodes for name in node._hyperparameters()})
             raise TypeError(f"{penalty!r} has no hyperparameter {name!r}; there are {there}")
         if len(owners) > 1:
             raise ValueError(
@@ -307,14 +310,14 @@ def _replaced(penalty, hyperparameters):
 
 def _owners(penalty, name):
     """The outermost penalties that have a field of a name."""
-    if name in _names(penalty):
+    if name in penalty._hyperparameters():
         return [penalty]
     parts = jax.tree.leaves(penalty, is_leaf=lambda node: _is_part(node, penalty))
     return [x for part in parts if isinstance(part, Penalty) for x in _owners(part, name)]
 
 
 def _with_those_it_has(penalty, hyperparameters):
-    own = {name: value for name, value in hyperparameters.items() if name in _names(penalty)}
+    own = {name: value for name, value in hyperparameters.items() if name in penalty._hyperparameters()}
     others = {name: value for name, value in hyperparameters.items() if name not in own}
 
     def change(node):
@@ -322,10 +325,6 @@ def _with_those_it_has(penalty, hyperparameters):
 
     changed = jax.tree.map(change, penalty, is_leaf=lambda node: _is_part(node, penalty))
     return dataclasses.replace(changed, **own) if own else changed
-
-
-def _names(penalty):
-    return {field.name for field in fields(penalty)}
 
 
 def _is_part(node, whole):
@@ -426,8 +425,13 @@ class Against(Penalty):
         return self._with(penalty=self.penalty.estimate())
 
     def _value(self, inputs, where):
-        stop = lax.stop_gradient if self.stop_gradient else lambda x: x
-        return self.penalty(*inputs, stop(self.reference), where=where)
+        return self.penalty(*inputs, self._reference(), where=where)
+
+    def _metrics(self, inputs, where):
+        return self.penalty._metrics((*inputs, self._reference()), where)
+
+    def _reference(self):
+        return lax.stop_gradient(self.reference) if self.stop_gradient else self.reference
 
 
 def _parts(penalty):

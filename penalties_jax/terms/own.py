@@ -1,13 +1,13 @@
 """Penalties that are a function of one's own."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from penalties_jax._pytree import config, numbers_by_name, option
+from penalties_jax._pytree import Schedule, abstract, config, numbers_by_name, option
 from penalties_jax.functional.reduction import AxisName, Reduction, promote, spread
 from penalties_jax.terms.base import Numeric, Penalty
 from penalties_jax.terms.reduced import Separable
@@ -18,8 +18,23 @@ __all__ = ["Elementwise", "Function"]
 TAKEN = ("where", "weights", "reduction", "axis_name", "fill")
 
 
+@abstract
+class OfFunction(Penalty):
+    """A penalty that is a function of one's own, and its numbers by name."""
+
+    function: Callable[..., Any] = option()
+    numbers: Mapping[str, Numeric] = numbers_by_name()
+
+    def scheduled(self) -> Iterator[tuple[str, Schedule]]:
+        for name, schedule in super().scheduled():
+            yield name.removeprefix("numbers/"), schedule
+
+    def _hyperparameters(self):
+        return super()._hyperparameters() | self.numbers.keys()
+
+
 @config
-class Elementwise(Separable):
+class Elementwise(OfFunction, Separable):
     r"""A function of one's own of each value, as a penalty: $\sum_i w_i f(x_i; \theta)$.
 
     All else, pytrees, masks, weights, reductions, meshes and schedules, is as in `pj.L1`; the
@@ -49,8 +64,6 @@ class Elementwise(Separable):
         0.7616
     """
 
-    function: Callable[..., Any] = option()
-    numbers: Mapping[str, Numeric] = numbers_by_name()
     fill: float = option(default=0.0, kw_only=True)
 
     def __init__(
@@ -79,7 +92,7 @@ class Elementwise(Separable):
 
 
 @config
-class Function(Penalty):
+class Function(OfFunction):
     r"""A function of one's own of whole inputs, as a penalty: $f(x; \theta)$, of any sign.
 
     f is part of the program by its identity, as in `pj.Elementwise`. It is given its inputs as they
@@ -100,9 +113,6 @@ class Function(Penalty):
         >>> float(pj.Function(spread, target=0.5)(jnp.array([1.0, 3.0])))
         0.25
     """
-
-    function: Callable[..., Any] = option()
-    numbers: Mapping[str, Numeric] = numbers_by_name()
 
     def __init__(
         self,
