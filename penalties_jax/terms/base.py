@@ -317,7 +317,9 @@ def _owners(penalty, name):
 
 
 def _with_those_it_has(penalty, hyperparameters):
-    own = {name: value for name, value in hyperparameters.items() if name in penalty._hyperparameters()}
+    own = {
+        name: value for name, value in hyperparameters.items() if name in penalty._hyperparameters()
+    }
     others = {name: value for name, value in hyperparameters.items() if name not in own}
 
     def change(node):

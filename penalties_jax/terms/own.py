@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from penalties_jax._pytree import Schedule, abstract, config, numbers_by_name, option
 from penalties_jax.functional.reduction import AxisName, Reduction, promote, spread
 from penalties_jax.terms.base import Numeric, Penalty
-from penalties_jax.terms.reduced import Separable
+from penalties_jax.terms.reduced import PerValue, Separable
 
 __all__ = ["Elementwise", "Function"]
 
@@ -80,8 +80,8 @@ class Elementwise(OfFunction, Separable):
         own = {"fill": fill, "weights": weights, "reduction": reduction, "axis_name": axis_name}
         _construct(self, function, numbers or {}, named, **own)
 
-    def _of_one_value(self):
-        return self.function, self.numbers, (), self.fill
+    def _per_value(self) -> tuple[PerValue, Mapping[str, Any], float]:
+        return PerValue(self.function), self.numbers, self.fill
 
     def _members(self, structure):
         columns = {name: spread(name, value, structure) for name, value in self.numbers.items()}

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -94,7 +94,7 @@ class Reduced(Penalty):
             del shape[self.class_axis]
         return tuple(shape), where
 
-    def _members(self, structure):
+    def _members(self, structure) -> Sequence["Reduced"]:
         """One config for each array: numbers given as pytrees like the input are dealt out."""
         columns = {
             field.name: spread(field.name, getattr(self, field.name), structure)
@@ -190,11 +190,11 @@ class Separable(Weighted):
     formula: ClassVar[Callable[..., Array] | None] = None
 
     def _of_arrays(self, row, where, reduction):
-        function, numbers, options, fill = self._of_one_value()
-        if function is None:
+        formula, numbers, fill = self._per_value()
+        if formula is None:
             return super()._of_arrays(row, where, reduction)
         return evaluate(
-            PerValue(function, options),
+            formula,
             row,
             numbers,
             reduction,
@@ -204,15 +204,15 @@ class Separable(Weighted):
             fill=fill,
         )
 
-    def _of_one_value(self):
-        """The function of one value, its numbers, its options, and what it is given for none."""
-        function = type(self).formula
-        if function is None:
-            return None, {}, (), 0.0
-        given = self._numbers_of(function)
-        options = {f.name for f in fields(self) if f.metadata.get("option")} & given.keys()
-        numbers = {name: value for name, value in given.items() if name not in options}
-        return function, numbers, tuple((name, given[name]) for name in sorted(options)), 0.0
+    def _per_value(self) -> tuple[PerValue | None, Mapping[str, Any], float]:
+        """What it is of each value, of which numbers, and what it is given for no value."""
+        formula = type(self).formula
+        if formula is None:
+            return None, {}, 0.0
+        numbers = self._numbers_of(formula)
+        options = {f.name for f in fields(self) if f.metadata.get("option")} & numbers.keys()
+        given = tuple((name, numbers.pop(name)) for name in sorted(options))
+        return PerValue(formula, given), numbers, 0.0
 
     @public
     def elementwise(self, x: PyTree) -> PyTree:
