@@ -59,15 +59,19 @@ class SparsityGate(nn.Module):
         step: ArrayLike | None = None,
     ) -> Float[Array, "*positions"]:
         """The gate of each position, as in a call of `pj.nnx.SparsityGate`."""
-        own = at_step(self, self.temperature, step)
-        temperature = own if temperature is None else temperature
         deterministic = self.deterministic if deterministic is None else deterministic
         if x.shape[-1] < 2:
             raise ValueError(f"x must have at least 2 features, got {x.shape[-1]}")
         hidden = nn.relu(nn.Dense(x.shape[-1] // 2, name="hidden")(x))
         logits = nn.Dense(1, name="out")(hidden)[..., 0]
         key = None if deterministic else self.make_rng("gate")
-        mask = logistic_gate(logits, key, temperature=temperature)
+        mask = logistic_gate(
+            logits,
+            key,
+            temperature=at_step(self, self.temperature, step)
+            if temperature is None
+            else temperature,
+        )
         if not deterministic or self.is_initializing():
             target, weight = control or (self.target, self.weight)
             penalty = SparsityTarget(target, self.kind, from_mask=True)

@@ -12,7 +12,7 @@ from flax.traverse_util import path_aware_map
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from penalties_jax._pytree import Tree, has_schedule, resolve
+from penalties_jax._pytree import has_schedule, resolve
 from penalties_jax.objective import Metrics, Objective, Outputs, check_scalar
 from penalties_jax.terms.base import Penalty, check_one_input
 
@@ -27,7 +27,7 @@ def check_plain(name: str, config: Any) -> None:
             raise TypeError(f"{name} must hold Python numbers only in a linen module, got {leaf!r}")
 
 
-def at_step(module: nn.Module, config: Tree, step: ArrayLike | None) -> Tree:
+def at_step(module: nn.Module, config: Any, step: ArrayLike | None) -> Any:
     """A config at a step, or at the module's in the collection "schedule" if none is given."""
     if step is None and has_schedule(config):
         known = module.has_variable(SCHEDULE, "step") or module.is_mutable_collection(SCHEDULE)

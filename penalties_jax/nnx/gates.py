@@ -117,10 +117,12 @@ class SparsityGate(Configured):
             temperature: A temperature in place of the module's own.
             step: The step for schedules, in place of the module's own.
         """
-        own = self._at(self.temperature, step)
-        temperature = own if temperature is None else temperature
         key = None if self.deterministic else self.rngs()
-        mask = logistic_gate(self.predictor(x), key, temperature=temperature)
+        mask = logistic_gate(
+            self.predictor(x),
+            key,
+            temperature=self._at(self.temperature, step) if temperature is None else temperature,
+        )
         if not self.deterministic:
             penalty, weight = self.penalty, self.weight
             if control is not None:

@@ -239,10 +239,12 @@ class SparseMoEResNetBKLayer(Configured):
         self, x: Float[Array, "batch n d"], *, temperature: ArrayLike | None = None
     ) -> Float[Array, "batch n"]:
         """Which positions the layer computes: 1, or skips: 0."""
-        own = self._at(self.temperature)
-        temperature = own if temperature is None else temperature
         key = None if self.deterministic else self.rngs()
-        return logistic_gate(self.predictor(x), key, temperature=temperature)
+        return logistic_gate(
+            self.predictor(x),
+            key,
+            temperature=self._at(self.temperature) if temperature is None else temperature,
+        )
 
     def get_sparsity_loss(self, target_sparsity: ArrayLike | None = None) -> Float[Array, ""]:
         """The sparsity loss of the last call, unweighted; at another target, if one is given."""
