@@ -261,7 +261,7 @@ def cells():
         yield pytest.param(idiom, name, id=f"{idiom.__name__}-{name}", marks=marks)
 
 
-@pytest.mark.parametrize(("idiom", "name"), cells())
+@pytest.mark.parametrize(("idiom", "name"), [*cells()])
 def test_idiom(idiom, name, tmp_path):
     more = {"folder": tmp_path} if idiom is save_and_restore else {}
     idiom(name, make(name), make(name), **more)
