@@ -4,6 +4,7 @@ import dataclasses
 import numbers
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import UnionType
 from typing import Any, TypeVar, Union, dataclass_transform, get_args, get_origin
 
@@ -49,6 +50,11 @@ def number(
     """
     metadata = {"valid": valid, "choices": choices, "single": single, "check": _checked_number}
     return dataclasses.field(default=default, kw_only=kw_only, metadata=metadata)
+
+
+def in_range(label: str, valid: Range) -> Callable[[Any], Any]:
+    """Gives a number or a schedule as a field holds it; ValueError if it is out of its range."""
+    return partial(_checked_number, label, field=number(valid=valid, single=True))
 
 
 def option(

@@ -7,8 +7,18 @@ from penalties_jax.linen.gates import SparsityGate
 from penalties_jax.linen.losses import (
     ActivityPenalty,
     Loss,
+    advance,
     collect_penalties,
     param_penalty,
+    set_step,
 )
 
-__all__ = ["ActivityPenalty", "Loss", "SparsityGate", "collect_penalties", "param_penalty"]
+__all__ = [
+    "ActivityPenalty",
+    "Loss",
+    "SparsityGate",
+    "advance",
+    "collect_penalties",
+    "param_penalty",
+    "set_step",
+]

@@ -4,12 +4,14 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from penalties_jax._pytree import in_range
 from penalties_jax.controllers import SparsityControl
-from penalties_jax.functional.checks import NONNEGATIVE, POSITIVE
+from penalties_jax.functional.checks import NONNEGATIVE, POSITIVE, UNIT
 from penalties_jax.functional.gates import logistic_gate
 from penalties_jax.functional.sparsity import Kind
-from penalties_jax.linen.losses import check_plain, record
+from penalties_jax.linen.losses import at_step, check_plain, record
 from penalties_jax.terms import SparsityTarget
+from penalties_jax.terms.base import Numeric
 
 
 class SparsityGate(nn.Module):
@@ -18,8 +20,8 @@ class SparsityGate(nn.Module):
     The number of features is that of the input, and it records as `pj.linen.ActivityPenalty` does.
 
     Attributes:
-        target, weight, kind, temperature: As in `pj.nnx.SparsityGate`; so are errors. Numbers are
-            Python numbers, else it is a TypeError.
+        target, weight, kind, temperature: As in `pj.nnx.SparsityGate`; so are errors. Numbers, and
+            those of schedules, are Python numbers, else it is a TypeError.
         deterministic: Whether to leave the noise out and record nothing, as in evaluation.
 
     Examples:
@@ -31,17 +33,17 @@ class SparsityGate(nn.Module):
         (2, 5)
     """
 
-    target: float = 0.5
-    weight: float = 0.01
+    target: Numeric = 0.5
+    weight: Numeric = 0.01
     kind: Kind = "huber"
-    temperature: float = 1.0
+    temperature: Numeric = 1.0
     deterministic: bool = False
 
     def __post_init__(self):
-        for name in ("target", "weight", "temperature"):
-            check_plain(name, getattr(self, name))
-        NONNEGATIVE.check(weight=self.weight)
-        POSITIVE.check(temperature=self.temperature)
+        for name, valid in (("target", UNIT), ("weight", NONNEGATIVE), ("temperature", POSITIVE)):
+            number = in_range(name, valid)(getattr(self, name))
+            check_plain(name, number)
+            object.__setattr__(self, name, number)
         SparsityTarget(self.target, self.kind)
         super().__post_init__()
 
@@ -54,18 +56,24 @@ class SparsityGate(nn.Module):
         control: SparsityControl | None = None,
         temperature: ArrayLike | None = None,
         deterministic: bool | None = None,
+        step: ArrayLike | None = None,
     ) -> Float[Array, "*positions"]:
         """The gate of each position, as in a call of `pj.nnx.SparsityGate`."""
-        temperature = self.temperature if temperature is None else temperature
         deterministic = self.deterministic if deterministic is None else deterministic
         if x.shape[-1] < 2:
             raise ValueError(f"x must have at least 2 features, got {x.shape[-1]}")
         hidden = nn.relu(nn.Dense(x.shape[-1] // 2, name="hidden")(x))
         logits = nn.Dense(1, name="out")(hidden)[..., 0]
         key = None if deterministic else self.make_rng("gate")
-        mask = logistic_gate(logits, key, temperature=temperature)
-        if not deterministic:
+        mask = logistic_gate(
+            logits,
+            key,
+            temperature=at_step(self, self.temperature, step)
+            if temperature is None
+            else temperature,
+        )
+        if not deterministic or self.is_initializing():
             target, weight = control or (self.target, self.weight)
-            loss = SparsityTarget(target, self.kind, from_mask=True)
-            record(self, lambda: weight * loss(mask, where=where))
+            penalty = SparsityTarget(target, self.kind, from_mask=True)
+            record(self, weight * penalty, mask, where, step)
         return mask

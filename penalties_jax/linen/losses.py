@@ -12,11 +12,12 @@ from flax.traverse_util import path_aware_map
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from penalties_jax._pytree import resolve
+from penalties_jax._pytree import has_schedule, resolve
 from penalties_jax.objective import Metrics, Objective, Outputs, check_scalar
 from penalties_jax.terms.base import Penalty, check_one_input
 
 PENALTIES = "penalties"
+SCHEDULE = "schedule"
 
 
 def check_plain(name: str, config: Any) -> None:
@@ -26,13 +27,34 @@ def check_plain(name: str, config: Any) -> None:
             raise TypeError(f"{name} must hold Python numbers only in a linen module, got {leaf!r}")
 
 
-def record(module: nn.Module, penalty: Callable[[], Float[Array, ""]]) -> None:
+def at_step(module: nn.Module, config: Any, step: ArrayLike | None) -> Any:
+    """A config at a step, or at the module's in the collection "schedule" if none is given."""
+    if step is None and has_schedule(config):
+        known = module.has_variable(SCHEDULE, "step") or module.is_mutable_collection(SCHEDULE)
+        if not known:
+            raise TypeError(
+                f'{config!r} holds a schedule: pass step=, or apply the collection "schedule" '
+                "that init returns, which needs an axis under nn.scan and nn.vmap"
+            )
+        step = step_of(module).value
+    return resolve(config, step)
+
+
+def step_of(module: nn.Module) -> nn.Variable:
+    """The step of a module, from 0."""
+    return module.variable(SCHEDULE, "step", jnp.zeros, (), jnp.int32)
+
+
+def record(
+    module: nn.Module, penalty: Penalty, x: PyTree, where: PyTree | None, step: ArrayLike | None
+) -> None:
     """Adds a penalty to what the module has recorded, if the caller collects penalties."""
     if module.is_initializing():
-        return
-    if module.is_mutable_collection(PENALTIES):
+        at_step(module, penalty, step)
+    elif module.is_mutable_collection(PENALTIES):
         recorded = module.variable(PENALTIES, "recorded", jnp.zeros, (), jnp.float32)
-        recorded.value = recorded.value + check_scalar("penalty", penalty())
+        value = at_step(module, penalty, step)(x, where=where)
+        recorded.value = recorded.value + check_scalar("penalty", value)
     elif _is_cut_off(module):
         raise ValueError(
             f"{'/'.join(module.path)} is under a transform that drops what it records: give it an "
@@ -90,7 +112,7 @@ class Loss(nn.Module):
         """The total and its parts, as in a call of `pj.nnx.Loss`."""
         if step is not None:
             return self.objective(outputs, step=step)
-        count = self.variable("schedule", "step", jnp.zeros, (), jnp.int32)
+        count = step_of(self)
         result = self.objective(outputs, step=count.value)
         if advance and not self.is_initializing():
             count.value = count.value + 1
@@ -132,11 +154,51 @@ class ActivityPenalty(nn.Module):
         self, x: PyTree, *, where: PyTree | None = None, step: ArrayLike | None = None
     ) -> PyTree:
         """Return `x`, after recording its penalty, as in a call of `pj.nnx.ActivityPenalty`."""
-        penalty = self.weight * self.penalty
-        if step is not None:
-            penalty = resolve(penalty, step)
-        record(self, lambda: penalty(x, where=where))
+        record(self, self.weight * self.penalty, x, where, step)
         return x
+
+
+def set_step(variables: Mapping[str, Any], step: ArrayLike) -> dict[str, Any]:
+    """The same variables at another step, as `pj.nnx.set_step`: all in the collection "schedule".
+
+    Args:
+        variables: The collections that `init` or `apply` returns; without "schedule" they stay.
+        step: An integer, or an array of one.
+
+    Examples:
+        >>> weight = pj.anneal(0.0, 1.0, start=0, end=4)
+        >>> penalised = pj.linen.ActivityPenalty(pj.L1(), weight=weight)
+        >>> variables = penalised.init({}, jnp.ones(4))
+        >>> variables = pj.linen.set_step(variables, 2)
+        >>> y, state = penalised.apply(variables, jnp.ones(4), mutable=["penalties"])
+        >>> float(pj.linen.collect_penalties(state)[0])
+        2.0
+    """
+    return _map_steps(lambda held: jnp.full_like(held, step), variables)
+
+
+def advance(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The same variables a step further, as `pj.nnx.advance`: those of a `Loss` too.
+
+    Args:
+        variables: As in `pj.linen.set_step`.
+
+    Examples:
+        >>> variables = pj.linen.advance({"schedule": {"a": {"step": jnp.int32(2)}}})
+        >>> int(variables["schedule"]["a"]["step"])
+        3
+    """
+    return _map_steps(lambda held: held + 1, variables)
+
+
+def _map_steps(function, variables):
+    def changed(path, leaf):
+        return function(leaf) if path[-1] == "step" else leaf
+
+    collections = dict(variables)
+    if SCHEDULE in collections:
+        collections[SCHEDULE] = path_aware_map(changed, collections[SCHEDULE])
+    return collections
 
 
 def collect_penalties(variables: Mapping[str, Any]) -> tuple[Float[Array, ""], dict[str, Any]]:

@@ -1,16 +1,22 @@
 """A learned gate with a target rate, for Flax NNX."""
 
+import dataclasses
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from penalties_jax._pytree import in_range
 from penalties_jax.controllers import SparsityControl
 from penalties_jax.functional.checks import NONNEGATIVE, POSITIVE
 from penalties_jax.functional.gates import logistic_gate
 from penalties_jax.functional.sparsity import Kind
-from penalties_jax.nnx.losses import Penalty, as_data
+from penalties_jax.nnx.base import Configured, held
+from penalties_jax.nnx.losses import PenaltyValue
 from penalties_jax.terms import SparsityTarget
+from penalties_jax.terms.base import Numeric
 
 
 class ImportancePredictor(nnx.Module):
@@ -27,7 +33,7 @@ class ImportancePredictor(nnx.Module):
         return self.out(nnx.relu(self.hidden(x)))[..., 0]
 
 
-class SparsityGate(nnx.Module):
+class SparsityGate(Configured):
     r"""A gate for each position, learned, whose rate of closed gates is pulled to a target.
 
     An importance predictor (linear d to d/2, ReLU, linear to 1) gives logits, and
@@ -46,7 +52,9 @@ class SparsityGate(nnx.Module):
         target: The share of positions to skip, in [0, 1].
         weight: The weight of the sparsity loss, at least 0.
         kind: The kind of the sparsity loss, as in `pj.sparsity_target_loss`.
-        temperature: That of the gate's derivative, above 0.
+        temperature: That of the gate's derivative, above 0. It, the target and the weight are
+            numbers, arrays or schedules, and attributes that can be set. Schedules are read at the
+            step that `pj.nnx.set_step` or `pj.nnx.advance` has set.
         rngs: The random keys: of the initial parameters, and the stream "gate" of the noise.
 
     Raises:
@@ -60,24 +68,36 @@ class SparsityGate(nnx.Module):
         ((2, 5), True)
     """
 
+    penalty = held("penalty")
+    weight = held("weight", in_range("weight", NONNEGATIVE))
+    temperature = held("temperature", in_range("temperature", POSITIVE))
+
     def __init__(
         self,
         features: int,
         *,
-        target: float = 0.5,
-        weight: float = 0.01,
+        target: Numeric = 0.5,
+        weight: Numeric = 0.01,
         kind: Kind = "huber",
-        temperature: float = 1.0,
+        temperature: Numeric = 1.0,
         rngs: nnx.Rngs,
     ):
-        NONNEGATIVE.check(weight=weight)
-        POSITIVE.check(temperature=temperature)
-        self.predictor = ImportancePredictor(features, rngs=rngs)
-        self.penalty = as_data(weight * SparsityTarget(target, kind, from_mask=True))
+        super().__init__()
+        self.penalty = SparsityTarget(target, kind, from_mask=True)
+        self.weight = weight
         self.temperature = temperature
-        self.recorded = Penalty(jnp.zeros((), jnp.float32))
+        self.predictor = ImportancePredictor(features, rngs=rngs)
+        self.recorded = PenaltyValue(jnp.zeros((), jnp.float32))
         self.rngs = rngs.gate.fork()
-        self.deterministic = False
+
+    @property
+    def target(self) -> Any:
+        """The share of positions to skip."""
+        return self.penalty.target
+
+    @target.setter
+    def target(self, target: Numeric) -> None:
+        self.penalty = dataclasses.replace(self.penalty, target=target)
 
     def __call__(
         self,
@@ -86,6 +106,7 @@ class SparsityGate(nnx.Module):
         where: Bool[Array, "..."] | None = None,
         control: SparsityControl | None = None,
         temperature: ArrayLike | None = None,
+        step: ArrayLike | None = None,
     ) -> Float[Array, "*positions"]:
         """The gate of each position: 1 is computed, 0 is skipped.
 
@@ -94,14 +115,17 @@ class SparsityGate(nnx.Module):
             where: Which positions exist; the others are no part of the rate.
             control: A target and a weight in place of the module's own, as a controller gives.
             temperature: A temperature in place of the module's own.
+            step: The step for schedules, in place of the module's own.
         """
-        temperature = self.temperature if temperature is None else temperature
         key = None if self.deterministic else self.rngs()
-        mask = logistic_gate(self.predictor(x), key, temperature=temperature)
+        mask = logistic_gate(
+            self.predictor(x),
+            key,
+            temperature=self._at(self.temperature, step) if temperature is None else temperature,
+        )
         if not self.deterministic:
-            penalty = self.penalty
+            penalty, weight = self.penalty, self.weight
             if control is not None:
-                target = penalty.penalty._with(target=control.target)
-                penalty = penalty._with(penalty=target, scale=control.weight)
-            self.recorded[...] += penalty(mask, where=where)
+                penalty, weight = penalty._with(target=control.target), control.weight
+            self.recorded[...] += self._at(weight * penalty, step)(mask, where=where)
         return mask

@@ -1,6 +1,6 @@
 """Objectives, penalties on activations and penalties on parameters, for Flax NNX."""
 
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +8,14 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from penalties_jax._pytree import resolve
+from penalties_jax._pytree import in_range
+from penalties_jax.functional.checks import ANY
+from penalties_jax.nnx.base import Configured, held
 from penalties_jax.objective import Metrics, Objective, Outputs, check_scalar
-from penalties_jax.terms.base import Numeric, check_one_input
-from penalties_jax.terms.base import Penalty as PenaltyConfig
-
-Tree = TypeVar("Tree")
+from penalties_jax.terms.base import Numeric, Penalty, check_one_input
 
 
-class Penalty(nnx.Variable[Float[Array, "..."]]):
+class PenaltyValue(nnx.Variable[Float[Array, "..."]]):
     r"""What a module has recorded since it was last collected: $\sum w f(x)$ over its calls.
 
     Of shape [], or [layers] for modules that a scan or a vmap has stacked. An optimizer that is
@@ -26,25 +25,22 @@ class Penalty(nnx.Variable[Float[Array, "..."]]):
         >>> from flax import nnx
         >>> penalised = pj.nnx.ActivityPenalty(pj.L1())
         >>> _ = penalised(jnp.array([1.0, -3.0]))
-        >>> float(nnx.state(penalised, pj.nnx.Penalty)["recorded"][...])
+        >>> float(nnx.state(penalised, pj.nnx.PenaltyValue)["recorded"][...])
         4.0
     """
 
 
-class Step(nnx.Variable[Array]):
-    """How many steps a `Loss` has seen."""
-
-
-def as_data(config: Tree) -> Tree:
-    """A config as NNX holds it: its numbers are arrays, which transforms see as data."""
-    return nnx.data(jax.tree.map(jnp.asarray, config))
-
-
-class Loss(nnx.Module):
+class Loss(Configured):
     r"""An objective, $L + \sum_k w_k f_k$, that keeps the step for its schedules.
 
+    A step counts when a call is in training, without `step=`, without `advance=False`, and not
+    after `model.eval()`: so a loop that calls it once for each optimiser step need not pass one.
+    Where it is called more often, as for each microbatch, set the step (`pj.nnx.set_step`) and pass
+    `advance=False`. The step is saved with the module.
+
     Args:
-        objective: A `pj.Objective`, whose value is of shape [].
+        objective: A `pj.Objective`, whose value is of shape []. `loss.objective` can be set: other
+            numbers are no new program.
 
     Examples:
         >>> weight = pj.anneal(0.0, 1.0, start=0, end=2)
@@ -56,9 +52,11 @@ class Loss(nnx.Module):
         2.0
     """
 
+    objective = held("objective")
+
     def __init__(self, objective: Objective):
-        self.objective = as_data(objective)
-        self.step = Step(jnp.zeros((), jnp.int32))
+        super().__init__()
+        self.objective = objective
 
     def __call__(
         self, outputs: Outputs, *, step: ArrayLike | None = None, advance: bool = True
@@ -70,23 +68,27 @@ class Loss(nnx.Module):
             step: The step for schedules, in place of the module's own, which then stays.
             advance: Whether this call is a training step, after which the module's step goes up.
         """
-        if step is not None:
-            return self.objective(outputs, step=step)
-        result = self.objective(outputs, step=self.step[...])
-        if advance:
+        result = self._at(self.objective, step)(outputs)
+        if step is None and advance and not self.deterministic:
             self.step[...] += 1
         return result
 
 
-class ActivityPenalty(nnx.Module):
+def _of_one_input(penalty):
+    check_one_input("ActivityPenalty", penalty)
+    return penalty
+
+
+class ActivityPenalty(Configured):
     """The identity, which records a penalty $w f(x)$ on what passes through, of any shape.
 
     What is recorded adds up, call by call, until `pj.nnx.collect_penalties` takes it. After
-    `model.eval()` nothing is recorded.
+    `model.eval()` nothing is recorded. Schedules are read at the step that `pj.nnx.set_step` or
+    `pj.nnx.advance` has set.
 
     Args:
-        penalty: The $f$: a config, without schedules unless each call is given the `step`.
-        weight: The $w$: a number, an array or a schedule.
+        penalty: The $f$: a config.
+        weight: The $w$: a number, an array or a schedule. Both are attributes that can be set.
 
     Raises:
         TypeError: If the penalty compares two inputs.
@@ -99,11 +101,14 @@ class ActivityPenalty(nnx.Module):
         2.0
     """
 
-    def __init__(self, penalty: PenaltyConfig, weight: Numeric = 1.0):
-        check_one_input("ActivityPenalty", penalty)
-        self.penalty = as_data(weight * penalty)
-        self.recorded = Penalty(jnp.zeros((), jnp.float32))
-        self.deterministic = False
+    penalty = held("penalty", _of_one_input)
+    weight = held("weight", in_range("weight", ANY))
+
+    def __init__(self, penalty: Penalty, weight: Numeric = 1.0):
+        super().__init__()
+        self.penalty = penalty
+        self.weight = weight
+        self.recorded = PenaltyValue(jnp.zeros((), jnp.float32))
 
     def __call__(
         self, x: PyTree, *, where: PyTree | None = None, step: ArrayLike | None = None
@@ -112,10 +117,10 @@ class ActivityPenalty(nnx.Module):
 
         Args:
             x, where: As in a call of the penalty; so are errors.
-            step: The step for schedules.
+            step: The step for schedules, in place of the module's own.
         """
         if not self.deterministic:
-            penalty = self.penalty if step is None else resolve(self.penalty, step)
+            penalty = self._at(self.weight * self.penalty, step)
             self.recorded[...] += check_scalar("penalty", penalty(x, where=where))
         return x
 
@@ -139,15 +144,13 @@ def collect_penalties(model: nnx.Module) -> Float[Array, ""]:
     """
     total = jnp.zeros((), jnp.float32)
     for _, variable in nnx.iter_graph(model):
-        if isinstance(variable, Penalty):
+        if isinstance(variable, PenaltyValue):
             total = total + jnp.sum(variable[...])
             variable[...] = jnp.zeros_like(variable[...])
     return total
 
 
-def param_penalty(
-    model: nnx.Module, penalty: PenaltyConfig, filter: Any = nnx.Param
-) -> Float[Array, ""]:
+def param_penalty(model: nnx.Module, penalty: Penalty, filter: Any = nnx.Param) -> Float[Array, ""]:
     r"""A penalty on the parameters $\theta_S$ of a model that a filter selects: $f(\theta_S)$.
 
     Args:

@@ -1,6 +1,8 @@
 """The sparse Birman-Krein layer: features of a resolvent, at the positions that are worth it."""
 
+import dataclasses
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +11,16 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from penalties_jax._pytree import in_range
 from penalties_jax.functional.checks import NONNEGATIVE, POSITIVE
 from penalties_jax.functional.gates import logistic_gate, top_k_gate
 from penalties_jax.functional.reduction import promote
 from penalties_jax.functional.sparsity import Kind, balanced_loss, sparsity_rate
 from penalties_jax.functional.tridiagonal import resolvent_diagonal
+from penalties_jax.nnx.base import Configured, held
 from penalties_jax.nnx.gates import ImportancePredictor
-from penalties_jax.nnx.losses import as_data
 from penalties_jax.terms import SparsityTarget
+from penalties_jax.terms.base import Numeric
 
 # What the learned potential is clipped to.
 LARGEST_POTENTIAL = 3.0
@@ -116,7 +120,7 @@ class MixtureOfExperts(nnx.Module):
         )
 
 
-class SparseMoEResNetBKLayer(nnx.Module):
+class SparseMoEResNetBKLayer(Configured):
     r"""A mixture-of-experts feed-forward with sparse resolvent features, at a target sparsity.
 
     The output is $h + a W \varphi(h)$, with $h$ the mixture of experts of the input, $\varphi$ the
@@ -140,7 +144,8 @@ class SparseMoEResNetBKLayer(nnx.Module):
         sparsity_loss_weight: The usual weight of the sparsity loss, at least 0.
         sparsity_loss_type: Its kind, as in `pj.sparsity_target_loss`.
         causal: As in `pj.nnx.SparseBKCore`.
-        temperature: That of the gate's derivative, above 0.
+        temperature: That of the gate's derivative, above 0. It, the target and the weight of the
+            sparsity loss are as the numbers of a `pj.nnx.SparsityGate`.
         rngs: The random keys: of the initial parameters, and the streams "dropout" and "gate".
 
     Raises:
@@ -157,6 +162,12 @@ class SparseMoEResNetBKLayer(nnx.Module):
         (2, 16, 8)
     """
 
+    sparsity = held("sparsity")
+    sparsity_loss_weight = held(
+        "sparsity_loss_weight", in_range("sparsity_loss_weight", NONNEGATIVE)
+    )
+    temperature = held("temperature", in_range("temperature", POSITIVE))
+
     def __init__(
         self,
         d_model: int,
@@ -164,19 +175,18 @@ class SparseMoEResNetBKLayer(nnx.Module):
         num_experts: int = 4,
         top_k: int = 1,
         dropout: float = 0.1,
-        target_sparsity: float = 0.5,
-        sparsity_loss_weight: float = 0.01,
+        target_sparsity: Numeric = 0.5,
+        sparsity_loss_weight: Numeric = 0.01,
         sparsity_loss_type: Kind = "adaptive",
         *,
         causal: bool = False,
-        temperature: float = 1.0,
+        temperature: Numeric = 1.0,
         rngs: nnx.Rngs,
     ):
-        NONNEGATIVE.check(sparsity_loss_weight=sparsity_loss_weight)
-        POSITIVE.check(temperature=temperature)
+        super().__init__()
+        self.sparsity = SparsityTarget(target_sparsity, sparsity_loss_type)
         self.sparsity_loss_weight = sparsity_loss_weight
         self.temperature = temperature
-        self.target = as_data(SparsityTarget(target_sparsity, sparsity_loss_type))
         self.experts = MixtureOfExperts(d_model, num_experts, top_k, dropout, rngs=rngs)
         self.predictor = ImportancePredictor(d_model, rngs=rngs)
         self.potential = nnx.Linear(d_model, 1, rngs=rngs)
@@ -187,7 +197,15 @@ class SparseMoEResNetBKLayer(nnx.Module):
         self.rate = Measurement(jnp.full((), jnp.nan, jnp.float32))
         self.computed = Measurement(jnp.full((), jnp.nan, jnp.float32))
         self.rngs = rngs.gate.fork()
-        self.deterministic = False
+
+    @property
+    def target_sparsity(self) -> Any:
+        """The share of positions to skip."""
+        return self.sparsity.target
+
+    @target_sparsity.setter
+    def target_sparsity(self, target: Numeric) -> None:
+        self.sparsity = dataclasses.replace(self.sparsity, target=target)
 
     def __call__(
         self,
@@ -221,16 +239,19 @@ class SparseMoEResNetBKLayer(nnx.Module):
         self, x: Float[Array, "batch n d"], *, temperature: ArrayLike | None = None
     ) -> Float[Array, "batch n"]:
         """Which positions the layer computes: 1, or skips: 0."""
-        temperature = self.temperature if temperature is None else temperature
         key = None if self.deterministic else self.rngs()
-        return logistic_gate(self.predictor(x), key, temperature=temperature)
+        return logistic_gate(
+            self.predictor(x),
+            key,
+            temperature=self._at(self.temperature) if temperature is None else temperature,
+        )
 
     def get_sparsity_loss(self, target_sparsity: ArrayLike | None = None) -> Float[Array, ""]:
         """The sparsity loss of the last call, unweighted; at another target, if one is given."""
-        target = self.target
+        sparsity = self.sparsity
         if target_sparsity is not None:
-            target = SparsityTarget(target_sparsity, target.kind)
-        return target(self.rate[...])
+            sparsity = dataclasses.replace(sparsity, target=target_sparsity)
+        return self._at(sparsity)(self.rate[...])
 
     def get_balanced_loss(
         self,
@@ -248,7 +269,7 @@ class SparseMoEResNetBKLayer(nnx.Module):
             self.get_sparsity_loss(),
             accuracy_weight=accuracy_weight,
             sparsity_weight=(
-                self.sparsity_loss_weight if sparsity_weight is None else sparsity_weight
+                self._at(self.sparsity_loss_weight) if sparsity_weight is None else sparsity_weight
             ),
         )
         sparsity = {"current_sparsity": self.rate[...], "target_sparsity": self._target()}
@@ -266,4 +287,4 @@ class SparseMoEResNetBKLayer(nnx.Module):
         }
 
     def _target(self):
-        return promote(self.target.target)[0]
+        return promote(self._at(self.target_sparsity))[0]

@@ -107,7 +107,7 @@ def test_the_same_numbers_as_nnx():
     gate.eval()
     assert jnp.array_equal(gate(X), GATE.apply(variables, X, deterministic=True))
     # Recorded losses of the same mask.
-    assert float(gate.penalty(mask)) == float(recorded)
+    assert float((gate.weight * gate.penalty)(mask)) == float(recorded)
 
 
 def test_a_scan_over_layers():

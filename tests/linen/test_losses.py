@@ -216,8 +216,9 @@ def test_activity_penalty_options():
         assert y.keys() == x.keys()
         total = pj.linen.collect_penalties(state)[0]
         assert float(total) == float(pj.nnx.collect_penalties(nnx)) > 0
-    with pytest.raises(TypeError, match="schedule"):
+    with pytest.raises(TypeError, match="holds a schedule: pass step="):
         linen.apply({}, x, mutable=["penalties"])
+    assert linen.apply({}, x) is x
 
 
 @pytest.mark.parametrize(
@@ -350,3 +351,57 @@ def test_a_bare_schedule_as_weight():
     penalised = pj.linen.ActivityPenalty(pj.L1(), lambda step: 0.5 * step)
     _, state = penalised.apply({}, jnp.ones(3), step=4, mutable=["penalties"])
     assert float(pj.linen.collect_penalties(state)[0]) == 6
+
+
+# The step of all modules.
+
+
+class Scheduled(nn.Module):
+    """Modules with schedules, stacked."""
+
+    @nn.compact
+    def __call__(self, x):
+        rise = pj.anneal(0.0, 1.0, start=0, end=4)
+
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                x = pj.linen.ActivityPenalty(pj.L1(), weight=rise)(x)
+                return x, pj.linen.SparsityGate(target=rise, weight=rise, kind="l2")(x)
+
+        axes = {"params": 0, "penalties": 0, "schedule": 0}
+        rngs = {"params": True, "gate": True}
+        return nn.scan(Layer, variable_axes=axes, split_rngs=rngs, length=2)()(x, None)[1]
+
+
+def test_the_step_is_that_of_all_modules():
+    model, x = Scheduled(), jnp.ones((2, 3, 4))
+    rngs = {"params": jax.random.key(0), "gate": jax.random.key(1)}
+    variables = model.init(rngs, x)
+    steps = jax.tree.leaves(variables["schedule"])
+    assert [step.tolist() for step in steps] == [[0, 0], [0, 0]]
+    apply = jit_once(lambda variables: model.apply(variables, x, rngs=rngs, mutable=["penalties"]))
+    other = {"schedule": {"learning_rate": jnp.float32(0.5)}}
+    for step in (0, 1, 4):
+        variables = pj.linen.advance(pj.linen.set_step(variables, step - 1))
+        masks, state = apply(variables)
+        weight = step / 4
+        rates = 1 - np.mean(masks, (1, 2))
+        expected = weight * sum(24 + (rate - weight) ** 2 for rate in rates)
+        assert_close(pj.linen.collect_penalties(state)[0], expected)
+    assert pj.linen.set_step(other, 3) == pj.linen.advance(other) == other
+    assert pj.linen.set_step({"params": {}}, 3) == {"params": {}}
+
+
+def test_a_gate_at_a_step():
+    gate = pj.linen.SparsityGate(temperature=pj.anneal(2.0, 1.0, start=0, end=4))
+    x = jnp.asarray(lattice(0, 2, 3, 4), jnp.float32)
+    variables = gate.init(jax.random.key(0), x, deterministic=True)
+    assert variables.keys() == {"params", "schedule"}
+    only = {"params": variables["params"]}
+    gate.apply(only, x, deterministic=True, step=1)
+    gate.apply(only, x, deterministic=True, temperature=1.0)
+    with pytest.raises(TypeError, match="holds a schedule"):
+        gate.apply(only, x, deterministic=True)
+    with pytest.raises(ValueError, match="temperature must be above 0"):
+        pj.linen.SparsityGate(temperature=pj.anneal(1.0, 0.0, start=0, end=4))

@@ -132,7 +132,7 @@ def test_python_numbers_never_widen(controller, x64):
     )
     control = controller(state)
     gate = carried(gate, lambda gate: (gate(x), gate(x, control=control, temperature=0.5)))
-    assert doubles((state, control, gate(x), nnx.state(gate, pj.nnx.Penalty))) == []
+    assert doubles((state, control, gate(x), nnx.state(gate, pj.nnx.PenaltyValue))) == []
     assert float(pj.nnx.collect_penalties(gate)) > 0
 
 
