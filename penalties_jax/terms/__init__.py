@@ -1,8 +1,17 @@
 """The penalties as configs: what a penalty is, apart from what it is applied to."""
 
-from penalties_jax.terms import constraints, divergences, importance, penalties, samples, sparsity
+from penalties_jax.terms import (
+    constraints,
+    divergences,
+    gates,
+    importance,
+    penalties,
+    samples,
+    sparsity,
+)
 from penalties_jax.terms.constraints import *
 from penalties_jax.terms.divergences import *
+from penalties_jax.terms.gates import *
 from penalties_jax.terms.importance import *
 from penalties_jax.terms.penalties import *
 from penalties_jax.terms.samples import *
@@ -11,6 +20,7 @@ from penalties_jax.terms.sparsity import *
 __all__ = []
 __all__ += constraints.__all__
 __all__ += divergences.__all__
+__all__ += gates.__all__
 __all__ += importance.__all__
 __all__ += penalties.__all__
 __all__ += samples.__all__

@@ -1,12 +1,15 @@
 """What every penalty can do: be evaluated, resolved at a step, scaled and added."""
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from itertools import chain
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from penalties_jax._pytree import TYPES, Pytree, Tree, config, has_schedule, number, resolve
 from penalties_jax.functional.checks import bare, let_in, public, standard_promotion
@@ -15,7 +18,41 @@ from penalties_jax.functional.checks import bare, let_in, public, standard_promo
 Numeric = Any
 
 
-class Penalty(Pytree):
+# Where a proximal operator stands in that of a sum.
+FIRST, BETWEEN, LAST = range(3)
+
+
+class ProximalPart(NamedTuple):
+    """What the proximal operator of a sum is made of, for one penalty and one array.
+
+    Attributes:
+        operator: The penalty's own, of a point and a step.
+        step: The step, with the penalty's weights.
+        order: `FIRST`, `BETWEEN` or `LAST`.
+        curvature: The second derivative of what is quadratic in step x penalty.
+        by_group: Whether the operator acts on groups of entries together.
+    """
+
+    operator: Callable[[Any, Any], Array]
+    step: Any
+    order: int
+    curvature: Any
+    by_group: bool
+
+
+class Config(Pytree):
+    """The base of what has hyperparameters that depend on the step."""
+
+    def at(self: Tree, step: ArrayLike) -> Tree:
+        """The same with every schedule replaced by its value at `step`."""
+        return resolve(self, step)
+
+    def _check_resolved(self):
+        if has_schedule(self):
+            raise TypeError(f"{self!r} holds a schedule: call .at(step) first")
+
+
+class Penalty(Config):
     """The base of all penalties."""
 
     # NumPy's arrays and scalars leave `array * config` to the config.
@@ -27,6 +64,11 @@ class Penalty(Pytree):
     of_samples: ClassVar[bool] = False
     # The name of its metrics in a log.
     measured_as: ClassVar[str | None] = None
+
+    @property
+    def takes(self) -> range:
+        """How many inputs it may be given."""
+        return range(self._inputs, self._inputs + 1)
 
     @property
     def class_axis(self) -> int | None:
@@ -52,7 +94,7 @@ class Penalty(Pytree):
         """The penalty on arrays or pytrees of arrays.
 
         Args:
-            *inputs: What is penalised: one pytree, or the two that are compared. None and
+            *inputs: What is penalised: one pytree, or those that are compared. None and
                 `optax.MaskedNode` leaves are skipped.
             where: A mask for every array, or a pytree of masks like the first input.
 
@@ -65,9 +107,9 @@ class Penalty(Pytree):
         """
         self._check_resolved()
         for node in self.summands:
-            if len(inputs) != node._inputs:
+            if len(inputs) not in node.takes:
                 raise TypeError(
-                    f"{type(node).__name__} takes {node._inputs} input(s), got {len(inputs)}"
+                    f"{type(node).__name__} takes {node._inputs_in_words()}, got {len(inputs)}"
                     + "; a mask is passed as where=" * node.takes_where
                 )
             if where is not None and not node.takes_where:
@@ -79,16 +121,16 @@ class Penalty(Pytree):
             evaluate = type(self)._value if _has_function(self) else _evaluate
             return evaluate(penalty, inputs, where)
 
-    def at(self: Tree, step: ArrayLike) -> Tree:
-        """The same penalty with every schedule replaced by its value at `step`."""
-        return resolve(self, step)
-
     def elementwise(self, x: PyTree) -> PyTree:
         """The penalty of each value; NotImplementedError if it is no sum over single values."""
         raise NotImplementedError(f"{self!r} is not a sum over single values")
 
+    @public
     def prox(self, v: PyTree, step_size: ArrayLike) -> PyTree:
         r"""The proximal operator, $\arg\min_z \tfrac12 \lVert z - v \rVert^2 + t f(z)$.
+
+        A sum has one if its parts have, of which at most one is neither L1, L2 nor ElasticNet: that
+        of the others comes first. Beside a GroupLasso an L2 weighs all entries alike.
 
         Args:
             v: The point: an array or a pytree of arrays.
@@ -98,11 +140,42 @@ class Penalty(Pytree):
             NotImplementedError: If the penalty has none here.
             TypeError: If a hyperparameter still is a schedule.
             ValueError: If the penalty is not a scalar (reduction="none").
+
+        References:
+            Yu (2013), On decomposing the proximal map.
         """
-        have = [name for name, cls in TYPES.items() if getattr(cls, "_prox", None)]
-        raise NotImplementedError(
-            f"{self!r} has no proximal operator here; {', '.join(have)} have one"
+        self._check_resolved()
+        leaves, structure = jax.tree.flatten(v, is_leaf=is_absent)
+        parts = bare(self)._proximal_parts(leaves, structure, step_size)
+        return structure.unflatten(
+            leaf if is_absent(leaf) else self._composed(leaf, own)
+            for leaf, own in zip(leaves, parts, strict=True)
         )
+
+    def _proximal_parts(self, leaves, structure, step_size):
+        """For each array those of the penalties that are added."""
+        raise self._without_prox()
+
+    def _without_prox(self):
+        have = ", ".join(name for name, cls in TYPES.items() if getattr(cls, "_prox", None))
+        return NotImplementedError(
+            f"{self!r} has no proximal operator here; {have} have one, and sums of L1, L2, "
+            "ElasticNet and at most one other"
+        )
+
+    def _composed(self, v, parts):
+        if sum(part.order == LAST for part in parts) > 1:
+            raise self._without_prox()
+        # With q = a/2 (z - c)^2 the operator of q + f is that of f / (1 + a), after that of q. And
+        # where f is even and grows with |z|, as norms of groups do, that of |z| + f is that of f,
+        # after that of |z|.
+        growth: Any = 1.0
+        for part in sorted(parts, key=lambda part: part.order):
+            if part.by_group and jnp.ndim(growth):
+                raise self._without_prox()
+            v = part.operator(v, part.step / growth)
+            growth = growth + part.curvature
+        return v
 
     def estimate(self) -> "Penalty":
         """What estimates it from log-probabilities of sampled tokens; itself if it is of entries.
@@ -112,9 +185,9 @@ class Penalty(Pytree):
         """
         return self
 
-    def _check_resolved(self):
-        if has_schedule(self):
-            raise TypeError(f"{self!r} holds a schedule: call .at(step) first")
+    def _inputs_in_words(self):
+        least, most = self.takes[0], self.takes[-1]
+        return f"{least} input(s)" if least == most else f"{least} to {most} inputs"
 
     def _value(self, inputs, where):
         raise NotImplementedError
@@ -136,9 +209,9 @@ class Penalty(Pytree):
 def check_one_input(label: str, penalty: Penalty) -> None:
     """Raises TypeError for a penalty that compares two inputs, where there is only one."""
     for node in penalty.summands:
-        if node._inputs != 1:
+        if 1 not in node.takes:
             raise TypeError(
-                f"{label} takes a penalty of one input, and {node!r} compares {node._inputs}: "
+                f"{label} takes a penalty of one input, and {node!r} compares {node.takes[0]}: "
                 "make it a term of an objective, pj.Term(..., on=(..., ...))"
             )
 
@@ -170,13 +243,11 @@ class Scaled(Penalty):
         self._check_resolved()
         return self._times(self.penalty.elementwise(x))
 
-    @public
-    def prox(self, v: PyTree, step_size: ArrayLike) -> PyTree:
-        self._check_resolved()
-        return self.penalty.prox(v, self.scale * step_size)
-
     def estimate(self) -> Penalty:
         return self._with(penalty=self.penalty.estimate())
+
+    def _proximal_parts(self, leaves, structure, step_size):
+        return self.penalty._proximal_parts(leaves, structure, self.scale * step_size)
 
     def _value(self, inputs, where):
         return self._times(self.penalty(*inputs, where=where))
@@ -201,6 +272,10 @@ class Sum(Penalty):
 
     def estimate(self) -> Penalty:
         return self._with(penalties=tuple(penalty.estimate() for penalty in self.penalties))
+
+    def _proximal_parts(self, leaves, structure, step_size):
+        columns = (p._proximal_parts(leaves, structure, step_size) for p in self.penalties)
+        return [list(chain(*parts)) for parts in zip(*columns, strict=True)]
 
     def _value(self, inputs, where):
         return _add(penalty(*inputs, where=where) for penalty in self.penalties)

@@ -1,11 +1,8 @@
 """Penalties on values."""
 
-from functools import partial
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from penalties_jax import functional
@@ -13,8 +10,8 @@ from penalties_jax._pytree import config, number, option
 from penalties_jax.functional.checks import ABOVE_ONE, ABOVE_TWO, NONNEGATIVE, POSITIVE, UNIT
 from penalties_jax.functional.derivatives import Axis
 from penalties_jax.functional.reduction import count
-from penalties_jax.terms.base import Numeric, Penalty
-from penalties_jax.terms.reduced import Separable, Weighted
+from penalties_jax.terms.base import BETWEEN, FIRST, Numeric, Penalty
+from penalties_jax.terms.reduced import Separable, Weighted, count_groups
 
 __all__ = [
     "L1",
@@ -49,6 +46,7 @@ class L1(Separable):
 
     _function = staticmethod(functional.l1)
     _prox = staticmethod(functional.prox_l1)
+    _order = BETWEEN
     measured_as = "l1"
 
 
@@ -72,6 +70,7 @@ class L2(Separable):
 
     _function = staticmethod(functional.l2)
     _prox = staticmethod(functional.prox_l2)
+    _order = FIRST
     measured_as = "l2"
 
     def elementwise(self, x: PyTree) -> PyTree:
@@ -79,10 +78,13 @@ class L2(Separable):
             return Penalty.elementwise(self, x)
         return super().elementwise(x)
 
-    def prox(self, v: PyTree, step_size: ArrayLike) -> PyTree:
+    def _proximal_parts(self, leaves, structure, step_size):
         if isinstance(self.center, str) or self.clip is not None:
-            return Penalty.prox(self, v, step_size)
-        return super().prox(v, step_size)
+            raise self._without_prox()
+        return super()._proximal_parts(leaves, structure, step_size)
+
+    def _curvature(self, step):
+        return 2 * step
 
 
 @config
@@ -102,6 +104,10 @@ class ElasticNet(Separable):
 
     _function = staticmethod(functional.elastic_net)
     _prox = staticmethod(functional.prox_elastic_net)
+    _order = BETWEEN
+
+    def _curvature(self, step):
+        return 2 * step * (1 - self.l1_ratio)
 
 
 @config
@@ -239,9 +245,7 @@ class GroupLasso(Weighted):
     _prox = staticmethod(functional.prox_group_lasso)
 
     def _count(self, x, where):
-        in_group = partial(jnp.any, axis=self.axis)
-        included = None if where is None else in_group(jnp.broadcast_to(where, jnp.shape(x)))
-        return count(jax.eval_shape(in_group, x).shape, included)
+        return count_groups(x, where, self.axis)
 
 
 @config

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 from penalties_jax._pytree import abstract, fields, number, option
-from penalties_jax.functional.checks import NONNEGATIVE, bare, public
+from penalties_jax.functional.checks import NONNEGATIVE, public
+from penalties_jax.functional.derivatives import Axis
 from penalties_jax.functional.reduction import (
     AxisName,
     Reduction,
@@ -21,7 +21,7 @@ from penalties_jax.functional.reduction import (
     leaves_by_name,
     spread,
 )
-from penalties_jax.terms.base import Numeric, Penalty, is_absent
+from penalties_jax.terms.base import LAST, Numeric, Penalty, ProximalPart, is_absent
 
 
 @abstract
@@ -61,7 +61,10 @@ class Reduced(Penalty):
         """The function of one array of each input."""
         function = self._pure()
         options = {"reduction": reduction, "where": where, "axis_name": self.axis_name}
-        return function(*row, **self._numbers_of(function), **options)
+        return self._call(function, row, self._numbers_of(function) | options)
+
+    def _call(self, function, row, options):
+        return function(*row, **options)
 
     def _numbers_of(self, function):
         """The fields that a function takes; one that is None is left to its default."""
@@ -89,6 +92,13 @@ class Reduced(Penalty):
         ]
 
 
+def count_groups(x: Any, where: Any, axis: Axis | None) -> Any:
+    """How many groups along an axis, or axes, have an included entry."""
+    in_group = functools.partial(jnp.any, axis=axis)
+    included = None if where is None else in_group(jnp.broadcast_to(where, jnp.shape(x)))
+    return count(jax.eval_shape(in_group, x).shape, included)
+
+
 @functools.cache
 def parameters_of(function: Callable[..., Any]) -> frozenset[str]:
     """The names of a function's parameters."""
@@ -102,31 +112,35 @@ class Weighted(Reduced):
     weights: Numeric = number(default=1.0, valid=NONNEGATIVE, kw_only=True)
 
     _prox: ClassVar[Callable[..., Array] | None] = None
+    _order: ClassVar[int] = LAST
+    _by_group: ClassVar[bool] = True
 
-    @public
-    def prox(self, v: PyTree, step_size: ArrayLike) -> PyTree:
+    def _proximal_parts(self, leaves, structure, step_size):
         operator = type(self)._prox
         if operator is None:
-            return super().prox(v, step_size)
-        self._check_resolved()
+            raise self._without_prox()
         if self.reduction == "none":
             raise ValueError('prox needs a scalar penalty: reduction must be "sum" or "mean"')
-        self = bare(self)
-        leaves, structure = jax.tree.flatten(v, is_leaf=is_absent)
         if self.reduction == "mean":
             total = sum(self._count(leaf, None) for leaf in leaves if not is_absent(leaf))
             members = 1 if self.axis_name is None else lax.psum(1, self.axis_name)
             step_size = step_size / max(total * members, 1)
-        return structure.unflatten(
-            leaf
-            if is_absent(leaf)
-            else operator(leaf, step_size * member.weights, **member._numbers_of(operator))
-            for member, leaf in zip(self._members(structure), leaves, strict=True)
-        )
+        return [member._proximal_part(operator, step_size) for member in self._members(structure)]
+
+    def _proximal_part(self, operator, step_size):
+        step = step_size * self.weights
+        operator = functools.partial(operator, **self._numbers_of(operator))
+        return [ProximalPart(operator, step, self._order, self._curvature(step), self._by_group)]
+
+    def _curvature(self, step):
+        del step  # nothing in it is quadratic
+        return 0.0
 
 
 class Separable(Weighted):
     """A sum over single values."""
+
+    _by_group = False
 
     @public
     def elementwise(self, x: PyTree) -> PyTree:
