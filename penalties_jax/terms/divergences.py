@@ -76,7 +76,8 @@ class OfClasses(Reduced):
                 continue
             value = getattr(self, field.name)
             if value is not None if field.default is None else value != field.default:
-                raise ValueError(f"{name}.{field.name} needs inputs={kinds[0]!r}, got {value!r}")
+                needed = " or ".join(map(repr, kinds))
+                raise ValueError(f"{name}.{field.name} needs inputs={needed}, got {value!r}")
 
     @property
     def takes(self) -> range:

@@ -125,12 +125,15 @@ class Weighted(Reduced):
             total = sum(self._count(leaf, None) for leaf in leaves if not is_absent(leaf))
             members = 1 if self.axis_name is None else lax.psum(1, self.axis_name)
             step_size = step_size / max(total * members, 1)
-        return [member._proximal_part(operator, step_size) for member in self._members(structure)]
+        return [
+            [] if is_absent(leaf) else [member._proximal_part(operator, step_size)]
+            for member, leaf in zip(self._members(structure), leaves, strict=True)
+        ]
 
     def _proximal_part(self, operator, step_size):
         step = step_size * self.weights
         operator = functools.partial(operator, **self._numbers_of(operator))
-        return [ProximalPart(operator, step, self._order, self._curvature(step), self._by_group)]
+        return ProximalPart(operator, step, self._order, self._curvature(step), self._by_group)
 
     def _curvature(self, step):
         del step  # nothing in it is quadratic
