@@ -170,8 +170,8 @@ class JSDivergence(Divergence):
 
     Attributes:
         mixture: As in `pj.js_divergence`.
-        inputs, temperature, softcap, block_size, class_axis_name, axis, weights, reduction,
-            axis_name: As in `pj.KLDivergence`.
+        inputs, temperature, softcap, block_size, class_axis_name: As in `pj.KLDivergence`.
+        axis, weights, reduction, axis_name: As in `pj.KLDivergence`.
 
     Examples:
         >>> log_p, log_q = jnp.log(jnp.array([1.0, 0.0])), jnp.log(jnp.array([0.0, 1.0]))
@@ -192,8 +192,8 @@ class AlphaDivergence(Divergence):
 
     Attributes:
         alpha: As in `pj.alpha_divergence`.
-        inputs, temperature, softcap, block_size, class_axis_name, axis, weights, reduction,
-            axis_name: As in `pj.KLDivergence`.
+        inputs, temperature, softcap, block_size, class_axis_name: As in `pj.KLDivergence`.
+        axis, weights, reduction, axis_name: As in `pj.KLDivergence`.
 
     Examples:
         >>> round(float(pj.AlphaDivergence(alpha=0.0)(*jnp.log(jnp.array([[0.5], [1.0]])))), 4)
