@@ -209,7 +209,7 @@ def _evaluate(
         values: Any = _values_by_position(formulas, walk, vary_alike(inputs))
         if class_axis_name is not None:
             values = lax.psum(values, class_axis_name)
-        values = [jnp.where(included, each * v, 0) for v in values]
+        values = [each * jnp.where(included, v, 0) for v in values]
         return sum(w * v for w, v in zip(shares, values, strict=True)), values
     if reduction == "mean":
         count = jnp.sum(included, dtype=jnp.int32)

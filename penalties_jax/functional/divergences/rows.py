@@ -214,7 +214,7 @@ def _evaluate(
     values: Array = _divergences(formula, walk, vary_alike(Rows(logits, numbers, labels, included)))
     if class_axis_name is not None:
         values = lax.psum(values, class_axis_name)
-    values = _only(where, scale * values, 0)
+    values = scale * _only(where, values, 0)
     return reduce(values, reduction=reduction, where=where, axis_name=axis_name)
 
 
