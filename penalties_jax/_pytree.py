@@ -102,7 +102,28 @@ def abstract(cls: Class) -> Class:
 
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(number, option))
 def config(cls: Class) -> Class:
-    """Makes a class a frozen dataclass and a pytree, whose unflattening never validates."""
+    """Makes a class a frozen dataclass and a pytree: a decorator.
+
+    Fields that are made by `pj.option` are structure, all others children. Numbers and options are
+    checked when it is constructed, and never when it is unflattened. It is found again by its name,
+    by `pj.from_dict`.
+
+    Args:
+        cls: A subclass of `pj.Penalty` or `pj.Separable`.
+
+    Returns:
+        The class.
+
+    Raises:
+        ValueError: If there is a config of the same name in another module.
+
+    Examples:
+        >>> @pj.config
+        ... class Cubed(pj.Separable):
+        ...     formula = staticmethod(lambda x: jnp.abs(x) ** 3)
+        >>> float(Cubed(weights=0.5)(jnp.array([-1.0, 2.0])))
+        4.5
+    """
     cls = abstract(cls)
     names = [field.name for field in fields(cls)]
 
@@ -121,6 +142,10 @@ def config(cls: Class) -> Class:
         values |= zip([name for name in names if name not in values], children, strict=True)
         return _build(cls, values)
 
+    # A notebook defines a class again and again.
+    known = TYPES.setdefault(cls.__name__, cls)
+    if known.__module__ != cls.__module__:
+        raise ValueError(f"there is a config called {cls.__name__} already, in {known.__module__}")
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten)
     TYPES[cls.__name__] = cls
     return cls

@@ -91,6 +91,10 @@ def to_json(config: Pytree) -> str:
 def from_json(text: str, *, functions: Functions | None = None) -> Any:
     """The config that `pj.to_json` was given, by `pj.from_dict`; a ValueError for what is not JSON.
 
+    Args:
+        text: The JSON.
+        functions: As in `pj.from_dict`.
+
     Examples:
         >>> pj.from_json('{"type": "L2", "clip": 3.0}').clip
         3.0
@@ -114,6 +118,10 @@ def from_yaml(text: str, *, functions: Functions | None = None) -> Any:
     """The config that `pj.to_yaml` was given, by `pj.from_dict`; a `yaml.YAMLError` for other text.
 
     1e-4 is a number and `on` a word, as in YAML 1.2.
+
+    Args:
+        text: The YAML.
+        functions: As in `pj.from_dict`.
 
     Examples:
         >>> pj.from_yaml("{type: L1, reduction: mean}").reduction
@@ -165,7 +173,7 @@ def _function_of(value):
 
 def _name(function, label):
     """The "module:name" by which a function is found."""
-    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
+    module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
     if getattr(sys.modules.get(module), name, None) is not function:
         raise TypeError(
             f"{label} is {function!r}, which can't be serialised: only a function that can be "

@@ -91,7 +91,7 @@ class Call:
     @property
     def of_classes(self):
         """Whether its arrays are of log-probabilities or logits, of which some may be -inf."""
-        logs = all(name.startswith("log") for name in self.floating)
+        logs = all(name.startswith("log") for name in {*self.floating} - {"weights"})
         return logs and self.function is not F.kl_estimate
 
 
@@ -201,6 +201,17 @@ OTHERS = [
         F.resolvent_diagonal,
         arrays={"diagonal": X, "couplings": np.abs(_lattice(4, 5, seed=1))},
         numbers={"z": 1j},
+    ),
+    _given(
+        F.cross_entropy_from_logits,
+        arrays={
+            "logits": X,
+            "labels": np.arange(4, dtype=np.int32),
+            "where": np.arange(4) != 1,
+            "weights": np.linspace(-0.5, 1.5, 4, dtype=np.float32),
+        },
+        numbers={"z_loss": 0.1, "temperature": 0.7},
+        block_size=2,
     ),
     _given(F.straight_through, arrays={"hard": np.float32(X > 0), "soft": X}),
 ]

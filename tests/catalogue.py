@@ -668,7 +668,7 @@ CONSTRAINTS = [
     ),
     Constraint(
         F.output_magnitude,
-        None,
+        pj.OutputMagnitude,
         lambda x, target: (np.sqrt((x * x).mean(-1)) - target) ** 2,
         variants={"": {"axis": -1, "target": 0.5}},
         by_row=True,
@@ -696,7 +696,7 @@ def _expected_gate(logits, temperature, stretch):
 GATES = [
     Gate(
         F.logistic_gate,
-        None,
+        pj.LogisticGate,
         lambda x, temperature, hard: (
             np.where(x > 0, 1.0, 0.0) if hard else special.expit(x / temperature)
         ),
@@ -704,19 +704,23 @@ GATES = [
     ),
     Gate(
         F.hard_concrete_gate,
-        None,
+        pj.HardConcreteGate,
         lambda x, stretch: np.clip((stretch[1] - stretch[0]) * special.expit(x) + stretch[0], 0, 1),
     ),
-    Gate(F.hard_concrete_l0, None, _expected_gate, random=False),
+    Gate(F.hard_concrete_l0, pj.HardConcreteL0, _expected_gate, random=False),
     Gate(
         F.top_k_gate,
-        None,
-        lambda x, k: np.argsort(np.argsort(-x, axis=-1), axis=-1) < k,
-        variants={"": {"k": 2}},
+        pj.TopKGate,
+        lambda x, k, temperature, hard: (
+            np.argsort(np.argsort(-x, axis=-1), axis=-1) < k
+            if hard
+            else k * special.softmax(x / temperature, axis=-1)
+        ),
+        variants={"": {"k": 2}, "soft": {"k": 2, "hard": False}},
     ),
     Gate(
         F.step_gate,
-        None,
+        pj.JumpReLUGate,
         lambda x, threshold: x > threshold,
         variants={"": {"threshold": 0.25}},
         random=False,
@@ -733,6 +737,7 @@ GATES = [
 
 # Public functions and configs that are none of these: the file that tests each, and why.
 OTHERS = {
+    "cross_entropy_from_logits": ("functional/test_streaming.py", "it takes labels"),
     "balanced_loss": ("functional/test_sparsity.py", "two losses, weighted"),
     "gradient_penalty": ("functional/test_constraints.py", "it takes a callable"),
     "importance_metrics": ("functional/test_importance.py", "a dict of numbers"),
@@ -750,8 +755,11 @@ OTHERS = {
     "Function": ("test_own.py", "it takes a function"),
     "Separable": ("test_own.py", "a base"),
     "AdaptiveSparsityScheduler": ("test_controllers.py", "a controller"),
+    "CrossEntropy": ("test_terms.py", "it takes labels"),
     "DualAscent": ("test_controllers.py", "a controller"),
+    "GradientPenalty": ("test_terms.py", "it takes a callable"),
     "ImportanceMinimality": ("test_importance.py", "it takes a penalty"),
+    "InterpolatedGradientPenalty": ("test_terms.py", "it takes a callable"),
     "Objective": ("test_objective.py", "made of terms"),
     "SampledEntropy": ("test_terms.py", "the mean of what tokens are given"),
     "SparsityTarget": ("test_sparsity_target.py", "its function takes trees of rates"),
@@ -823,10 +831,18 @@ PROXIMAL = only(lambda case: case.is_a("proximal"), CASES)
 DIVERGENCE_CASES = cases_of(*DIVERGENCES)
 CONFIGS = first_of_each(lambda case: case.structure, only(lambda case: case.entry.config, CASES))
 GATE_CASES = cases_of(*GATES)
+# Those of masks, not of penalties, and all of whose options are numbers or words.
+GATE_CONFIGS = {
+    name: case.config()
+    for name, case in GATE_CASES.items()
+    if case.entry.config and case.entry.config is not pj.HardConcreteL0
+}
 EXAMPLES = {name: case.config() for name, case in CONFIGS.items()} | {
     "Against": pj.Consistency("l1").against(np.full(SHAPE, 0.25, np.float32)),
     "Elementwise": pj.Elementwise(saturating, gamma=0.5, fill=1.0),
     "Function": pj.Function(squared_distance, center=0.5),
+    "CrossEntropy": pj.CrossEntropy(z_loss=0.1, temperature=0.7),
+    "HardConcreteL0": pj.HardConcreteL0(),
     "ImportanceMinimality": pj.ImportanceMinimality(pj.SmoothL0(gamma=0.5), beta=0.5),
     "SampledEntropy": pj.SampledEntropy(maximize=True),
     "SparsityTarget": pj.SparsityTarget(target=0.5, kind="huber", delta=0.2),

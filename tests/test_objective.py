@@ -411,7 +411,7 @@ class Awkward(pj.L1):
 def test_no_metric_hides_another(penalty):
     """Of every config, with all of its numbers scheduled."""
     penalty = jax.tree.map(lambda x: ramp(x, x), penalty)
-    objective = one_term(penalty, on=("x", "y")[: penalty.summands[0]._inputs], weight=ramp(0, 1))
+    objective = one_term(penalty, on=("x", "y")[: penalty.summands[0].takes[0]], weight=ramp(0, 1))
     x = jnp.full((8, 3, 5), -0.5)[(0,) * (isinstance(penalty, pj.Orthogonality | pj.MMD))]
 
     def measure(x):

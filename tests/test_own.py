@@ -23,7 +23,7 @@ OURS = pj.SmoothL0(gamma=GAMMA)
 
 
 @pj.config
-class Tanh(pj.Separable):
+class TanhPower(pj.Separable):
     """A class of one's own, with an option."""
 
     gamma: float = pj.number(default=1.0, valid=pj.Range("above 0", lambda value: value > 0))
@@ -134,7 +134,10 @@ OWN_PENALTIES = {
         pj.Function(squared_distance, center=GAMMA),
         lambda x, step: pj.L2(center=GAMMA(step))(x),
     ),
-    "class": (Tanh(gamma=GAMMA, power=2), lambda x, step: jnp.sum(jnp.tanh(x / GAMMA(step)) ** 2)),
+    "class": (
+        TanhPower(gamma=GAMMA, power=2),
+        lambda x, step: jnp.sum(jnp.tanh(x / GAMMA(step)) ** 2),
+    ),
     "against": (
         pj.Consistency("mse").against(0.5 * X),
         lambda x, step: jnp.mean((x - 0.5 * X) ** 2),
@@ -285,15 +288,20 @@ def lines(error):
         (lambda: pj.Function(jnp.abs)(X), ValueError, r"must return a scalar, got \(8, 3\)"),
         (lambda: pj.Function(lambda x: {"a": 1.0})(X), ValueError, "must return a scalar"),
         (lambda: OWN(X), TypeError, r"holds a schedule: call \.at\(step\)"),
-        (lambda: Tanh(gamma=0.0), ValueError, "Tanh.gamma must be above 0"),
-        (lambda: Tanh(power="two"), TypeError, "Tanh.power must be of type int"),
-        (lambda: pj.L1().against(X), TypeError, r"takes 1 input\(s\): against binds one of two"),
+        (lambda: TanhPower(gamma=0.0), ValueError, "TanhPower.gamma must be above 0"),
+        (lambda: TanhPower(power="two"), TypeError, "TanhPower.power must be of type int"),
+        (lambda: pj.L1().against(X), TypeError, r"takes 1 input\(s\): against binds one of 2"),
         (lambda: pj.KLDivergence().against("x"), TypeError, "Against.reference must be an array"),
         (lambda: pj.KLDivergence().against(LOG_Q)(LOG_P[0]), ValueError, r"\(5,\) and \(4, 5\)"),
         (
             lambda: pj.Consistency().against({"a": X})({"b": X}),
             ValueError,
             "must be a tree like the input",
+        ),
+        (
+            lambda: pj.config(type("L1", (pj.Penalty,), {})),
+            ValueError,
+            "config called L1 already, in penalties_jax.terms.penalties",
         ),
         (lambda: pj.to_dict(pj.Elementwise(lambda x: x)), TypeError, "Elementwise.function is"),
         (lambda: pj.from_dict({"type": "Function"}), TypeError, "missing field 'function'"),
@@ -341,4 +349,4 @@ def test_metrics_hyperparameters_and_replacement(own, by_hand):
 
 
 def test_a_class_of_one_s_own_is_twelve_lines():
-    assert len(inspect.getsource(Tanh).splitlines()) <= 12
+    assert len(inspect.getsource(TanhPower).splitlines()) <= 12

@@ -11,17 +11,23 @@ import optax
 import pytest
 
 import penalties_jax as pj
-from tests.catalogue import EXAMPLES
+from tests.catalogue import EXAMPLES, GATE_CONFIGS
 from tests.oracles import assert_close
 
-CONFIGS = EXAMPLES | {
-    "scaled": 0.1 * pj.L1(),
-    "sum": pj.L1() + 2.0 * pj.SmoothL0(gamma=pj.anneal(1.0, 0.1, start=0, end=10)),
-    "schedule": pj.anneal(1.0, 0.1, start=0, end=10, shape="cosine"),
-    "arrays": pj.L2(center={"a": jnp.ones(3), "b": np.zeros(2)}, weights=np.ones((2, 3))),
-    "term": pj.Term(pj.L1(), on=("x", "y"), where="mask", weight=0.5),
-    "objective": pj.Objective(terms={"a": pj.Term(pj.L1(), on="x"), "b": pj.Term(pj.L2(), "y")}),
-}
+CONFIGS = (
+    EXAMPLES
+    | GATE_CONFIGS
+    | {
+        "scaled": 0.1 * pj.L1(),
+        "sum": pj.L1() + 2.0 * pj.SmoothL0(gamma=pj.anneal(1.0, 0.1, start=0, end=10)),
+        "schedule": pj.anneal(1.0, 0.1, start=0, end=10, shape="cosine"),
+        "arrays": pj.L2(center={"a": jnp.ones(3), "b": np.zeros(2)}, weights=np.ones((2, 3))),
+        "term": pj.Term(pj.L1(), on=("x", "y"), where="mask", weight=0.5),
+        "objective": pj.Objective(
+            terms={"a": pj.Term(pj.L1(), on="x"), "b": pj.Term(pj.L2(), "y")}
+        ),
+    }
+)
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
 

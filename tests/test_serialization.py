@@ -14,27 +14,34 @@ import pytest
 import yaml
 
 import penalties_jax as pj
-from tests.catalogue import EXAMPLES, choices_of, saturating, squared_distance
+from tests.catalogue import EXAMPLES, GATE_CONFIGS, choices_of, saturating, squared_distance
 from tests.oracles import assert_close
 
 SHAPES = choices_of(pj.anneal)["shape"]
-CONFIGS = EXAMPLES | {
-    **{shape: pj.anneal(1.0, 0.1, start=0, end=10, shape=shape) for shape in SHAPES},
-    "fraction": pj.anneal_fraction(2, 0.4, total_steps=100, start_frac=0.1),
-    "every option": pj.L2(center=1, clip=2.0, weights=3, reduction="mean", axis_name=("a", "b")),
-    "axes": pj.GroupLasso(axis=(0, -1), reduction="none"),
-    "scheduled": pj.SmoothL0(gamma=pj.anneal(1.0, 0.1, start=0, end=10), normalize_at_one=True),
-    "scaled": 0.1 * pj.L1(),
-    "nested": 0.5 * (pj.L1() + 2.0 * (pj.L2() + pj.anneal(0, 1, start=0, end=3) * pj.Huber())),
-    "tree": pj.L1(weights={"a": 1.0, "b": [0.5, None], "c": (2.0, 3.0)}),
-    "term": pj.Term(pj.L1(), on=("x", "y"), where="mask", weight=0.5),
-    "objective": pj.Objective(
-        terms={
-            "kl": pj.Term(pj.KLDivergence(), on=("p", "q"), where="mask", weight=0.1),
-            "l1": pj.Term(0.5 * pj.L1(), on="x", weight=pj.anneal(0, 1, start=0, end=5)),
-        }
-    ).disable("kl"),
-}
+CONFIGS = (
+    EXAMPLES
+    | GATE_CONFIGS
+    | {
+        **{shape: pj.anneal(1.0, 0.1, start=0, end=10, shape=shape) for shape in SHAPES},
+        "fraction": pj.anneal_fraction(2, 0.4, total_steps=100, start_frac=0.1),
+        "every option": pj.L2(
+            center=1, clip=2.0, weights=3, reduction="mean", axis_name=("a", "b")
+        ),
+        "axes": pj.GroupLasso(axis=(0, -1), reduction="none"),
+        "scheduled": pj.SmoothL0(gamma=pj.anneal(1.0, 0.1, start=0, end=10), normalize_at_one=True),
+        "of hidden states": pj.KLDivergence(inputs="hidden", softcap=(30.0, None), weights=0.5),
+        "scaled": 0.1 * pj.L1(),
+        "nested": 0.5 * (pj.L1() + 2.0 * (pj.L2() + pj.anneal(0, 1, start=0, end=3) * pj.Huber())),
+        "tree": pj.L1(weights={"a": 1.0, "b": [0.5, None], "c": (2.0, 3.0)}),
+        "term": pj.Term(pj.L1(), on=("x", "y"), where="mask", weight=0.5),
+        "objective": pj.Objective(
+            terms={
+                "kl": pj.Term(pj.KLDivergence(), on=("p", "q"), where="mask", weight=0.1),
+                "l1": pj.Term(0.5 * pj.L1(), on="x", weight=pj.anneal(0, 1, start=0, end=5)),
+            }
+        ).disable("kl"),
+    }
+)
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
 ARRAYS = {

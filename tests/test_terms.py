@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from scipy import optimize
 
 import penalties_jax as pj
-from tests.catalogue import CONFIGS, Divergence, every, first_of_each, numbers_of, only
+from tests.catalogue import (
+    CONFIGS,
+    GATE_CASES,
+    GATE_CONFIGS,
+    Divergence,
+    every,
+    first_of_each,
+    numbers_of,
+    only,
+)
 from tests.oracles import assert_close, lattice
 from tests.programs import jit_once, quick_jit
 
@@ -446,6 +455,21 @@ PROXIMAL = {
     "huber, mean": pj.Huber(delta=0.25, weights=5.0, reduction="mean"),
     "group lasso, mean": pj.GroupLasso(axis=(-1,), weights=3.0, reduction="mean"),
     "group lasso over all axes": 0.5 * pj.GroupLasso(axis=(0, 1)),
+    "l1 + l2": 0.5 * pj.L2(center=CENTER, reduction="mean") + 0.3 * pj.L1(weights=WEIGHTS),
+    "several of each": pj.ElasticNet(l1_ratio=0.7, weights=WEIGHTS)
+    + pj.L1(weights=0.2)
+    + 2.0 * (pj.L2(weights=WEIGHTS) + pj.ElasticNet(l1_ratio=0.2, reduction="mean"))
+    + pj.L2(center=CENTER, weights=0.3)
+    + pj.L1(reduction="mean"),
+    "huber + l1 + l2": pj.Huber(delta=0.25) + 0.2 * pj.L1() + pj.L2(center=0.4),
+    "sparse group lasso": pj.GroupLasso(axis=-1, reduction="mean")
+    + 0.3 * (pj.L1(weights=WEIGHTS) + pj.L2(center=CENTER)),
+}
+# Of which Powell's minimum is near.
+SEPARABLE = {
+    name: config
+    for name, config in PROXIMAL.items()
+    if not any(isinstance(part, pj.GroupLasso) for part in config.summands)
 }
 
 
@@ -488,8 +512,24 @@ def test_prox_is_the_minimum(config):
 
         found = optimize.minimize(objective, flat, method="Powell", options={"xtol": 1e-8})
         assert lowest <= found.fun + 1e-12
-        if not isinstance(config, pj.GroupLasso):
+        if config in SEPARABLE.values():
             assert_close(nearest, found.x, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("last", [pj.MCP(gamma=1.5, lam=0.7), pj.SCAD(a=2.5, lam=0.5)])
+def test_prox_of_a_sum_that_is_not_convex(last):
+    """None of a fine grid is lower."""
+    config, step_size = 0.5 * pj.L1() + last + pj.L2(center=-0.5, weights=0.1), 1.5
+    points, grid = np.linspace(-4, 4, 81), np.linspace(-5, 5, 5001)
+    with jax.enable_x64(True):
+        nearest = np.asarray(config.prox(points, step_size))
+
+        def total(z, v):
+            return 0.5 * (z - v) ** 2 + step_size * np.asarray(config.elementwise(z))
+
+        lowest = total(grid[:, None], points).min(0)
+        assert (total(nearest, points) <= lowest + 1e-12).all()
+    assert len(np.unique(nearest.round(6))) > 40
 
 
 def test_prox_about_a_numpy_center():
@@ -520,8 +560,11 @@ def test_prox_of_the_mean_over_an_axis():
 @pytest.mark.parametrize(
     "config",
     [
-        pj.L1() + pj.L2(),
         2.0 * pj.SmoothL0(gamma=1.0),
+        pj.L1() + pj.SmoothL0(gamma=1.0),
+        pj.L1() + pj.L2(center="mean"),
+        pj.Huber() + 0.5 * pj.MCP(gamma=2.0),
+        pj.GroupLasso(axis=0) + pj.L2(weights=np.ones(2)),
     ],
     ids=repr,
 )
@@ -653,6 +696,9 @@ def test_the_ends_of_a_schedule_are_in_range(make, message):
     ("call", "message"),
     [
         (lambda: pj.KLDivergence()(jnp.zeros(2)), r"KLDivergence takes 2 input\(s\), got 1"),
+        (lambda: pj.KLDivergence(inputs="hidden")(1.0, 2.0), "takes 4 to 6 inputs, got 2"),
+        (lambda: pj.GradientPenalty("f"), "GradientPenalty.f must be of type Callable"),
+        (lambda: pj.GradientPenalty(jnp.sum)(), "GradientPenalty takes 1 to 2 inputs, got 0"),
         (lambda: pj.L1()(jnp.zeros(2), jnp.ones(2, bool)), "a mask is passed as where="),
         (lambda: pj.l1([1.0, 2.0]), "x must be an array, got a list"),
         (
@@ -709,8 +755,231 @@ def test_divergences_from_logits(case):
         ),
         (lambda: pj.KLDivergence(inputs="probs"), "KLDivergence.inputs .*'logprobs', 'logits'"),
         (lambda: pj.KLDivergence(inputs="logits", temperature=0), "KLDivergence.temperature"),
+        (lambda: pj.Entropy(softcap=2.0), "Entropy.softcap needs inputs='hidden', got 2.0"),
+        (lambda: pj.CrossEntropy(inputs="logprobs"), "must be one of 'logits', 'hidden'"),
     ],
 )
 def test_options_of_logits(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# Of hidden states, and of labels.
+
+NAMES = ("hidden_p", "kernel_p", "bias_p", "hidden_q", "kernel_q", "bias_q")
+
+
+def heads():
+    """Hidden states, kernels and biases of two heads by name, labels and a mask."""
+    shapes = [(2, 6, 5), (5, 9), (9,), (2, 6, 4), (4, 9), (9,)]
+    arrays = {
+        n: np.float32(lattice(i, *s)) for i, (n, s) in enumerate(zip(NAMES, shapes, strict=True))
+    }
+    return arrays, np.arange(12).reshape(2, 6) % 9, np.arange(12).reshape(2, 6) % 5 != 0
+
+
+OF_HIDDEN = [
+    pj.KLDivergence("reverse"),
+    pytest.param(pj.JSDivergence(0.3), marks=pytest.mark.slow),
+    pytest.param(pj.AlphaDivergence(0.3), marks=pytest.mark.slow),
+    pj.Entropy(maximize=True),
+    pj.CrossEntropy(inputs="logits", z_loss=0.1),
+]
+
+
+@pytest.mark.parametrize("of_logits", OF_HIDDEN, ids=lambda config: type(config).__name__)
+def test_of_hidden_states(of_logits):
+    """With biases or without, as of the logits that they make; of trees of heads too."""
+    weights = np.linspace(-0.5, 1, 6, dtype=np.float32)
+    of_logits = dataclasses.replace(of_logits, inputs="logits", temperature=0.7, weights=weights)
+    of_hidden = dataclasses.replace(of_logits, inputs="hidden", softcap=3.0)
+    arrays, labels, mask = heads()
+    pairs = [NAMES[:3], NAMES[3:]][: 1 if of_hidden.takes[0] < 4 else 2]
+    extra = (labels,) if isinstance(of_logits, pj.CrossEntropy) else ()
+
+    @quick_jit
+    def values(arrays):
+        def logits(hidden, kernel, bias):
+            return 3 * jnp.tanh((arrays[hidden] @ arrays[kernel] + arrays[bias]) / 3)
+
+        inputs = [arrays[name] for pair in pairs for name in pair[:2]] + [*extra]
+        biases = [arrays[pair[2]] for pair in pairs]
+        trees = [{"a": x} for x in (*inputs, *biases)]
+        without = [0 * bias for bias in biases]
+        return [
+            (
+                of_hidden(*inputs, *biases, where=mask),
+                of_logits(*(logits(*p) for p in pairs), *extra, where=mask),
+            ),
+            (of_hidden(*trees, where=mask), of_hidden(*inputs, *biases, where=mask)),
+            (of_hidden(*inputs), of_hidden(*inputs, *without)),
+        ]
+
+    for actual, expected in values(arrays):
+        assert_close(actual, expected, rtol=1e-5)
+    assert pj.from_json(pj.to_json(of_hidden)) == of_hidden
+
+
+def test_a_distillation_is_two_terms():
+    arrays, labels, mask = heads()
+    of_both = {"inputs": "hidden", "softcap": (3.0, None)}
+    objective = pj.Objective(
+        terms={
+            "ce": pj.Term(
+                pj.CrossEntropy(inputs="hidden", z_loss=0.1, softcap=3.0),
+                on=("hidden_p", "kernel_p", "labels", "bias_p"),
+                where="mask",
+                weight=0.7,
+            ),
+            "kl": pj.Term(
+                pj.KLDivergence("reverse", temperature=2.0, **of_both),
+                on=("hidden_p", "kernel_p", "hidden_q", "kernel_q", "bias_p", "bias_q"),
+                where="mask",
+                weight=pj.anneal(0.0, 0.6, start=0, end=2),
+            ),
+        }
+    )
+
+    def ours(arrays):
+        return objective({**arrays, "labels": labels, "mask": mask}, step=1)
+
+    def fused(arrays):
+        biases = {name: arrays[name] for name in ("bias_p", "bias_q")}
+        heads = (arrays[name] for name in NAMES if name not in biases)
+        loss = pj.linear_distillation(
+            *heads, labels, **biases, z_loss=0.1, temperature=2.0, softcap=(3.0, None),
+            direction="reverse", cross_entropy_weight=0.7, kl_weight=0.3, where=mask,
+        )  # fmt: skip
+        return loss.total, {"ce": loss.cross_entropy, "kl": loss.kl}
+
+    both = [quick_jit(jax.value_and_grad(f, has_aux=True))(arrays) for f in (ours, fused)]
+    ((total, metrics), slopes), ((expected, parts), desired) = both
+    assert_close(total, expected, rtol=1e-6)
+    assert_close([metrics["ce"], metrics["kl"]], [parts["ce"], parts["kl"]], rtol=1e-6)
+    chex.assert_trees_all_close(slopes, desired, rtol=1e-5, atol=1e-7)
+
+
+# Magnitudes, gradients and gates.
+
+
+def test_magnitudes_of_trees():
+    tree = {"a": np.float32([[3.0, -3.0], [0.0, 0.0]]), "b": None, "c": np.float32([[1.0, 7.0]])}
+    where = {"a": np.array([[True, True], [False, False]]), "b": None, "c": True}
+    a, c = (3 - 1) ** 2, (5 - 1) ** 2
+    everything = (np.sqrt(4.5) - 1) ** 2
+    assert_close(pj.OutputMagnitude(axis=-1)(tree), (a + 1 + c) / 3)
+    assert_close(pj.OutputMagnitude(axis=-1)(tree, where=where), (a + c) / 2)
+    assert_close(pj.OutputMagnitude(axis=-1, reduction="sum")(tree, where=where), a + c)
+    assert_close(pj.OutputMagnitude()(tree), (everything + c) / 2)
+    assert_close(pj.OutputMagnitude()(tree, where=where), (a + c) / 2)
+    none = pj.OutputMagnitude(target=pj.anneal(0.0, 2.0, start=0, end=2), reduction="none").at(1)
+    chex.assert_trees_all_close(none(tree), {"a": everything, "b": None, "c": c}, rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [None, -1])
+def test_magnitudes_are_of_the_global_batch(axis):
+    """A tree in one go, and member by member, one of which has nothing included."""
+    tree = {"a": np.float32(lattice(0, 4, 2, 3)), "b": np.float32(lattice(1, 4, 1, 3))}
+    where = {"a": lattice(2, 4, 2, 3) > -0.3, "b": np.arange(4)[:, None, None] > 1}
+    config = pj.OutputMagnitude(axis=axis)
+    named = dataclasses.replace(config, axis_name="batch")
+    values = jax.vmap(lambda x, m: named(x, where=m), axis_name="batch")(tree, where)
+    assert_close(values, config(tree, where=where))
+
+
+def linear(weights, x):
+    return jnp.dot(weights["w"], x)
+
+
+def test_gradient_penalties_in_an_objective():
+    """Of a linear critic, whose gradient is its weights everywhere."""
+    w, target = np.array([3.0, 4.0]), 2.0
+    key = jax.random.key(0)
+    outputs = {"critic": {"w": jnp.array(w)}, "real": jnp.ones((4, 2)), "fake": jnp.zeros((4, 2))}
+    between = pj.InterpolatedGradientPenalty(linear, target_norm=ramp(0.0, 2 * target))
+    terms = {
+        "at": pj.Term(pj.GradientPenalty(linear), on=("critic", "real"), weight=0.5),
+        "between": pj.Term(between, on=("critic", "real", "fake", "key")),
+    }
+    objective = pj.Objective(terms=terms)
+
+    @jax.jit
+    def value(critic, key):
+        return objective({**outputs, "critic": critic, "key": key}, step=1)
+
+    (total, metrics), slope = jax.value_and_grad(value, has_aux=True)(outputs["critic"], key)
+    assert_close([metrics["at"], metrics["between"]], [(5 - 1) ** 2, (5 - target) ** 2])
+    assert_close(total, 0.5 * 16 + 9)
+    assert_close(slope["w"], (0.5 * 2 * 4 + 2 * 3) * w / 5)
+
+
+def test_gradient_penalties_of_functions():
+    def cube(x):
+        return jnp.sum(x**3)
+
+    a, b, key = np.float32(lattice(0, 4, 3)), np.float32(lattice(1, 4, 3)), jax.random.key(1)
+    norms = np.linalg.norm(3 * np.float64(a) ** 2, axis=-1)
+    assert_close(pj.GradientPenalty(cube, target_norm=0.5)(a), ((norms - 0.5) ** 2).mean())
+    expected = pj.interpolated_gradient_penalty(cube, a, b, key)
+    assert_close(pj.InterpolatedGradientPenalty(cube)(a, b, key), expected)
+    assert pj.GradientPenalty(cube) == pj.GradientPenalty(cube) != pj.GradientPenalty(jnp.sum)
+    with pytest.raises(ValueError, match="takes no where"):
+        pj.GradientPenalty(cube)(a, where=np.ones(4, bool))
+    with pytest.raises(TypeError, match=r"GradientPenalty\.f.*can't be serialised"):
+        pj.to_dict(pj.GradientPenalty(cube))
+
+
+@every(only(lambda case: case.name in GATE_CONFIGS, GATE_CASES))
+def test_a_gate_is_its_function(case):
+    logits, config = np.float32(lattice(0, 3, 5)), GATE_CONFIGS[case.name]
+    keys = [None, jax.random.key(0)] if case.is_a("random") else [None]
+    for key in keys:
+        options = {"key": key} if case.is_a("random") else {}
+        np.testing.assert_array_equal(config(logits, key), case.raw(logits, **options))
+    assert np.asarray(config(logits)).shape == logits.shape
+    assert config.at(3) == config
+
+
+def test_gates_are_annealed():
+    logits, key = np.float32(lattice(0, 3, 5)), jax.random.key(0)
+
+    @jit_once
+    def mask(gate, step):
+        return gate.at(step)(logits, key)
+
+    for final in (0.5, 1.5):
+        gate = pj.LogisticGate(temperature=ramp(1.0, final), hard=False)
+        expected = pj.logistic_gate(logits, key, temperature=(1 + final) / 2, hard=False)
+        assert_close(mask(gate, 1), expected)
+    with pytest.raises(TypeError, match=r"call \.at\(step\)"):
+        gate(logits)
+    step = pj.JumpReLUGate(threshold=ramp(0.0, 0.5)).at(1)
+    np.testing.assert_array_equal(step(logits) * logits, pj.jump_relu(logits, 0.25))
+    pushed = jax.grad(lambda gate: gate(logits).sum())(dataclasses.replace(step, bandwidth=1.0))
+    assert_close(pushed.threshold, -(abs(logits - 0.25) < 0.5).sum())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: pj.LogisticGate(temperature=0), "LogisticGate.temperature must be above 0"),
+        (lambda: pj.HardConcreteGate(low=0.1), "HardConcreteGate.low must be below 0, got 0.1"),
+        (lambda: pj.HardConcreteL0(high=1.0), "HardConcreteL0.high must be above 1, got 1.0"),
+        (lambda: pj.TopKGate(9)(jnp.ones(4)), "k must be from 1 to the size of the axis, 4, got 9"),
+    ],
+)
+def test_gates_out_of_range(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_expected_open_gates():
+    """The expectation of draws; separable, so that pytrees and masks are as of any penalty."""
+    penalty = pj.HardConcreteL0(temperature=0.5, low=-0.2, high=1.3, reduction="mean")
+    logits = np.float32([-1.0, 0.5, 2.0])
+    gates = pj.HardConcreteGate(temperature=0.5, low=-0.2, high=1.3)
+    drawn = gates(jnp.broadcast_to(logits, (100_000, 3)), jax.random.key(0))
+    assert_close(penalty.elementwise(logits), (np.asarray(drawn) > 0).mean(0), atol=1e-2)
+    halves = {"a": logits[:1], "b": np.append(logits[1:], np.float32(np.nan))}
+    where = {"a": True, "b": np.array([True, True, False])}
+    assert_close(penalty(halves, where=where), penalty.elementwise(logits).mean())

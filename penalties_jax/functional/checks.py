@@ -150,12 +150,12 @@ class Range(NamedTuple):
 
     Examples:
         >>> @pj.config
-        ... class Scaled(pj.Separable):
+        ... class Stretched(pj.Separable):
         ...     scale: float = pj.number(valid=pj.Range("above 0", lambda value: value > 0))
         ...     formula = staticmethod(lambda x, scale: jnp.abs(x) / scale)
-        >>> Scaled(0.0)
+        >>> Stretched(0.0)
         Traceback (most recent call last):
-        ValueError: Scaled.scale must be above 0, got 0.0
+        ValueError: Stretched.scale must be above 0, got 0.0
     """
 
     description: str

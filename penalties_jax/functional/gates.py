@@ -227,6 +227,7 @@ def top_k_gate(
     *,
     temperature: ArrayLike = 1.0,
     axis: int = -1,
+    hard: bool = True,
 ) -> Float[Array, "..."]:
     r"""Opens the k gates with the largest logits along an axis.
 
@@ -239,6 +240,8 @@ def top_k_gate(
         k: How many to open, an integer from 1 to the size of the axis.
         temperature: The $T$ of the derivative, above 0.
         axis: What the k gates are chosen along.
+        hard: Whether k gates are 1 and the others 0; if not, they are $k \operatorname{softmax}((a
+            + G) / T)$ themselves, of which one may be above 1.
 
     References:
         Kool, van Hoof & Welling (2019), Stochastic beams and where to find them: the
@@ -254,7 +257,7 @@ def top_k_gate(
     k = operator.index(k)
     if not 1 <= k <= size:
         raise ValueError(f"k must be from 1 to the size of the axis, {size}, got {k}")
-    return _top_k_gate(logits, key, temperature, k=k, axis=axis)
+    return _top_k_gate(logits, key, temperature, k=k, axis=axis, hard=hard)
 
 
 def _check_scale(like, **scale):
@@ -347,16 +350,18 @@ def _jump_relu(x, threshold, bandwidth):
     return jnp.where(x > threshold, x, 0)
 
 
-@partial(jax.jit, static_argnames=("k", "axis"))
-def _top_k_gate(logits, key, temperature, *, k, axis):
+@partial(jax.jit, static_argnames=("k", "axis", "hard"))
+def _top_k_gate(logits, key, temperature, *, k, axis, hard):
     (logits, temperature), *_ = lie_alike(promote(logits, temperature))
     noisy = _noisy(logits, key, jax.random.gumbel)
+    soft = k * jax.nn.softmax(noisy / temperature, axis)
+    if not hard:
+        return soft
     rows = jnp.moveaxis(noisy, axis, -1)
     _, chosen = lax.top_k(lax.stop_gradient(rows), k)
     # Row by row, since a scatter does not say how its result lies on a mesh.
-    hard = jnp.vectorize(
+    opened = jnp.vectorize(
         lambda chosen: jnp.zeros(rows.shape[-1], rows.dtype).at[chosen].set(1),
         signature="(k)->(n)",
     )(chosen)
-    soft = k * jax.nn.softmax(noisy / temperature, axis)
-    return _straight_through(jnp.moveaxis(hard, -1, axis), soft)
+    return _straight_through(jnp.moveaxis(opened, -1, axis), soft)

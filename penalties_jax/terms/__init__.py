@@ -4,6 +4,7 @@ from penalties_jax.terms import (
     base,
     constraints,
     divergences,
+    gates,
     importance,
     own,
     penalties,
@@ -14,6 +15,7 @@ from penalties_jax.terms import (
 from penalties_jax.terms.base import *
 from penalties_jax.terms.constraints import *
 from penalties_jax.terms.divergences import *
+from penalties_jax.terms.gates import *
 from penalties_jax.terms.importance import *
 from penalties_jax.terms.own import *
 from penalties_jax.terms.penalties import *
@@ -25,6 +27,7 @@ __all__ = []
 __all__ += base.__all__
 __all__ += constraints.__all__
 __all__ += divergences.__all__
+__all__ += gates.__all__
 __all__ += importance.__all__
 __all__ += own.__all__
 __all__ += penalties.__all__

@@ -2,10 +2,11 @@
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterable, Iterator
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import lax
 from jax.tree_util import Partial
@@ -34,11 +35,45 @@ __all__ = ["Penalty"]
 Numeric = Any
 
 
-class Penalty(Pytree):
+# Where a proximal operator stands in that of a sum.
+FIRST, BETWEEN, LAST = range(3)
+
+
+class ProximalPart(NamedTuple):
+    """What the proximal operator of a sum is made of, for one penalty and one array.
+
+    Attributes:
+        operator: The penalty's own, of a point and a step.
+        step: The step, with the penalty's weights.
+        order: `FIRST`, `BETWEEN` or `LAST`.
+        curvature: The second derivative of what is quadratic in step x penalty.
+        by_group: Whether the operator acts on groups of entries together.
+    """
+
+    operator: Callable[[Any, Any], Array]
+    step: Any
+    order: int
+    curvature: Any
+    by_group: bool
+
+
+class Config(Pytree):
+    """The base of what has hyperparameters that depend on the step."""
+
+    def at(self: Tree, step: ArrayLike) -> Tree:
+        """The same with every schedule replaced by its value at `step`."""
+        return resolve(self, step)
+
+    def _check_resolved(self):
+        if has_schedule(self):
+            raise TypeError(f"{self!r} holds a schedule: call .at(step) first")
+
+
+class Penalty(Config):
     """The base of all penalties, and of one of your own that is no sum over single values.
 
     A subclass is decorated with `pj.config`, has its hyperparameters as fields, and a method
-    `_value(self, inputs, where)`: from the tuple of inputs, arrays or pytrees, and a mask or None
+    `value(self, inputs, where)`: from the tuple of inputs, arrays or pytrees, and a mask or None
     to a scalar. For a sum over single values there is `pj.Separable`, for a function without a
     class `pj.Function`.
 
@@ -47,7 +82,7 @@ class Penalty(Pytree):
         ... class Range(pj.Penalty):
         ...     width: float = pj.number(default=1.0)
         ...
-        ...     def _value(self, inputs, where):
+        ...     def value(self, inputs, where):
         ...         (x,) = inputs
         ...         return jnp.maximum(jnp.ptp(x) - self.width, 0)
         >>> float(0.5 * Range(width=2.0)(jnp.array([-1.0, 4.0])))
@@ -63,6 +98,11 @@ class Penalty(Pytree):
     of_samples: ClassVar[bool] = False
     # The name of its metrics in a log.
     measured_as: ClassVar[str | None] = None
+
+    @property
+    def takes(self) -> range:
+        """How many inputs it may be given."""
+        return range(self._inputs, self._inputs + 1)
 
     @property
     def class_axis(self) -> int | None:
@@ -88,7 +128,7 @@ class Penalty(Pytree):
         """The penalty on arrays or pytrees of arrays.
 
         Args:
-            *inputs: What is penalised: one pytree, or the two that are compared. None and
+            *inputs: What is penalised: one pytree, or those that are compared. None and
                 `optax.MaskedNode` leaves are skipped.
             where: A mask for every array, or a pytree of masks like the first input.
 
@@ -126,9 +166,9 @@ class Penalty(Pytree):
     def _run(self, program, inputs, where):
         self._check_resolved()
         for node in self.summands:
-            if len(inputs) != node._inputs:
+            if len(inputs) not in node.takes:
                 raise TypeError(
-                    f"{type(node).__name__} takes {node._inputs} input(s), got {len(inputs)}"
+                    f"{type(node).__name__} takes {node._inputs_in_words()}, got {len(inputs)}"
                     + "; a mask is passed as where=" * node.takes_where
                 )
             if where is not None and not node.takes_where:
@@ -140,16 +180,16 @@ class Penalty(Pytree):
             run = program.__wrapped__ if _has_function(self) else program
             return run(penalty, inputs, where)
 
-    def at(self: Tree, step: ArrayLike) -> Tree:
-        """The same penalty with every schedule replaced by its value at `step`."""
-        return resolve(self, step)
-
     def elementwise(self, x: PyTree) -> PyTree:
         """The penalty of each value; NotImplementedError if it is no sum over single values."""
         raise NotImplementedError(f"{self!r} is not a sum over single values")
 
+    @public
     def prox(self, v: PyTree, step_size: ArrayLike) -> PyTree:
         r"""The proximal operator, $\arg\min_z \tfrac12 \lVert z - v \rVert^2 + t f(z)$.
+
+        A sum has one if its parts have, of which at most one is neither L1, L2 nor ElasticNet: that
+        of the others comes first. Beside a GroupLasso an L2 weighs all entries alike.
 
         Args:
             v: The point: an array or a pytree of arrays.
@@ -159,10 +199,16 @@ class Penalty(Pytree):
             NotImplementedError: If the penalty has none here.
             TypeError: If a hyperparameter still is a schedule.
             ValueError: If the penalty is not a scalar (reduction="none").
+
+        References:
+            Yu (2013), On decomposing the proximal map.
         """
-        have = [name for name, cls in TYPES.items() if getattr(cls, "_prox", None)]
-        raise NotImplementedError(
-            f"{self!r} has no proximal operator here; {', '.join(have)} have one"
+        self._check_resolved()
+        leaves, structure = jax.tree.flatten(v, is_leaf=is_absent)
+        parts = bare(self)._proximal_parts(leaves, structure, step_size)
+        return structure.unflatten(
+            leaf if is_absent(leaf) else self._composed(leaf, own)
+            for leaf, own in zip(leaves, parts, strict=True)
         )
 
     def against(self, reference: PyTree, *, stop_gradient: bool = True) -> "Penalty":
@@ -183,9 +229,34 @@ class Penalty(Pytree):
             0.0
         """
         for node in self.summands:
-            if node._inputs != 2:
-                raise TypeError(f"{node!r} takes {node._inputs} input(s): against binds one of two")
+            if 2 not in node.takes:
+                raise TypeError(f"{node!r} takes {node._inputs_in_words()}: against binds one of 2")
         return Against(self, reference, stop_gradient)
+
+    def _proximal_parts(self, leaves, structure, step_size):
+        """For each array those of the penalties that are added."""
+        raise self._without_prox()
+
+    def _without_prox(self):
+        have = ", ".join(name for name, cls in TYPES.items() if getattr(cls, "_prox", None))
+        return NotImplementedError(
+            f"{self!r} has no proximal operator here; {have} have one, and sums of L1, L2, "
+            "ElasticNet and at most one other"
+        )
+
+    def _composed(self, v, parts):
+        if sum(part.order == LAST for part in parts) > 1:
+            raise self._without_prox()
+        # With q = a/2 (z - c)^2 the operator of q + f is that of f / (1 + a), after that of q. And
+        # where f is even and grows with |z|, as norms of groups do, that of |z| + f is that of f,
+        # after that of |z|.
+        growth: Any = 1.0
+        for part in sorted(parts, key=lambda part: part.order):
+            if part.by_group and jnp.ndim(growth):
+                raise self._without_prox()
+            v = part.operator(v, part.step / growth)
+            growth = growth + part.curvature
+        return v
 
     def estimate(self) -> "Penalty":
         """What estimates it from log-probabilities of sampled tokens; itself if it is of entries.
@@ -231,15 +302,16 @@ class Penalty(Pytree):
     def _hyperparameters(self):
         return {field.name for field in fields(self)}
 
-    def _check_resolved(self):
-        if has_schedule(self):
-            raise TypeError(f"{self!r} holds a schedule: call .at(step) first")
+    def _inputs_in_words(self):
+        least, most = self.takes[0], self.takes[-1]
+        return f"{least} input(s)" if least == most else f"{least} to {most} inputs"
 
-    def _value(self, inputs, where):
+    def value(self, inputs: tuple[PyTree, ...], where: PyTree | None) -> PyTree:
+        """What a subclass is: the penalty of its inputs, as `__call__` hands them on."""
         raise NotImplementedError
 
     def _metrics(self, inputs, where):
-        return {"raw": self._value(inputs, where)}
+        return {"raw": self.value(inputs, where)}
 
     def __mul__(self, scale: Numeric) -> "Scaled":
         return NotImplemented if isinstance(scale, Penalty) else Scaled(self, scale)
@@ -258,16 +330,16 @@ class Penalty(Pytree):
 def check_one_input(label: str, penalty: Penalty) -> None:
     """Raises TypeError for a penalty that compares two inputs, where there is only one."""
     for node in penalty.summands:
-        if node._inputs != 1:
+        if 1 not in node.takes:
             raise TypeError(
-                f"{label} takes a penalty of one input, and {node!r} compares {node._inputs}: "
+                f"{label} takes a penalty of one input, and {node!r} compares {node.takes[0]}: "
                 "make it a term of an objective, pj.Term(..., on=(..., ...))"
             )
 
 
 @jax.jit
 def _evaluate(penalty, inputs, where):
-    return penalty._value(inputs, where)
+    return penalty.value(inputs, where)
 
 
 @jax.jit
@@ -353,15 +425,13 @@ class Scaled(Penalty):
         self._check_resolved()
         return self._times(self.penalty.elementwise(x))
 
-    @public
-    def prox(self, v: PyTree, step_size: ArrayLike) -> PyTree:
-        self._check_resolved()
-        return self.penalty.prox(v, self.scale * step_size)
-
     def estimate(self) -> Penalty:
         return self._with(penalty=self.penalty.estimate())
 
-    def _value(self, inputs, where):
+    def _proximal_parts(self, leaves, structure, step_size):
+        return self.penalty._proximal_parts(leaves, structure, self.scale * step_size)
+
+    def value(self, inputs, where):
         return self._times(self.penalty(*inputs, where=where))
 
     def _metrics(self, inputs, where):
@@ -392,7 +462,11 @@ class Sum(Penalty):
     def estimate(self) -> Penalty:
         return self._with(penalties=tuple(penalty.estimate() for penalty in self.penalties))
 
-    def _value(self, inputs, where):
+    def _proximal_parts(self, leaves, structure, step_size):
+        columns = (p._proximal_parts(leaves, structure, step_size) for p in self.penalties)
+        return [list(itertools.chain(*parts)) for parts in zip(*columns, strict=True)]
+
+    def value(self, inputs, where):
         return _add(penalty(*inputs, where=where) for penalty in self.penalties)
 
     def _metrics(self, inputs, where):
@@ -426,7 +500,7 @@ class Against(Penalty):
     def estimate(self) -> Penalty:
         return self._with(penalty=self.penalty.estimate())
 
-    def _value(self, inputs, where):
+    def value(self, inputs, where):
         return self.penalty(*inputs, self._reference(), where=where)
 
     def _metrics(self, inputs, where):

@@ -1,5 +1,7 @@
 """Divergences and their estimates."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, get_args
 
@@ -11,6 +13,7 @@ from penalties_jax._pytree import abstract, config, fields, number, option
 from penalties_jax.functional.checks import (
     ASCENDING,
     FINITE,
+    NONNEGATIVE,
     POSITIVE,
     UNIT,
     check_block_size,
@@ -24,6 +27,7 @@ from penalties_jax.terms.reduced import Reduced, parameters_of
 
 __all__ = [
     "AlphaDivergence",
+    "CrossEntropy",
     "Entropy",
     "JSDivergence",
     "KLDivergence",
@@ -33,12 +37,13 @@ __all__ = [
     "ZLoss",
 ]
 
-Inputs = Literal["logprobs", "logits"]
+Inputs = Literal["logprobs", "logits", "hidden"]
+Streamed = Literal["logits", "hidden"]
 
 
-def by_input(*functions: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    """The functions of a divergence by what they take, in the order of `Inputs`."""
-    return dict(zip(get_args(Inputs), functions, strict=True))
+def by_input(kinds: Any, *functions: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """The functions of a divergence by what they take, in the order of a `Literal`."""
+    return dict(zip(get_args(kinds), functions, strict=True))
 
 
 def not_of_samples(penalty: Penalty) -> ValueError:
@@ -47,12 +52,13 @@ def not_of_samples(penalty: Penalty) -> ValueError:
 
 
 @abstract
-class Divergence(Reduced):
-    """What divergences share: one function for each kind of input."""
+class OfClasses(Reduced):
+    """What is of distributions over classes: one function for each kind of input."""
 
-    inputs: Inputs = option(default="logprobs", choices=Inputs, kw_only=True)
+    inputs: Inputs = option(default="logits", choices=Inputs, kw_only=True)
     temperature: Numeric | None = number(default=None, valid=POSITIVE, kw_only=True)
-    axis: int = option(default=-1, kw_only=True)
+    softcap: Numeric | None = number(default=None, valid=POSITIVE, kw_only=True)
+    weights: Numeric = number(default=1.0, valid=FINITE, kw_only=True)
     block_size: int | None = option(default=None, kw_only=True)
     class_axis_name: AxisName | None = option(default=None, kw_only=True)
     reduction: Reduction = option(default="mean", choices=Reduction, kw_only=True)
@@ -70,7 +76,49 @@ class Divergence(Reduced):
                 continue
             value = getattr(self, field.name)
             if value is not None if field.default is None else value != field.default:
-                raise ValueError(f"{name}.{field.name} needs inputs={kinds[0]!r}, got {value!r}")
+                needed = " or ".join(map(repr, kinds))
+                raise ValueError(f"{name}.{field.name} needs inputs={needed}, got {value!r}")
+
+    @property
+    def takes(self) -> range:
+        needed, optional = self._arrays()
+        return range(len(needed), len(needed) + len(optional) + 1)
+
+    @property
+    def class_axis(self) -> int:
+        return -1
+
+    def estimate(self) -> Penalty:
+        raise not_of_samples(self)
+
+    def _pure(self):
+        return self._functions[self.inputs]
+
+    def _arrays(self):
+        """The names of its inputs: those that it needs, and biases, which follow them."""
+        own = {field.name for field in fields(self)}
+        needed, biases = arrays_of(self._pure())
+        return [name for name in needed if name not in own], biases
+
+    def _call(self, function, row, options):
+        needed, biases = self._arrays()
+        return function(**dict(zip([*needed, *biases], row, strict=False)), **options)
+
+
+@functools.cache
+def arrays_of(function: Callable[..., Any]) -> tuple[list[str], list[str]]:
+    """The names of what a function has to be given by position, and of biases it may be."""
+    parameters = inspect.signature(function).parameters.values()
+    needed = [x.name for x in parameters if x.default is x.empty]
+    return needed, [x.name for x in parameters if x.name.startswith("bias")]
+
+
+@abstract
+class Divergence(OfClasses):
+    """What divergences share."""
+
+    inputs: Inputs = option(default="logprobs", choices=Inputs, kw_only=True)
+    axis: int = option(default=-1, kw_only=True)
 
     @property
     def class_axis(self) -> int:
@@ -78,13 +126,7 @@ class Divergence(Reduced):
 
     @property
     def of_distributions(self) -> bool:
-        return self.inputs == "logprobs" and self._inputs == 2
-
-    def estimate(self) -> Penalty:
-        raise not_of_samples(self)
-
-    def _pure(self):
-        return self._functions[self.inputs]
+        return self.inputs == "logprobs" and len(self.takes) == 1 and 2 in self.takes
 
 
 @config
@@ -96,9 +138,12 @@ class KLDivergence(Divergence):
 
     Attributes:
         direction: As in `pj.kl_divergence`.
-        inputs: "logprobs", or "logits" for `pj.kl_from_logits`.
-        temperature, block_size, class_axis_name: As in `pj.kl_from_logits`, and for logits only.
-        axis, reduction, axis_name: As in `pj.kl_divergence`; the axis of logits is the last.
+        inputs: "logprobs"; "logits" for `pj.kl_from_logits`; or "hidden" for `pj.linear_kl`, of
+            inputs (hidden_p, kernel_p, hidden_q, kernel_q), and bias_p and bias_q if there are any.
+        temperature, softcap, block_size, class_axis_name: As in `pj.linear_kl`, and not for
+            log-probabilities; softcap for hidden states only.
+        axis, weights, reduction, axis_name: As in `pj.kl_divergence`; the axis of logits is the
+            last.
 
     Examples:
         >>> log_p, log_q = jnp.log(jnp.array([0.75, 0.25])), jnp.log(jnp.array([0.5, 0.5]))
@@ -108,8 +153,9 @@ class KLDivergence(Divergence):
 
     direction: Direction = option(default="forward", choices=Direction)
 
-    _functions = by_input(functional.kl_divergence, functional.kl_from_logits)
-    _inputs = 2
+    _functions = by_input(
+        Inputs, functional.kl_divergence, functional.kl_from_logits, functional.linear_kl
+    )
     measured_as = "kl"
 
     def estimate(self) -> Penalty:
@@ -124,9 +170,8 @@ class JSDivergence(Divergence):
 
     Attributes:
         mixture: As in `pj.js_divergence`.
-        inputs: "logprobs", or "logits" for `pj.js_from_logits`.
-        temperature, block_size, class_axis_name, axis, reduction, axis_name: As in
-            `pj.KLDivergence`.
+        inputs, temperature, softcap, block_size, class_axis_name: As in `pj.KLDivergence`.
+        axis, weights, reduction, axis_name: As in `pj.KLDivergence`.
 
     Examples:
         >>> log_p, log_q = jnp.log(jnp.array([1.0, 0.0])), jnp.log(jnp.array([0.0, 1.0]))
@@ -136,8 +181,9 @@ class JSDivergence(Divergence):
 
     mixture: Numeric = number(default=0.5, valid=UNIT)
 
-    _functions = by_input(functional.js_divergence, functional.js_from_logits)
-    _inputs = 2
+    _functions = by_input(
+        Inputs, functional.js_divergence, functional.js_from_logits, functional.linear_js
+    )
 
 
 @config
@@ -146,8 +192,8 @@ class AlphaDivergence(Divergence):
 
     Attributes:
         alpha: As in `pj.alpha_divergence`.
-        inputs, temperature, block_size, class_axis_name, axis, reduction, axis_name: As in
-            `pj.KLDivergence`.
+        inputs, temperature, softcap, block_size, class_axis_name: As in `pj.KLDivergence`.
+        axis, weights, reduction, axis_name: As in `pj.KLDivergence`.
 
     Examples:
         >>> round(float(pj.AlphaDivergence(alpha=0.0)(*jnp.log(jnp.array([[0.5], [1.0]])))), 4)
@@ -156,8 +202,9 @@ class AlphaDivergence(Divergence):
 
     alpha: Numeric = number(valid=FINITE)
 
-    _functions = by_input(functional.alpha_divergence, functional.alpha_from_logits)
-    _inputs = 2
+    _functions = by_input(
+        Inputs, functional.alpha_divergence, functional.alpha_from_logits, functional.linear_alpha
+    )
 
 
 @config
@@ -167,8 +214,10 @@ class Entropy(Divergence):
     Attributes:
         temperature, normalize: As in `pj.entropy`.
         maximize: Whether it is -H, whose minimum is the uniform distribution.
-        inputs: "logprobs", or "logits" for `pj.entropy_from_logits`.
-        block_size, class_axis_name, axis, reduction, axis_name: As in `pj.KLDivergence`.
+        inputs: "logprobs"; "logits" for `pj.entropy_from_logits`; or "hidden" for
+            `pj.linear_entropy`, of inputs (hidden, kernel), and bias if there is one.
+        softcap, block_size, class_axis_name, axis, weights, reduction, axis_name: As in
+            `pj.KLDivergence`.
 
     Examples:
         >>> round(float(pj.Entropy(maximize=True)(jnp.log(jnp.array([0.5, 0.5])))), 4)
@@ -179,7 +228,9 @@ class Entropy(Divergence):
     maximize: bool = option(default=False, kw_only=True)
     normalize: bool = option(default=False, kw_only=True)
 
-    _functions = by_input(functional.entropy, functional.entropy_from_logits)
+    _functions = by_input(
+        Inputs, functional.entropy, functional.entropy_from_logits, functional.linear_entropy
+    )
     measured_as = "entropy"
 
     def estimate(self) -> Penalty:
@@ -188,9 +239,37 @@ class Entropy(Divergence):
             return super().estimate()
         return SampledEntropy(self.maximize, **options)
 
-    def _value(self, inputs, where):
-        value = super()._value(inputs, where)
+    def value(self, inputs, where):
+        value = super().value(inputs, where)
         return jax.tree.map(jnp.negative, value) if self.maximize else value
+
+
+@config
+class CrossEntropy(OfClasses):
+    r"""The cross entropy of labels: `pj.cross_entropy_from_logits` as a config.
+
+    Attributes:
+        inputs: "logits" of inputs (logits, labels), or "hidden" for `pj.linear_cross_entropy`, of
+            (hidden, kernel, labels), and bias if there is one.
+        z_loss: As in `pj.linear_cross_entropy`.
+        temperature, softcap, block_size, class_axis_name, weights, reduction, axis_name: As in
+            `pj.KLDivergence`.
+
+    Examples:
+        >>> logits, labels = jnp.array([[0.0, 1.0]]), jnp.array([1])
+        >>> round(float(pj.CrossEntropy()(logits, labels)), 4)
+        0.3133
+        >>> of_hidden = pj.CrossEntropy(inputs="hidden", z_loss=1e-4)
+        >>> round(float(of_hidden(jnp.ones((1, 1)), logits, labels)), 4)
+        0.3134
+    """
+
+    inputs: Streamed = option(default="logits", choices=Streamed, kw_only=True)
+    z_loss: Numeric = number(default=0.0, valid=NONNEGATIVE, kw_only=True)
+
+    _functions = by_input(
+        Streamed, functional.cross_entropy_from_logits, functional.linear_cross_entropy
+    )
 
 
 @config
@@ -280,7 +359,7 @@ class ZLoss(Reduced):
     """The square of the log-normaliser of logits: `pj.z_loss` as a config.
 
     Attributes:
-        block_size, class_axis_name, reduction, axis_name: As in `pj.z_loss`.
+        block_size, class_axis_name, weights, reduction, axis_name: As in `pj.z_loss`.
 
     Examples:
         >>> round(float(pj.ZLoss()(jnp.log(jnp.array([[1.0, 2.0]])))), 4)
@@ -289,6 +368,7 @@ class ZLoss(Reduced):
 
     block_size: int | None = option(default=None, kw_only=True)
     class_axis_name: AxisName | None = option(default=None, kw_only=True)
+    weights: Numeric = number(default=1.0, valid=FINITE, kw_only=True)
     reduction: Reduction = option(default="mean", choices=Reduction, kw_only=True)
 
     _function = staticmethod(functional.z_loss)

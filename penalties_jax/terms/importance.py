@@ -67,7 +67,7 @@ class ImportanceMinimality(Penalty):
     def elementwise(self, x: PyTree) -> PyTree:
         raise TypeError("ImportanceMinimality is no per-value penalty: pass its .penalty")
 
-    def _value(self, inputs, where):
+    def value(self, inputs, where):
         (importances,) = inputs
         return self.parts(importances, where=where).total
 

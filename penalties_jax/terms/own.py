@@ -124,19 +124,18 @@ class Function(OfFunction):
         _construct(self, function, numbers or {}, named)
 
     @property
-    def _inputs(self) -> int:
+    def takes(self) -> range:
         parameters = inspect.signature(self.function).parameters.values()
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        return sum(
-            p.kind in positional and p.name not in self.numbers and p.default is p.empty
-            for p in parameters
-        )
+        inputs = [x for x in parameters if x.kind in positional and x.name not in self.numbers]
+        needed = sum(x.default is x.empty for x in inputs)
+        return range(needed, len(inputs) + 1)
 
     @property
     def takes_where(self) -> bool:
         return False
 
-    def _value(self, inputs, where):
+    def value(self, inputs, where):
         del where  # none
         value = self.function(*inputs, **self.numbers)
         if jax.tree.structure(value) != jax.tree.structure(0) or jnp.ndim(value):

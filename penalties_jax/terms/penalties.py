@@ -1,19 +1,16 @@
 """Penalties on values."""
 
-from functools import partial
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from penalties_jax import functional
 from penalties_jax._pytree import config, number, option
 from penalties_jax.functional.checks import ABOVE_ONE, ABOVE_TWO, NONNEGATIVE, POSITIVE, UNIT
 from penalties_jax.functional.derivatives import Axis
-from penalties_jax.terms.base import Numeric, Penalty
-from penalties_jax.terms.reduced import Separable, Weighted
+from penalties_jax.terms.base import BETWEEN, FIRST, Numeric, Penalty
+from penalties_jax.terms.reduced import Separable, Weighted, groups
 
 __all__ = [
     "L1",
@@ -48,6 +45,7 @@ class L1(Separable):
 
     _function = staticmethod(functional.l1)
     _prox = staticmethod(functional.prox_l1)
+    _order = BETWEEN
     measured_as = "l1"
 
 
@@ -71,6 +69,7 @@ class L2(Separable):
 
     _function = staticmethod(functional.l2)
     _prox = staticmethod(functional.prox_l2)
+    _order = FIRST
     measured_as = "l2"
 
     def elementwise(self, x: PyTree) -> PyTree:
@@ -78,10 +77,13 @@ class L2(Separable):
             return Penalty.elementwise(self, x)
         return super().elementwise(x)
 
-    def prox(self, v: PyTree, step_size: ArrayLike) -> PyTree:
+    def _proximal_parts(self, leaves, structure, step_size):
         if isinstance(self.center, str) or self.clip is not None:
-            return Penalty.prox(self, v, step_size)
-        return super().prox(v, step_size)
+            raise self._without_prox()
+        return super()._proximal_parts(leaves, structure, step_size)
+
+    def _curvature(self, step):
+        return 2 * step
 
 
 @config
@@ -101,6 +103,10 @@ class ElasticNet(Separable):
 
     _function = staticmethod(functional.elastic_net)
     _prox = staticmethod(functional.prox_elastic_net)
+    _order = BETWEEN
+
+    def _curvature(self, step):
+        return 2 * step * (1 - self.l1_ratio)
 
 
 @config
@@ -238,9 +244,7 @@ class GroupLasso(Weighted):
     _prox = staticmethod(functional.prox_group_lasso)
 
     def _included(self, x, where):
-        in_group = partial(jnp.any, axis=self.axis)
-        included = None if where is None else in_group(jnp.broadcast_to(where, jnp.shape(x)))
-        return jax.eval_shape(in_group, x).shape, included
+        return groups(x, where, self.axis)
 
 
 @config

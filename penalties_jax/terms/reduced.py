@@ -8,11 +8,11 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 from penalties_jax._pytree import abstract, fields, number, option
-from penalties_jax.functional.checks import NONNEGATIVE, bare, public
+from penalties_jax.functional.checks import NONNEGATIVE, public
+from penalties_jax.functional.derivatives import Axis
 from penalties_jax.functional.reduction import (
     AxisName,
     Reduction,
@@ -23,7 +23,7 @@ from penalties_jax.functional.reduction import (
     spread,
     summary,
 )
-from penalties_jax.terms.base import Numeric, Penalty, is_absent
+from penalties_jax.terms.base import LAST, Numeric, Penalty, ProximalPart, is_absent
 
 __all__ = ["Separable"]
 
@@ -41,7 +41,7 @@ class Reduced(Penalty):
         """The function."""
         return type(self)._function
 
-    def _value(self, inputs, where):
+    def value(self, inputs, where):
         structure = jax.tree.structure(inputs[0], is_leaf=is_absent)
         rows = list(
             zip(*(leaves_by_name("an input", tree, structure) for tree in inputs), strict=True)
@@ -58,12 +58,12 @@ class Reduced(Penalty):
             )
         present = [leaf for leaf in leaves if not is_absent(leaf[1][0])]
         totals = [member._of_arrays(row, mask, "sum") for member, row, mask in present]
-        counts = [count(*self._included(row[0], mask)) for _, row, mask in present]
+        counts = [self._count(row[0], mask) for _, row, mask in present]
         return add_up(totals, counts, reduction=self.reduction, axis_name=self.axis_name)
 
     def _metrics(self, inputs, where):
         structure = jax.tree.structure(inputs[0], is_leaf=is_absent)
-        values = self._with(reduction="none")._value(inputs, where)
+        values = self._with(reduction="none").value(inputs, where)
         masks = [
             self._included(x, mask)[1]
             for x, mask in zip(
@@ -79,7 +79,10 @@ class Reduced(Penalty):
         """The function of one array of each input."""
         function = self._pure()
         options = {"reduction": reduction, "where": where, "axis_name": self.axis_name}
-        return function(*row, **self._numbers_of(function), **options)
+        return self._call(function, row, self._numbers_of(function) | options)
+
+    def _call(self, function, row, options):
+        return function(*row, **options)
 
     def _numbers_of(self, function):
         """The fields that a function takes; one that is None is left to its default."""
@@ -94,7 +97,11 @@ class Reduced(Penalty):
             del shape[self.class_axis]
         return tuple(shape), where
 
-    def _members(self, structure) -> Sequence["Reduced"]:
+    def _count(self, x, where):
+        """How many values a mean over one array divides by."""
+        return count(*self._included(x, where))
+
+    def _members(self, structure) -> Sequence[Any]:
         """One config for each array: numbers given as pytrees like the input are dealt out."""
         columns = {
             field.name: spread(field.name, getattr(self, field.name), structure)
@@ -105,6 +112,13 @@ class Reduced(Penalty):
             self._with(**{name: column[i] for name, column in columns.items()})
             for i in range(structure.num_leaves)
         ]
+
+
+def groups(x: Any, where: Any, axis: Axis | None) -> tuple[tuple[int, ...], Any]:
+    """The shape of what is left of an array along an axis, or axes, and what has an entry there."""
+    in_group = functools.partial(jnp.any, axis=axis)
+    included = None if where is None else in_group(jnp.broadcast_to(where, jnp.shape(x)))
+    return jax.eval_shape(in_group, x).shape, included
 
 
 @functools.cache
@@ -120,28 +134,33 @@ class Weighted(Reduced):
     weights: Numeric = number(default=1.0, valid=NONNEGATIVE, kw_only=True)
 
     _prox: ClassVar[Callable[..., Array] | None] = None
+    _order: ClassVar[int] = LAST
+    _by_group: ClassVar[bool] = True
 
-    @public
-    def prox(self, v: PyTree, step_size: ArrayLike) -> PyTree:
+    def _proximal_parts(self, leaves, structure, step_size):
         operator = type(self)._prox
         if operator is None:
-            return super().prox(v, step_size)
-        self._check_resolved()
+            raise self._without_prox()
         if self.reduction == "none":
             raise ValueError('prox needs a scalar penalty: reduction must be "sum" or "mean"')
-        self = bare(self)
-        leaves, structure = jax.tree.flatten(v, is_leaf=is_absent)
         if self.reduction == "mean":
             present = [leaf for leaf in leaves if not is_absent(leaf)]
-            total = sum(count(*self._included(leaf, None)) for leaf in present)
+            total = sum(self._count(leaf, None) for leaf in present)
             members = 1 if self.axis_name is None else lax.psum(1, self.axis_name)
             step_size = step_size / max(total * members, 1)
-        return structure.unflatten(
-            leaf
-            if is_absent(leaf)
-            else operator(leaf, step_size * member.weights, **member._numbers_of(operator))
+        return [
+            [] if is_absent(leaf) else [member._proximal_part(operator, step_size)]
             for member, leaf in zip(self._members(structure), leaves, strict=True)
-        )
+        ]
+
+    def _proximal_part(self, operator, step_size):
+        step = step_size * self.weights
+        operator = functools.partial(operator, **self._numbers_of(operator))
+        return ProximalPart(operator, step, self._order, self._curvature(step), self._by_group)
+
+    def _curvature(self, step):
+        del step  # nothing in it is quadratic
+        return 0.0
 
 
 class PerValue(NamedTuple):
@@ -177,14 +196,14 @@ class Separable(Weighted):
 
     Examples:
         >>> @pj.config
-        ... class Tanh(pj.Separable):
+        ... class Cauchy(pj.Separable):
         ...     gamma: float = pj.number(default=1.0)
         ...
         ...     @staticmethod
         ...     def formula(x, gamma):
-        ...         return jnp.tanh(jnp.abs(x) / gamma)
-        >>> round(float(Tanh(gamma=2.0)(jnp.array([0.0, -2.0]))), 4)
-        0.7616
+        ...         return jnp.log1p((x / gamma) ** 2)
+        >>> round(float(Cauchy(gamma=2.0)(jnp.array([0.0, -2.0]))), 4)
+        0.6931
     """
 
     formula: ClassVar[Callable[..., Array] | None] = None
@@ -213,6 +232,8 @@ class Separable(Weighted):
         options = {f.name for f in fields(self) if f.metadata.get("option")} & numbers.keys()
         given = tuple((name, numbers.pop(name)) for name in sorted(options))
         return PerValue(formula, given), numbers, 0.0
+
+    _by_group = False
 
     @public
     def elementwise(self, x: PyTree) -> PyTree:

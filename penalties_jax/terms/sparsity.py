@@ -47,11 +47,11 @@ class SparsityTarget(Reduced):
 
     _function = staticmethod(functional.sparsity_target_loss)
 
-    def _value(self, inputs, where):
+    def value(self, inputs, where):
         if not self.from_mask:
-            return super()._value(inputs, where)
+            return super().value(inputs, where)
         of_rates, rates, included = self._of_rates(inputs, where)
-        return of_rates._value((rates,), included)
+        return of_rates.value((rates,), included)
 
     def _metrics(self, inputs, where):
         of_rates, rates, included = self._of_rates(inputs, where)
@@ -59,8 +59,8 @@ class SparsityTarget(Reduced):
         mean = L1(reduction="mean", axis_name=of_rates.axis_name)
         return {
             **super(SparsityTarget, of_rates)._metrics((rates,), included),
-            "rate": mean._value((rates,), included),
-            "target": mean._with(weights=of_rates.target)._value((ones,), included),
+            "rate": mean.value((rates,), included),
+            "target": mean._with(weights=of_rates.target).value((ones,), included),
         }
 
     def _of_rates(self, inputs, where):

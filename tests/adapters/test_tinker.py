@@ -103,7 +103,7 @@ OF_CLASSES = {
 
 
 def term(penalty, weight=1.0):
-    inputs = penalty._inputs
+    inputs = penalty.takes[0]
     return pj.Term(penalty, on=("logprobs", "reference")[:inputs], weight=weight)
 
 

@@ -9,6 +9,8 @@ from tests.functional.test_streaming import (  # noqa: F401
     test_accuracy_by_the_true_divergence,
     test_an_excluded_position_may_hold_anything,
     test_classes_sharded_over_devices,
+    test_cross_entropy_from_logits,
+    test_cross_entropy_of_classes_sharded_over_devices,
     test_edges_are_those_of_the_log_probability_functions,
     test_exported_for_any_number_of_positions,
     test_hessians,

@@ -334,6 +334,33 @@ def test_derivatives_in_weights_and_temperature(x64):
     assert_close(total, 0.7 * loss.cross_entropy + 0.3 * loss.kl, rtol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["linear_kl", "linear_cross_entropy"])
+def test_weights_of_positions(name, x64):
+    """Of either sign, 0 or left out; each gets the gradient that is its value."""
+    head = HEADS[name]
+    arrays, labels, mask = data(np.float64)
+    weights = np.where(mask, np.linspace(-1, 2, mask.size).reshape(mask.shape).round(1), np.nan)
+    direction, entries = oracles.lattice(3, *arrays[0].shape), head.oracle(arrays, labels)
+
+    def ours(weights, distance, reduction):
+        moved = [arrays[0] + distance * direction, *arrays[1:]]
+        values = head.call(moved, labels, weights=weights, where=mask, reduction=reduction)
+        return jnp.sum(values), values
+
+    def exact(distance):
+        moved = [arrays[0] + distance * direction, *arrays[1:]]
+        return np.sum((weights * head.oracle(moved, labels))[mask])
+
+    both = quick_jit(jax.value_and_grad(ours, (0, 1), has_aux=True), static_argnums=2)
+    for reduction, count in (("none", 1), ("sum", 1), ("mean", mask.sum())):
+        (total, values), (by_weights, along) = both(weights, 0.0, reduction)
+        assert_close(total, exact(0) / count, rtol=1e-11)
+        assert_close(by_weights, np.where(mask, entries, 0) / count, rtol=1e-11)
+        assert_close(along, (exact(1e-5) - exact(-1e-5)) / 2e-5 / count, rtol=1e-7)
+        if reduction == "none":
+            assert_close(values, np.where(mask, weights * entries, 0), rtol=1e-11)
+
+
 def test_an_excluded_position_may_hold_anything():
     arrays, labels, mask = data()
     kept, slopes = jax.value_and_grad(lambda h: kl([h, *arrays[1:]], labels, where=mask))(

@@ -34,7 +34,7 @@ from tests.programs import quick_jit
 every_case = every(STRUCTURES)
 every_function = every(FUNCTIONS)
 KINDS = first_of_each(lambda case: (type(case.entry), case.by_row, case.inputs), FUNCTIONS)
-every_penalty = every(only(lambda case: isinstance(case.entry, Penalty), STRUCTURES))
+every_weighted = every(only(lambda case: "weights" in case.parameters, STRUCTURES))
 properties = hypothesis.settings(deadline=None, max_examples=10, derandomize=True, database=None)
 
 
@@ -202,16 +202,16 @@ def test_half_precision_accumulates_in_float32():
         assert F.l1(x, weights=jnp.asarray(0.5, dtype)) == 60_000
 
 
-@every_penalty
+@every_weighted
 def test_weights(case, x64):
-    (x,), mask, weights = case.data(), case.mask(), lattice(9, *case.mask_shape)
-    entries = case.reduced_entries(x, reduction="none", where=mask)
+    inputs, mask, weights = case.data(), case.mask(), lattice(9, *case.mask_shape)
+    entries = case.reduced_entries(*inputs, reduction="none", where=mask)
 
     @quick_jit
     def everything(weights):
         def reduced(reduction):
             return lambda weights: case.call(
-                x, weights=weights, reduction=reduction, where=case.where(mask)
+                *inputs, weights=weights, reduction=reduction, where=case.where(mask)
             )
 
         return (
@@ -346,7 +346,7 @@ def test_a_mask_that_does_not_fit_shows_both_shapes(case, shape):
         jax.jit(lambda *x: case.call(*x, where=jnp.ones(shape, bool)))(*case.data())
 
 
-@every_penalty
+@every_weighted
 @pytest.mark.parametrize("shape", [(2,), (4, 8, 3, 5)], ids=str)
 def test_weights_that_do_not_fit_show_both_shapes(case, shape):
     own, masks = (re.escape(str(x)) for x in (shape, case.mask_shape))
@@ -373,7 +373,7 @@ def test_signatures(case):
     """Plain functions, whose options are keywords, the shared ones the same everywhere."""
     assert inspect.isfunction(case.function)
     assert pickle.loads(pickle.dumps(case.function)) is case.function
-    shared = SHARED
+    shared = SHARED | ({"weights": 1.0} if "weights" in case.parameters else {})
     if isinstance(case.entry, Penalty):
         shared = {"weights": 1.0} | SHARED | {"reduction": "sum"}
     found = {name: case.parameters[name] for name in shared if case.reduced}

@@ -446,3 +446,77 @@ def test_one_program_for_all_platforms():
 def test_forward_mode_is_refused():
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(F.entropy_from_logits, (jnp.ones(3),), (jnp.ones(3),))
+
+
+# A cross entropy, which takes labels too.
+
+
+def surprise(z, labels, weights, z_loss, temperature):
+    """The weighted cross entropy and z-loss of each row; a label that is no class has none."""
+    z = z / temperature
+    normaliser = special.logsumexp(z, axis=-1)
+    chosen = np.take_along_axis(z, np.maximum(labels, 0)[..., None], -1)[..., 0]
+    return weights * (np.where(labels < 0, 0, normaliser - chosen) + z_loss * normaliser**2)
+
+
+def test_cross_entropy_from_logits(x64):
+    """Value and gradients, by differences, in blocks that don't divide the rows."""
+    random = np.random.default_rng(0)
+    z, labels = random.normal(size=(2, 3, 7)), np.array([[0, 6, 2], [-1, 3, 3]])
+    mask, numbers = np.array([[True, False, True], [True, True, True]]), (0.3, 0.7)
+    spoilt, weights = np.where(mask[..., None], z, np.nan), np.array([-0.5, 0.0, 2.0])
+
+    def value(z, labels, weights, numbers):
+        options = {"where": mask, "block_size": 2, "weights": weights}
+        z_loss, temperature = numbers
+        return F.cross_entropy_from_logits(
+            z, labels, z_loss=z_loss, temperature=temperature, **options
+        )
+
+    def exact(z, weights, numbers):
+        return surprise(z, labels, weights, *numbers)[mask].sum() / mask.sum()
+
+    both = quick_jit(jax.value_and_grad(value, (0, 2, 3)))
+    ours, slopes = both(spoilt, labels, weights, numbers)
+    assert_close(ours, exact(z, weights, numbers), rtol=1e-12)
+    assert_close(
+        slopes[0], gradient(lambda z: exact(z, weights, numbers), z), rtol=1e-7, atol=1e-10
+    )
+    assert_close(
+        slopes[1], gradient(lambda w: exact(z, w, numbers), weights), rtol=1e-8, atol=1e-10
+    )
+    assert_close(slopes[2], gradient(lambda n: exact(z, weights, n), np.array(numbers)), rtol=1e-7)
+    assert float(F.cross_entropy_from_logits(np.float32([-1e30, 1e30]), np.int8(1))) == 0
+
+
+def test_cross_entropy_of_classes_sharded_over_devices():
+    mesh = jax.make_mesh((2, 4), ("rows", "classes"), axis_types=(AxisType.Auto,) * 2)
+    z, labels = rows(64, 1.0, count=6)[0], np.array([0, 17, 33, 63, -1, 32])
+    weights = np.linspace(0.5, 2, 6, dtype=np.float32)
+
+    def value(z, labels, weights, **names):
+        return F.cross_entropy_from_logits(z, labels, weights=weights, z_loss=0.1, **names)
+
+    sharded = jax.shard_map(
+        partial(value, axis_name="rows", class_axis_name="classes"),
+        mesh=mesh,
+        in_specs=(P("rows", "classes"), P("rows"), P("rows")),
+        out_specs=P(),
+    )
+    ours, slopes = quick_jit(jax.value_and_grad(sharded, (0, 2)))(z, labels, weights)
+    exact = surprise(np.float64(z), labels, np.float64(weights), 0.1, 1.0)
+    assert_close(ours, exact.mean())
+    assert_close(slopes[1], exact / weights / 6)
+    assert_close(slopes[0], jax.grad(value)(z, labels, weights), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (np.ones(2), TypeError, "labels must be integers, got float"),
+        (np.ones((2, 4), int), ValueError, r"labels must have shape \(2,\).*\(2, 4\)"),
+    ],
+)
+def test_bad_labels(labels, error, message):
+    with pytest.raises(error, match=message):
+        F.cross_entropy_from_logits(jnp.zeros((2, 4)), labels)

@@ -123,12 +123,12 @@ def sum_of_parts(
     """
     _check_heads(heads)
     check_labels(jnp.shape(heads[0].hidden)[:-1], **labels)
-    formulas, weights, parameters = zip(*parts, strict=True)
+    formulas, shares, parameters = zip(*parts, strict=True)
     for formula, numbers in zip(formulas, parameters, strict=True):
         check_parameters(formula, numbers)
     options.check()
     classes = next(iter(labels.values()), None)
-    return _evaluate(formulas, weights, parameters, tuple(heads), classes, **options._asdict())
+    return _evaluate(formulas, shares, parameters, tuple(heads), classes, **options._asdict())
 
 
 def _check_heads(heads):
@@ -164,7 +164,7 @@ def _check_heads(heads):
 )
 def _evaluate(
     formulas,
-    weights,
+    shares,
     parameters,
     heads,
     labels,
@@ -174,9 +174,11 @@ def _evaluate(
     reduction,
     axis_name,
     class_axis_name,
+    weights,
 ):
     positions = heads[0].hidden.shape[:-1]
     check_where(where, positions)
+    check_fits(positions, weights=weights)
     dtype = wide(*(head.hidden for head in heads))
     heads = tuple(
         jax.tree.map(_as_factor, head)._replace(
@@ -189,9 +191,9 @@ def _evaluate(
         for formula, own in zip(formulas, parameters, strict=True)
     )
     included = jnp.broadcast_to(True if where is None else where, positions)
-    (hidden, numbers), (weights, labels, included), shared = lie_alike(
+    (hidden, numbers), (shares, labels, included, weights), shared = lie_alike(
         ([head.hidden for head in heads], numbers),
-        (weights, labels, included),
+        (shares, labels, included, jnp.asarray(weights, dtype)),
         [_of_all_rows(head) for head in heads],
         axis=-1,
     )
@@ -202,19 +204,19 @@ def _evaluate(
         numbers = jax.tree.map(lambda x: x if x.size == 1 else jnp.where(entries, x, 1), numbers)
     walk = Walk(block_size, class_axis_name)
     inputs = Inputs(heads, numbers, None if labels is None else labels[..., None])
+    each = jnp.where(included, weights, 0)
     if reduction == "none":
         values: Any = _values_by_position(formulas, walk, vary_alike(inputs))
         if class_axis_name is not None:
             values = lax.psum(values, class_axis_name)
-        values = [jnp.where(included, v, 0) for v in values]
-        return sum(w * v for w, v in zip(weights, values, strict=True)), values
-    each = included.astype(dtype)
+        values = [each * jnp.where(included, v, 0) for v in values]
+        return sum(w * v for w, v in zip(shares, values, strict=True)), values
     if reduction == "mean":
         count = jnp.sum(included, dtype=jnp.int32)
         count = count if axis_name is None else lax.psum(count, axis_name)
         each = each / jnp.maximum(count, 1)
-    weights = tuple(jnp.asarray(w, dtype) for w in weights)
-    result = _total(formulas, walk, *vary_alike((inputs, weights, each)))
+    shares = tuple(jnp.asarray(w, dtype) for w in shares)
+    result = _total(formulas, walk, *vary_alike((inputs, shares, each)))
     for name in (class_axis_name, axis_name):
         result = result if name is None else lax.psum(result, name)
     return result
@@ -248,45 +250,50 @@ def _total(
     formulas: tuple[Formula, ...],
     walk: Walk,
     inputs: Inputs,
-    weights: tuple[Float[Array, ""], ...],
+    shares: tuple[Float[Array, ""], ...],
     each: Float[Array, "*positions"],
 ) -> tuple[Float[Array, ""], list[Float[Array, ""]]]:
-    """The sum by weights of the parts, and these, summed over positions by `each`.
+    """The sum by shares of the parts, and these, summed over positions by `each`.
 
     Only the former has a gradient.
     """
-    return _weigh(_values(formulas, walk, inputs), weights, each)
+    return _weigh(_values(formulas, walk, inputs), shares, each)[:2]
 
 
-def _weigh(values, weights, each):
+def _weigh(values, shares, each):
+    """The sum, its parts, and the derivative of the sum in `each`."""
     # What `each` excludes may be infinite.
-    parts = [jnp.sum(each * jnp.where(each > 0, v, 0)) for v in values]
-    return functools.reduce(jnp.add, map(jnp.multiply, weights, parts)), parts
+    values = [jnp.where((each != 0) | jnp.isfinite(v), v, 0) for v in values]
+    parts = [jnp.sum(each * v) for v in values]
+    total, by_each = (
+        functools.reduce(jnp.add, map(jnp.multiply, shares, x)) for x in (parts, values)
+    )
+    return total, parts, by_each
 
 
 @standard_promotion()
-def _total_forward(formulas, walk, inputs, weights, each):
+def _total_forward(formulas, walk, inputs, shares, each):
     def value(tree):
         return jax.tree.map(lambda x: x.value, tree)
 
     perturbed = jax.tree.map(lambda x: x.perturbed, inputs)
-    inputs, weights, each = value(inputs), value(weights), value(each)
-    by = jnp.stack([w * each for w in weights], -1)
+    inputs, shares, each = value(inputs), value(shares), value(each)
+    by = jnp.stack([w * each for w in shares], -1)
     values, gradients = _values_and_gradients(formulas, walk, perturbed, inputs, by)
-    total, parts = _weigh(values, weights, each)
+    total, parts, by_each = _weigh(values, shares, each)
     # Empty arrays, for the types of the inputs without the inputs.
     empty = jax.tree.map(lambda x: jnp.zeros(0, x.dtype), inputs)
-    return (total, parts), (empty, gradients, parts)
+    return (total, parts), (empty, gradients, parts, by_each)
 
 
 @standard_promotion()
 def _total_backward(formulas, walk, residuals, cotangents):
-    inputs, gradients, parts = residuals
+    inputs, gradients, parts, by_each = residuals
     cotangent, _ = cotangents
     if isinstance(cotangent, SymbolicZero):
         return None, None, None
     by_inputs = _like(inputs, cotangent, gradients)
-    return by_inputs, tuple(cotangent * part for part in parts), None
+    return by_inputs, tuple(cotangent * part for part in parts), cotangent * by_each
 
 
 _total.defvjp(_total_forward, _total_backward, symbolic_zeros=True)

@@ -94,6 +94,7 @@ def linear_kl(
     temperature: ArrayLike = 1.0,
     softcap: Softcap = None,
     block_size: int | None = None,
+    weights: ArrayLike = 1.0,
     reduction: Reduction = "mean",
     where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
@@ -121,7 +122,7 @@ def linear_kl(
         kernel_q: Its kernel, for the same classes.
         bias_p: Added to the model's logits.
         bias_q: Added to the reference's.
-        direction, where, axis_name: As in `pj.kl_divergence`; so are result and errors.
+        direction, weights, where, axis_name: As in `pj.kl_divergence`; so are result and errors.
         temperature: The $T$ by which logits are divided, after they are capped; above 0: for all,
             or one for each position.
         softcap: The $c$ of heads whose logits are $c \tanh(z / c)$, as Gemma's are; above 0: for
@@ -145,7 +146,7 @@ def linear_kl(
     """
     check_choice("direction", direction, Direction)
     heads = capped_by(softcap, Head(hidden_p, kernel_p, bias_p), Head(hidden_q, kernel_q, bias_q))
-    options = Options(block_size, reduction, where, axis_name, class_axis_name)
+    options = Options(block_size, reduction, where, axis_name, class_axis_name, weights)
     return divergence_of_heads(KL[direction], heads, options, temperature=temperature)
 
 
@@ -162,6 +163,7 @@ def linear_js(
     temperature: ArrayLike = 1.0,
     softcap: Softcap = None,
     block_size: int | None = None,
+    weights: ArrayLike = 1.0,
     reduction: Reduction = "mean",
     where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
@@ -176,7 +178,7 @@ def linear_js(
         hidden_p, kernel_p, hidden_q, kernel_q, bias_p, bias_q: As in `pj.linear_kl`.
         mixture: The $b$ of $M = b P + (1 - b) Q$, in [0, 1].
         temperature, softcap, block_size, reduction, class_axis_name: As in `pj.linear_kl`.
-        where, axis_name: As in `pj.kl_divergence`; so are result and errors.
+        weights, where, axis_name: As in `pj.kl_divergence`; so are result and errors.
 
     Examples:
         >>> kernel = jnp.array([[0.0, 200.0]])
@@ -184,7 +186,7 @@ def linear_js(
         0.6931
     """
     heads = capped_by(softcap, Head(hidden_p, kernel_p, bias_p), Head(hidden_q, kernel_q, bias_q))
-    options = Options(block_size, reduction, where, axis_name, class_axis_name)
+    options = Options(block_size, reduction, where, axis_name, class_axis_name, weights)
     return divergence_of_heads(JS, heads, options, temperature=temperature, mixture=mixture)
 
 
@@ -201,6 +203,7 @@ def linear_alpha(
     temperature: ArrayLike = 1.0,
     softcap: Softcap = None,
     block_size: int | None = None,
+    weights: ArrayLike = 1.0,
     reduction: Reduction = "mean",
     where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
@@ -211,14 +214,14 @@ def linear_alpha(
     Args:
         hidden_p, kernel_p, hidden_q, kernel_q, bias_p, bias_q: As in `pj.linear_kl`.
         temperature, softcap, block_size, reduction, class_axis_name: As in `pj.linear_kl`.
-        alpha, where, axis_name: As in `pj.alpha_divergence`; so are result and errors.
+        alpha, weights, where, axis_name: As in `pj.alpha_divergence`; so are result and errors.
 
     Examples:
         >>> float(pj.linear_alpha(jnp.ones((3, 1)), jnp.eye(1), jnp.ones((3, 1)), jnp.eye(1), 1.0))
         0.0
     """
     heads = capped_by(softcap, Head(hidden_p, kernel_p, bias_p), Head(hidden_q, kernel_q, bias_q))
-    options = Options(block_size, reduction, where, axis_name, class_axis_name)
+    options = Options(block_size, reduction, where, axis_name, class_axis_name, weights)
     return divergence_of_heads(ALPHA, heads, options, temperature=temperature, alpha=alpha)
 
 
@@ -233,6 +236,7 @@ def linear_cross_entropy(
     temperature: ArrayLike = 1.0,
     softcap: Softcap = None,
     block_size: int | None = None,
+    weights: ArrayLike = 1.0,
     reduction: Reduction = "mean",
     where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
@@ -253,7 +257,7 @@ def linear_cross_entropy(
         bias: Added to the logits.
         z_loss: The weight $w$ of `pj.z_loss`, at least 0: for all, or one for each position.
         temperature, softcap, block_size, reduction, class_axis_name: As in `pj.linear_kl`.
-        where, axis_name: As in `pj.kl_divergence`.
+        weights, where, axis_name: As in `pj.kl_divergence`.
 
     Returns:
         A scalar, or an array of the shape of the positions for "none".
@@ -271,7 +275,7 @@ def linear_cross_entropy(
         >>> round(float(pj.linear_cross_entropy(jnp.ones((1, 1)), kernel, jnp.array([1]))), 4)
         0.3133
     """
-    options = Options(block_size, reduction, where, axis_name, class_axis_name)
+    options = Options(block_size, reduction, where, axis_name, class_axis_name, weights)
     heads = capped_by(softcap, Head(hidden, kernel, bias))
     parts = [Part(CROSS_ENTROPY, 1.0, {"temperature": temperature, "z_loss": z_loss})]
     return sum_of_parts(parts, heads, options, labels=labels)[0]
@@ -401,6 +405,7 @@ def linear_entropy(
     temperature: ArrayLike = 1.0,
     softcap: Softcap = None,
     block_size: int | None = None,
+    weights: ArrayLike = 1.0,
     reduction: Reduction = "mean",
     where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
@@ -413,14 +418,14 @@ def linear_entropy(
         kernel: The output kernel, classes last.
         bias: Added to the logits.
         temperature, softcap, block_size, reduction, class_axis_name: As in `pj.linear_kl`.
-        where, axis_name: As in `pj.kl_divergence`; so are result and errors.
+        weights, where, axis_name: As in `pj.kl_divergence`; so are result and errors.
 
     Examples:
         >>> round(float(pj.linear_entropy(jnp.ones((3, 1)), jnp.zeros((1, 2)))), 4)
         0.6931
     """
     heads = capped_by(softcap, Head(hidden, kernel, bias))
-    options = Options(block_size, reduction, where, axis_name, class_axis_name)
+    options = Options(block_size, reduction, where, axis_name, class_axis_name, weights)
     return divergence_of_heads(ENTROPY, heads, options, temperature=temperature)
 
 

@@ -3,11 +3,12 @@
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Real
+from jaxtyping import Array, Bool, Float, Int, Real
 
 from penalties_jax.functional.checks import check_choice, check_classes, public
 from penalties_jax.functional.divergences.formulas import (
     ALPHA,
+    CROSS_ENTROPY,
     ENTROPY,
     JS,
     KL,
@@ -20,6 +21,7 @@ from penalties_jax.functional.reduction import AxisName, Reduction
 
 __all__ = [
     "alpha_from_logits",
+    "cross_entropy_from_logits",
     "entropy_from_logits",
     "js_from_logits",
     "kl_from_logits",
@@ -35,6 +37,7 @@ def kl_from_logits(
     direction: Direction = "forward",
     temperature: ArrayLike = 1.0,
     block_size: int | None = None,
+    weights: ArrayLike = 1.0,
     reduction: Reduction = "mean",
     where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
@@ -65,7 +68,8 @@ def kl_from_logits(
     Args:
         logits_p: Unnormalised log-probabilities, classes last. By convention the model.
         logits_q: The same of the reference.
-        direction, reduction, where, axis_name: As in `pj.kl_divergence`; so are result and errors.
+        direction, weights, reduction, where, axis_name: As in `pj.kl_divergence`; so are result and
+            errors.
         temperature: The $T$ by which both are divided, above 0: for all, or one for each position.
             Nothing makes up for it: for gradients that don't depend on it, multiply by $T^2$.
         block_size: Rows that are processed at once on a CPU, for each device of the mesh that
@@ -80,7 +84,7 @@ def kl_from_logits(
         0.1109
     """
     check_choice("direction", direction, Direction)
-    options = Options(block_size, reduction, where, axis_name, class_axis_name)
+    options = Options(block_size, reduction, where, axis_name, class_axis_name, weights)
     return divergence_of_logits(
         KL[direction], (logits_p, logits_q), options, temperature=temperature
     )
@@ -94,6 +98,7 @@ def js_from_logits(
     mixture: ArrayLike = 0.5,
     temperature: ArrayLike = 1.0,
     block_size: int | None = None,
+    weights: ArrayLike = 1.0,
     reduction: Reduction = "mean",
     where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
@@ -110,14 +115,14 @@ def js_from_logits(
         logits_q: The same of the other distribution.
         mixture: The $b$, in [0, 1].
         temperature, block_size, class_axis_name: As in `pj.kl_from_logits`.
-        reduction, where, axis_name: As in `pj.kl_divergence`; so are result and errors.
+        weights, reduction, where, axis_name: As in `pj.kl_divergence`; so are result and errors.
 
     Examples:
         >>> far = jnp.array([[0.0, 200.0]])
         >>> round(float(pj.js_from_logits(far, -far)), 4)
         0.6931
     """
-    options = Options(block_size, reduction, where, axis_name, class_axis_name)
+    options = Options(block_size, reduction, where, axis_name, class_axis_name, weights)
     return divergence_of_logits(
         JS, (logits_p, logits_q), options, temperature=temperature, mixture=mixture
     )
@@ -131,6 +136,7 @@ def alpha_from_logits(
     *,
     temperature: ArrayLike = 1.0,
     block_size: int | None = None,
+    weights: ArrayLike = 1.0,
     reduction: Reduction = "mean",
     where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
@@ -140,13 +146,14 @@ def alpha_from_logits(
 
     Args:
         logits_p, logits_q, temperature, block_size, class_axis_name: As in `pj.kl_from_logits`.
-        alpha, reduction, where, axis_name: As in `pj.alpha_divergence`; so are result and errors.
+        alpha, weights, reduction, where, axis_name: As in `pj.alpha_divergence`; so are result and
+            errors.
 
     Examples:
         >>> round(float(pj.alpha_from_logits(jnp.array([0.0, 1.0]), jnp.zeros(2), 1.0)), 4)
         0.1109
     """
-    options = Options(block_size, reduction, where, axis_name, class_axis_name)
+    options = Options(block_size, reduction, where, axis_name, class_axis_name, weights)
     parameters = {"temperature": temperature, "alpha": alpha}
     return divergence_of_logits(ALPHA, (logits_p, logits_q), options, **parameters)
 
@@ -158,6 +165,7 @@ def entropy_from_logits(
     temperature: ArrayLike = 1.0,
     normalize: bool = False,
     block_size: int | None = None,
+    weights: ArrayLike = 1.0,
     reduction: Reduction = "mean",
     where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
@@ -172,7 +180,7 @@ def entropy_from_logits(
         logits: Unnormalised log-probabilities, classes last.
         temperature, block_size, class_axis_name: As in `pj.kl_from_logits`.
         normalize: As in `pj.entropy`.
-        reduction, where, axis_name: As in `pj.kl_divergence`; so are result and errors.
+        weights, reduction, where, axis_name: As in `pj.kl_divergence`; so are result and errors.
 
     Examples:
         >>> float(pj.entropy_from_logits(jnp.zeros((3, 4)), normalize=True))
@@ -183,8 +191,43 @@ def entropy_from_logits(
         1 if class_axis_name is None else lax.axis_size(class_axis_name)
     )
     scale = entropy_scale(classes) if normalize else 1.0
-    options = Options(block_size, reduction, where, axis_name, class_axis_name)
+    options = Options(block_size, reduction, where, axis_name, class_axis_name, weights)
     return divergence_of_logits(ENTROPY, (logits,), options, scale=scale, temperature=temperature)
+
+
+@public
+def cross_entropy_from_logits(
+    logits: Real[ArrayLike, "*positions C"],
+    labels: Int[ArrayLike, "*positions"],
+    *,
+    z_loss: ArrayLike = 0.0,
+    temperature: ArrayLike = 1.0,
+    block_size: int | None = None,
+    weights: ArrayLike = 1.0,
+    reduction: Reduction = "mean",
+    where: Bool[ArrayLike, "..."] | None = None,
+    axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""The cross entropy of labels from raw logits, in nats, as `pj.linear_cross_entropy`.
+
+    $-\log\mathrm{softmax}(z / T)_y + w \log^2 \sum_c e^{z_c / T}$ with the $w$ of `z_loss`;
+    streamed, and differentiable, as `pj.kl_from_logits`.
+
+    Args:
+        logits: The z, classes last.
+        labels, z_loss: As in `pj.linear_cross_entropy`; so are errors.
+        temperature, block_size, class_axis_name: As in `pj.kl_from_logits`.
+        weights, reduction, where, axis_name: As in `pj.kl_divergence`; so is the result.
+
+    Examples:
+        >>> logits, labels = jnp.array([[0.0, 1.0]]), jnp.array([1])
+        >>> round(float(pj.cross_entropy_from_logits(logits, labels)), 4)
+        0.3133
+    """
+    options = Options(block_size, reduction, where, axis_name, class_axis_name, weights)
+    parameters = {"temperature": temperature, "z_loss": z_loss}
+    return divergence_of_logits(CROSS_ENTROPY, (logits,), options, labels=labels, **parameters)
 
 
 @public
@@ -192,6 +235,7 @@ def z_loss(
     logits: Real[ArrayLike, "*positions C"],
     *,
     block_size: int | None = None,
+    weights: ArrayLike = 1.0,
     reduction: Reduction = "mean",
     where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
@@ -207,7 +251,7 @@ def z_loss(
     Args:
         logits: The z, classes last.
         block_size, class_axis_name: As in `pj.kl_from_logits`.
-        reduction, where, axis_name: As in `pj.kl_divergence`; so are result and errors.
+        weights, reduction, where, axis_name: As in `pj.kl_divergence`; so are result and errors.
 
     References:
         de Brebisson & Vincent (2016), The Z-loss: a shift and scale invariant classification loss
@@ -218,5 +262,5 @@ def z_loss(
         >>> round(float(pj.z_loss(jnp.log(jnp.array([[1.0, 2.0]])))), 4)
         1.2069
     """
-    options = Options(block_size, reduction, where, axis_name, class_axis_name)
+    options = Options(block_size, reduction, where, axis_name, class_axis_name, weights)
     return divergence_of_logits(Z_LOSS, (logits,), options, temperature=1.0)

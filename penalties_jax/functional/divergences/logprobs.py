@@ -9,7 +9,14 @@ from jax.nn import log_softmax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Real
 
-from penalties_jax.functional.checks import POSITIVE, Size, check_choice, check_same_shape, public
+from penalties_jax.functional.checks import (
+    FINITE,
+    POSITIVE,
+    Size,
+    check_choice,
+    check_same_shape,
+    public,
+)
 from penalties_jax.functional.derivatives import elementwise_derivatives
 from penalties_jax.functional.divergences.formulas import (
     ALPHA,
@@ -33,6 +40,7 @@ def kl_divergence(
     *,
     direction: Direction = "forward",
     axis: int = -1,
+    weights: ArrayLike = 1.0,
     reduction: Reduction = "mean",
     where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
@@ -54,6 +62,9 @@ def kl_divergence(
         log_q: The same of the reference. Half precision is upcast but not renormalised.
         direction: "forward" is KL(P||Q), "reverse" KL(Q||P), "symmetric" the mean of the two.
         axis: The class axis. The other axes are the positions.
+        weights: A finite factor of either sign, for all positions or one for each: a number, or
+            an array that broadcasts to their shape. "mean" divides by the count, not by the sum of
+            the weights.
         reduction: "mean" or "sum" over the positions, or "none".
         where: Mask of positions, which broadcasts to their shape; an excluded one contributes
             nothing to the value or the gradient, whatever it holds.
@@ -79,7 +90,7 @@ def kl_divergence(
         0.1109
     """
     check_choice("direction", direction, Direction)
-    return _of_pair(KL[direction], log_p, log_q, axis, reduction, where, axis_name)
+    return _of_pair(KL[direction], log_p, log_q, axis, weights, reduction, where, axis_name)
 
 
 @public
@@ -89,6 +100,7 @@ def js_divergence(
     *,
     mixture: ArrayLike = 0.5,
     axis: int = -1,
+    weights: ArrayLike = 1.0,
     reduction: Reduction = "mean",
     where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
@@ -104,7 +116,8 @@ def js_divergence(
         log_p: Natural log-probabilities, normalised along `axis`, shape [..., C, ...].
         log_q: The same of the other distribution.
         mixture: The $b$, in [0, 1].
-        axis, reduction, where, axis_name: As in `pj.kl_divergence`; so are result and errors.
+        axis, weights, reduction, where, axis_name: As in `pj.kl_divergence`; so are result and
+            errors.
 
     References:
         Lin (1991), Divergence measures based on the Shannon entropy.
@@ -114,7 +127,7 @@ def js_divergence(
         >>> round(float(pj.js_divergence(log_p, log_q)), 4)
         0.6931
     """
-    return _of_pair(JS, log_p, log_q, axis, reduction, where, axis_name, mixture=mixture)
+    return _of_pair(JS, log_p, log_q, axis, weights, reduction, where, axis_name, mixture=mixture)
 
 
 @public
@@ -124,6 +137,7 @@ def alpha_divergence(
     alpha: ArrayLike,
     *,
     axis: int = -1,
+    weights: ArrayLike = 1.0,
     reduction: Reduction = "mean",
     where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
@@ -135,8 +149,8 @@ def alpha_divergence(
     $p / (1 - \alpha)$; inf for $\alpha \le 0$ and $\alpha \ge 1$, with a finite gradient.
 
     Args:
-        log_p, log_q, axis, reduction, where, axis_name: As in `pj.kl_divergence`; so are result and
-            errors.
+        log_p, log_q, axis, weights, reduction, where, axis_name: As in `pj.kl_divergence`; so are
+            result and errors.
         alpha: The $\alpha$, any real number, or an array that broadcasts to `log_p`.
 
     References:
@@ -146,7 +160,7 @@ def alpha_divergence(
         >>> round(float(pj.alpha_divergence(*jnp.log(jnp.array([[0.75, 0.25], [0.5, 0.5]])), 2)), 4)
         0.125
     """
-    return _of_pair(ALPHA, log_p, log_q, axis, reduction, where, axis_name, alpha=alpha)
+    return _of_pair(ALPHA, log_p, log_q, axis, weights, reduction, where, axis_name, alpha=alpha)
 
 
 @public
@@ -156,6 +170,7 @@ def entropy(
     temperature: ArrayLike = 1.0,
     normalize: bool = False,
     axis: int = -1,
+    weights: ArrayLike = 1.0,
     reduction: Reduction = "mean",
     where: Bool[ArrayLike, "..."] | None = None,
     axis_name: AxisName | None = None,
@@ -169,7 +184,8 @@ def entropy(
         temperature: The $T$, above 0.
         normalize: Divide by ln C, so that the uniform distribution has entropy 1; a single class
             has entropy 0.
-        axis, reduction, where, axis_name: As in `pj.kl_divergence`; so are result and errors.
+        axis, weights, reduction, where, axis_name: As in `pj.kl_divergence`; so are result and
+            errors.
 
     References:
         Shannon (1948), A mathematical theory of communication.
@@ -179,10 +195,12 @@ def entropy(
         0.75
     """
     POSITIVE.check(temperature=temperature)
-    scale = entropy_scale(jnp.shape(log_p)[axis]) if normalize else 1.0
+    FINITE.check(weights=weights)
+    if normalize:
+        weights = weights * entropy_scale(jnp.shape(log_p)[axis])
     options = {"reduction": reduction, "where": where, "axis_name": axis_name}
     parameters = {"temperature": temperature}
-    return evaluate(_tempered_entropy, (log_p,), parameters, weights=scale, axis=axis, **options)
+    return evaluate(_tempered_entropy, (log_p,), parameters, weights=weights, axis=axis, **options)
 
 
 def entropy_scale(classes: Size) -> float:
@@ -197,13 +215,13 @@ def _tempered_entropy(log_p, temperature, axis):
     return _SumOfTerms(ENTROPY)(log_pi, axis=axis)
 
 
-def _of_pair(formula, log_p, log_q, axis, reduction, where, axis_name, **parameters):
+def _of_pair(formula, log_p, log_q, axis, weights, reduction, where, axis_name, **parameters):
     check_same_shape(log_p=log_p, log_q=log_q)
     formula.check(parameters)
-    inputs = (log_p, log_q)
-    return evaluate(
-        _SumOfTerms(formula), inputs, parameters, reduction, where, axis_name, axis=axis
-    )
+    FINITE.check(weights=weights)
+    options = {"reduction": reduction, "where": where, "axis_name": axis_name}
+    inputs, total = (log_p, log_q), _SumOfTerms(formula)
+    return evaluate(total, inputs, parameters, weights=weights, axis=axis, **options)
 
 
 class _SumOfTerms(NamedTuple):

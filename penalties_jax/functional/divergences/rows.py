@@ -18,12 +18,14 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from penalties_jax.functional.checks import (
+    FINITE,
     POSITIVE,
     Size,
     check_block_size,
     check_choice,
     check_classes,
     check_fits,
+    check_labels,
     check_same_shape,
     check_where,
     standard_promotion,
@@ -61,9 +63,11 @@ class Options(NamedTuple):
     where: Bool[ArrayLike, "..."] | None
     axis_name: AxisName | None
     class_axis_name: AxisName | None
+    weights: ArrayLike = 1.0
 
     def check(self) -> None:
         """Raises ValueError for a bad option."""
+        FINITE.check(weights=self.weights)
         check_choice("reduction", self.reduction, Reduction)
         check_block_size(self.block_size)
 
@@ -149,21 +153,24 @@ def divergence_of_logits(
     options: Options,
     *,
     scale: ArrayLike = 1.0,
+    labels: Int[ArrayLike, "*positions"] | None = None,
     **parameters: ArrayLike,
 ) -> Float[Array, "..."]:
     """A formula of the softmax of logits [*positions, C], reduced and times `scale`.
 
     Raises:
-        TypeError: If logits are not arrays.
+        TypeError: If logits are not arrays, or labels are not integers.
         ValueError: If shapes don't fit each other, or a parameter or an option is bad.
     """
     names = ("logits",) if len(logits) == 1 else ("logits_p", "logits_q")
     check_classes(**dict(zip(names, logits, strict=True)))
     if len(logits) == 2:
         check_same_shape(logits_p=logits[0], logits_q=logits[1])
+    if labels is not None:
+        check_labels(jnp.shape(logits[0])[:-1], labels=labels)
     check_parameters(formula, parameters)
     options.check()
-    return _evaluate(formula, logits, parameters, scale, **options._asdict())
+    return _evaluate(formula, logits, labels, parameters, scale, **options._asdict())
 
 
 def check_parameters(formula: Formula, parameters: Mapping[str, ArrayLike]) -> None:
@@ -176,23 +183,38 @@ def check_parameters(formula: Formula, parameters: Mapping[str, ArrayLike]) -> N
     jax.jit, static_argnames=("formula", "block_size", "reduction", "axis_name", "class_axis_name")
 )
 def _evaluate(
-    formula, logits, parameters, scale, *, where, block_size, reduction, axis_name, class_axis_name
+    formula,
+    logits,
+    labels,
+    parameters,
+    scale,
+    *,
+    where,
+    block_size,
+    reduction,
+    axis_name,
+    class_axis_name,
+    weights,
 ):
     positions = logits[0].shape[:-1]
     check_where(where, positions)
+    check_fits(positions, weights=weights)
     dtype = wide(*logits)
     numbers = by_position(formula, parameters, positions, dtype)
+    scale = scale * jnp.asarray(weights, dtype)
     where = None if where is None else jnp.broadcast_to(where, positions)
-    (logits, numbers), (scale, where), _ = lie_alike((logits, numbers), (scale, where), axis=-1)
+    (logits, numbers), (labels, scale, where), _ = lie_alike(
+        (logits, numbers), (labels, scale, where), axis=-1
+    )
     included = None if where is None else where[..., None]
     numbers = tuple(x if x.size == 1 else _only(included, x, 1) for x in numbers)
+    scale = _only(where, scale, 0) if scale.ndim else scale
     walk = Walk(block_size, class_axis_name)
-    values: Array = _divergences(
-        formula, walk, vary_alike(Rows(logits, numbers, included=included))
-    )
+    labels = None if labels is None else labels[..., None]
+    values: Array = _divergences(formula, walk, vary_alike(Rows(logits, numbers, labels, included)))
     if class_axis_name is not None:
         values = lax.psum(values, class_axis_name)
-    values = _only(where, scale * values, 0)
+    values = scale * _only(where, values, 0)
     return reduce(values, reduction=reduction, where=where, axis_name=axis_name)
 
 
