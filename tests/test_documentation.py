@@ -14,7 +14,7 @@ import penalties_jax as pj
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 # Of extras, or of others: nothing that the examples of this library itself need.
-OPTIONAL = {"equinox", "tensorboardX", "torch", "wandb"}
+OPTIONAL = {"equinox", "keras", "tensorboardX", "torch", "wandb"}
 
 
 def examples(path):
