@@ -54,7 +54,7 @@ class Regularizer(keras.regularizers.Regularizer):
         to_dict(penalty)
         self.penalty = penalty
 
-    def __call__(self, x: Any) -> Float[Array, ""]:
+    def __call__(self, x: Any) -> Float[Array, ""]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The penalty of an array or of a Keras variable."""
         return check_scalar("penalty", self.penalty(x))
 
