@@ -110,7 +110,6 @@ def test_the_layer_of_the_guide_counts_steps():
     assert int(layer.step.value) == 6 == int(net.optimizer.iterations.value)
 
 
-@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("penalty", "error"),
     [
