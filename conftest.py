@@ -1,4 +1,4 @@
-"""Eight host devices, short notebooks, and the names that examples in docstrings assume."""
+"""Eight host devices, short notebooks, a backend for Keras, and names for docstrings."""
 
 import os
 import zlib
@@ -12,6 +12,9 @@ os.environ["XLA_FLAGS"] = (
 # For the kernels of notebooks: fewer steps, and figures that are made but not drawn.
 os.environ["PENALTIES_JAX_QUICK"] = "1"
 os.environ["MPLBACKEND"] = "agg"
+
+# Keras takes another unless it is told before it is imported.
+os.environ["KERAS_BACKEND"] = "jax"
 
 # Before any doctest: pytest would load a second copy of a module that it collects from.
 import jax

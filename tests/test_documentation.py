@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import inspect
+import json
 import re
 from functools import reduce
 from pathlib import Path
@@ -14,7 +16,7 @@ import penalties_jax as pj
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 # Of extras, or of others: nothing that the examples of this library itself need.
-OPTIONAL = {"equinox", "tensorboardX", "torch", "wandb"}
+OPTIONAL = {"equinox", "keras", "tensorboardX", "torch", "wandb"}
 
 
 def examples(path):
@@ -97,6 +99,26 @@ def test_every_public_name_is_in_the_reference():
     assert {"penalties_jax.nnx", "penalties_jax.linen"} <= modules
     public = {name: getattr(pj, name) for name in pj.__all__ if name != "functional"}
     assert {name: x for name, x in public.items() if x.__module__ not in modules} == {}
+
+
+def test_every_public_name_has_an_example_in_a_guide_or_a_notebook():
+    notebooks = (json.loads(path.read_text("utf-8")) for path in ROOT.glob("notebooks/*.ipynb"))
+    cells = [cell for notebook in notebooks for cell in notebook["cells"]]
+    examples = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    examples += [example for found in (README, *PAGES.values()) for example in found]
+    shown = "\n".join(examples)
+    rooms = {"": pj, ".nnx": pj.nnx, ".linen": pj.linen}
+    rooms |= {f".adapters.{x}": getattr(pj.adapters, x) for x in ("datum", "tinker", "keras")}
+    public = [f"pj{room}.{name}" for room, x in rooms.items() for name in all_of(x)]
+    public.remove("pj.functional")
+    assert [name for name in public if not re.search(rf"\b{re.escape(name)}\b", shown)] == []
+
+
+def all_of(module):
+    """Its public names: what it lists, or the functions that it defines."""
+    functions = inspect.getmembers(module, inspect.isfunction)
+    own = [name for name, x in functions if x.__module__ == module.__name__ and name[0] != "_"]
+    return getattr(module, "__all__", own)
 
 
 def test_walk_throughs_show_the_code_as_it_is():

@@ -63,6 +63,7 @@ assert not rooms & set(sys.modules), rooms & set(sys.modules)
 assert "recipes" in dir(pj) and "recipes" not in vars(pj)
 assert pj.recipes.__name__ == "penalties_jax.recipes"
 assert "recipes" in vars(pj)
+assert "keras" in dir(pj.adapters) and "keras" not in sys.modules
 """
 
 
@@ -72,7 +73,7 @@ def test_an_import_loads_only_what_it_needs():
 
 def public():
     """Every public class and function, by the first room that it is found in."""
-    adapters = (pj.adapters.datum, pj.adapters.tinker)
+    adapters = (pj.adapters.datum, pj.adapters.keras, pj.adapters.tinker)
     seen = {}
     for room in (pj, pj.functional, pj.nnx, pj.linen, *adapters):
         for name in getattr(room, "__all__", vars(room)):
