@@ -29,6 +29,7 @@ def number(
     valid: Range = ANY,
     choices: Any = None,
     single: bool = False,
+    learned: bool = False,
     kw_only: bool = False,
 ) -> Any:
     """A field of a config that is a leaf: a number, an array, a schedule, or a pytree of them.
@@ -38,6 +39,7 @@ def number(
         valid: The `pj.Range` that a plain number has to be in, else it is a ValueError.
         choices: A `Literal` of names that stand for a computed number; they are structure.
         single: Whether it is one for all arrays of an input, never a pytree like the input.
+        learned: Whether a Flax module that holds it makes it a parameter.
         kw_only: Whether it is given by name only.
 
     Examples:
@@ -48,7 +50,13 @@ def number(
         >>> float(Shifted(1.0)(jnp.array([0.0, 3.0])))
         3.0
     """
-    metadata = {"valid": valid, "choices": choices, "single": single, "check": _checked_number}
+    metadata = {
+        "valid": valid,
+        "choices": choices,
+        "single": single,
+        "learned": learned,
+        "check": _checked_number,
+    }
     return dataclasses.field(default=default, kw_only=kw_only, metadata=metadata)
 
 
@@ -263,6 +271,15 @@ def resolve(tree: Tree, step: Any) -> Tree:
     return jax.tree.map(
         lambda node: node(step) if is_schedule(node) else node, tree, is_leaf=is_schedule
     )
+
+
+def with_learned(node: Tree, make: Callable[[str, Any], Any]) -> Tree:
+    """A config with `make(name, value)` in the place of numbers that are learned."""
+    if not isinstance(node, Pytree):
+        return node
+    learned = [field.name for field in fields(node) if field.metadata.get("learned")]
+    values = {name: getattr(node, name) for name in learned}
+    return node._with(**{name: make(name, x) for name, x in values.items() if not is_schedule(x)})
 
 
 def has_schedule(tree: Any) -> bool:

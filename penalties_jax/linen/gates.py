@@ -1,17 +1,20 @@
 """A learned gate with a target rate, for Flax linen."""
 
+import dataclasses
+
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from penalties_jax._pytree import in_range
+from penalties_jax._pytree import in_range, with_learned
 from penalties_jax.controllers import SparsityControl
-from penalties_jax.functional.checks import NONNEGATIVE, POSITIVE, UNIT
-from penalties_jax.functional.gates import logistic_gate
+from penalties_jax.functional.checks import NONNEGATIVE, UNIT
 from penalties_jax.functional.sparsity import Kind
 from penalties_jax.linen.losses import at_step, check_plain, record
 from penalties_jax.terms import SparsityTarget
 from penalties_jax.terms.base import Numeric
+from penalties_jax.terms.gates import Gate, default_gate
 
 
 class SparsityGate(nn.Module):
@@ -20,8 +23,8 @@ class SparsityGate(nn.Module):
     The number of features is that of the input, and it records as `pj.linen.ActivityPenalty` does.
 
     Attributes:
-        target, weight, kind, temperature: As in `pj.nnx.SparsityGate`; so are errors. Numbers, and
-            those of schedules, are Python numbers, else it is a TypeError.
+        target, weight, kind, gate, temperature: As in `pj.nnx.SparsityGate`; so are errors. All
+            numbers are Python numbers, else it is a TypeError. A threshold is a parameter.
         deterministic: Whether to leave the noise out and record nothing, as in evaluation.
 
     Examples:
@@ -36,14 +39,15 @@ class SparsityGate(nn.Module):
     target: Numeric = 0.5
     weight: Numeric = 0.01
     kind: Kind = "huber"
-    temperature: Numeric = 1.0
+    gate: Gate | None = None
+    temperature: Numeric | None = None
     deterministic: bool = False
 
     def __post_init__(self):
-        for name, valid in (("target", UNIT), ("weight", NONNEGATIVE), ("temperature", POSITIVE)):
-            number = in_range(name, valid)(getattr(self, name))
-            check_plain(name, number)
-            object.__setattr__(self, name, number)
+        for name, valid in (("target", UNIT), ("weight", NONNEGATIVE)):
+            object.__setattr__(self, name, in_range(name, valid)(getattr(self, name)))
+            check_plain(name, getattr(self, name))
+        check_plain("gate", default_gate(self.gate, self.temperature))
         SparsityTarget(self.target, self.kind)
         super().__post_init__()
 
@@ -65,13 +69,13 @@ class SparsityGate(nn.Module):
         hidden = nn.relu(nn.Dense(x.shape[-1] // 2, name="hidden")(x))
         logits = nn.Dense(1, name="out")(hidden)[..., 0]
         key = None if deterministic else self.make_rng("gate")
-        mask = logistic_gate(
-            logits,
-            key,
-            temperature=at_step(self, self.temperature, step)
-            if temperature is None
-            else temperature,
+        gate = default_gate(self.gate, self.temperature)
+        if temperature is not None:
+            gate = dataclasses.replace(gate, temperature=temperature)
+        gate = with_learned(
+            gate, lambda name, value: self.param(name, lambda _: jnp.asarray(value))
         )
+        mask = at_step(self, gate, step)(logits, key)
         if not deterministic or self.is_initializing():
             target, weight = control or (self.target, self.weight)
             penalty = SparsityTarget(target, self.kind, from_mask=True)

@@ -107,13 +107,18 @@ class Loss(nn.Module):
 
     @nn.compact
     def __call__(
-        self, outputs: Outputs, *, step: ArrayLike | None = None, advance: bool = True
+        self,
+        outputs: Outputs,
+        *,
+        step: ArrayLike | None = None,
+        advance: bool = True,
+        detail: bool = False,
     ) -> tuple[Float[Array, ""], Metrics]:
         """The total and its parts, as in a call of `pj.nnx.Loss`."""
         if step is not None:
-            return self.objective(outputs, step=step)
+            return self.objective(outputs, step=step, detail=detail)
         count = step_of(self)
-        result = self.objective(outputs, step=count.value)
+        result = self.objective(outputs, step=count.value, detail=detail)
         if advance and not self.is_initializing():
             count.value = count.value + 1
         return result

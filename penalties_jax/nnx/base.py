@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
-from penalties_jax._pytree import resolve
+from penalties_jax._pytree import resolve, with_learned
 from penalties_jax.functional.checks import bare
 
 
@@ -70,7 +70,12 @@ class Configured(nnx.Module):
             for variable, leaf in zip(variables, leaves, strict=True):
                 write(variable, leaf)
         else:
-            held = jax.tree.map(lambda leaf: Number(jnp.asarray(leaf)), config)
+            parts = with_learned(config, lambda _, value: nnx.Param(jnp.asarray(value)))
+            held = jax.tree.map(
+                lambda leaf: leaf if _is_variable(leaf) else Number(jnp.asarray(leaf)),
+                parts,
+                is_leaf=_is_variable,
+            )
             self.numbers = nnx.data(self.numbers | {name: held})
 
 

@@ -10,13 +10,13 @@ from jaxtyping import Array, Bool, Float
 
 from penalties_jax._pytree import in_range
 from penalties_jax.controllers import SparsityControl
-from penalties_jax.functional.checks import NONNEGATIVE, POSITIVE
-from penalties_jax.functional.gates import logistic_gate
+from penalties_jax.functional.checks import NONNEGATIVE
 from penalties_jax.functional.sparsity import Kind
 from penalties_jax.nnx.base import Configured, held
 from penalties_jax.nnx.losses import PenaltyValue
 from penalties_jax.terms import SparsityTarget
 from penalties_jax.terms.base import Numeric
+from penalties_jax.terms.gates import Gate, check_gate, default_gate
 
 
 class ImportancePredictor(nnx.Module):
@@ -36,9 +36,9 @@ class ImportancePredictor(nnx.Module):
 class SparsityGate(Configured):
     r"""A gate for each position, learned, whose rate of closed gates is pulled to a target.
 
-    An importance predictor (linear d to d/2, ReLU, linear to 1) gives logits, and
-    `pj.logistic_gate` hard gates: with noise in training, without after `model.eval()`. Each call
-    in training records `weight * pj.SparsityTarget(target, kind)` of its gates for
+    An importance predictor (linear d to d/2, ReLU, linear to 1) gives logits, and a gate, a
+    `pj.LogisticGate()` by default, the mask: with noise in training, without after `model.eval()`.
+    Each call in training records `weight * pj.SparsityTarget(target, kind)` of its gates for
     `pj.nnx.collect_penalties`. With gates $m$ of shape [...] that is
     $w \, \ell(1 - \operatorname{mean}(m), t)$. Multiply what is to be skipped by the gate, so that
     the predictor also learns which positions matter.
@@ -52,13 +52,17 @@ class SparsityGate(Configured):
         target: The share of positions to skip, in [0, 1].
         weight: The weight of the sparsity loss, at least 0.
         kind: The kind of the sparsity loss, as in `pj.sparsity_target_loss`.
-        temperature: That of the gate's derivative, above 0. It, the target and the weight are
-            numbers, arrays or schedules, and attributes that can be set. Schedules are read at the
-            step that `pj.nnx.set_step` or `pj.nnx.advance` has set.
+        gate: What makes a mask of logits: `pj.LogisticGate`, `pj.HardConcreteGate`, `pj.TopKGate`,
+            or `pj.JumpReLUGate`, whose threshold is an `nnx.Param` and all that a mask teaches.
+        temperature: That of the default gate's derivative, above 0. It, the target and the weight
+            are numbers, arrays or schedules, and attributes that can be set, as the gate is.
+            Schedules are read at the step that `pj.nnx.set_step` or `pj.nnx.advance` has set.
         rngs: The random keys: of the initial parameters, and the stream "gate" of the noise.
 
     Raises:
-        ValueError: If a number is out of range or `kind` is unknown.
+        ValueError: If a number is out of range, `kind` is unknown, or a gate and a temperature are
+            given.
+        TypeError: If `gate` is none.
 
     Examples:
         >>> from flax import nnx
@@ -69,8 +73,8 @@ class SparsityGate(Configured):
     """
 
     penalty = held("penalty")
+    gate = held("gate", check_gate)
     weight = held("weight", in_range("weight", NONNEGATIVE))
-    temperature = held("temperature", in_range("temperature", POSITIVE))
 
     def __init__(
         self,
@@ -79,13 +83,14 @@ class SparsityGate(Configured):
         target: Numeric = 0.5,
         weight: Numeric = 0.01,
         kind: Kind = "huber",
-        temperature: Numeric = 1.0,
+        gate: Gate | None = None,
+        temperature: Numeric | None = None,
         rngs: nnx.Rngs,
     ):
         super().__init__()
         self.penalty = SparsityTarget(target, kind, from_mask=True)
         self.weight = weight
-        self.temperature = temperature
+        self.gate = default_gate(gate, temperature)
         self.predictor = ImportancePredictor(features, rngs=rngs)
         self.recorded = PenaltyValue(jnp.zeros((), jnp.float32))
         self.rngs = rngs.gate.fork()
@@ -98,6 +103,16 @@ class SparsityGate(Configured):
     @target.setter
     def target(self, target: Numeric) -> None:
         self.penalty = dataclasses.replace(self.penalty, target=target)
+
+    @property
+    def temperature(self) -> Any:
+        """That of the gate; an AttributeError if it has none."""
+        gate: Any = self.gate
+        return gate.temperature
+
+    @temperature.setter
+    def temperature(self, temperature: Numeric) -> None:
+        self.gate = dataclasses.replace(self.gate, temperature=temperature)
 
     def __call__(
         self,
@@ -117,12 +132,11 @@ class SparsityGate(Configured):
             temperature: A temperature in place of the module's own.
             step: The step for schedules, in place of the module's own.
         """
+        gate = self.gate
+        if temperature is not None:
+            gate = dataclasses.replace(gate, temperature=temperature)
         key = None if self.deterministic else self.rngs()
-        mask = logistic_gate(
-            self.predictor(x),
-            key,
-            temperature=self._at(self.temperature, step) if temperature is None else temperature,
-        )
+        mask = self._at(gate, step)(self.predictor(x), key)
         if not self.deterministic:
             penalty, weight = self.penalty, self.weight
             if control is not None:

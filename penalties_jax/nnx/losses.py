@@ -59,7 +59,12 @@ class Loss(Configured):
         self.objective = objective
 
     def __call__(
-        self, outputs: Outputs, *, step: ArrayLike | None = None, advance: bool = True
+        self,
+        outputs: Outputs,
+        *,
+        step: ArrayLike | None = None,
+        advance: bool = True,
+        detail: bool = False,
     ) -> tuple[Float[Array, ""], Metrics]:
         """The total and its parts; results and errors are as in a call of the objective.
 
@@ -67,8 +72,10 @@ class Loss(Configured):
             outputs: What the objective picks its inputs from.
             step: The step for schedules, in place of the module's own, which then stays.
             advance: Whether this call is a training step, after which the module's step goes up.
+            detail: As in a call of the objective.
         """
-        result = self._at(self.objective, step)(outputs)
+        step_now = self.step[...] if step is None else step
+        result = self.objective(outputs, step=step_now, detail=detail)
         if step is None and advance and not self.deterministic:
             self.step[...] += 1
         return result

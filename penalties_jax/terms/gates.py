@@ -1,5 +1,7 @@
 """Gates as configs, and the penalty of how many are open."""
 
+from typing import Any
+
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Real
 
@@ -44,6 +46,22 @@ class Gate(Config):
 
     def _mask(self, logits, key):
         raise NotImplementedError
+
+
+def check_gate(gate: Any) -> Gate:
+    """A gate, or a TypeError."""
+    if not isinstance(gate, Gate):
+        raise TypeError(f"gate must be a config such as pj.HardConcreteGate(), got {gate!r}")
+    return gate
+
+
+def default_gate(gate: Gate | None, temperature: Numeric | None) -> Gate:
+    """What a module gates by: a logistic gate at a temperature, or another that is given."""
+    if gate is None:
+        return LogisticGate(1.0 if temperature is None else temperature)
+    if temperature is not None:
+        raise ValueError(f"{gate!r} has a temperature of its own, or none: leave temperature= out")
+    return check_gate(gate)
 
 
 @config
@@ -105,7 +123,7 @@ class JumpReLUGate(Gate):
         [0.0, 0.0, 1.0]
     """
 
-    threshold: Numeric = number(default=0.0, valid=ANY)
+    threshold: Numeric = number(default=0.0, valid=ANY, learned=True)
     bandwidth: Numeric = number(default=1e-3, valid=POSITIVE, kw_only=True)
 
     def _mask(self, logits, key):

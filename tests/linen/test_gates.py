@@ -155,3 +155,19 @@ def test_an_array_is_refused():
 def test_a_single_feature_is_refused():
     with pytest.raises(ValueError, match="at least 2 features, got 1"):
         pj.linen.SparsityGate().init(jax.random.key(0), jnp.ones((3, 1)), deterministic=True)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [pj.HardConcreteGate(), pj.TopKGate(3), pj.JumpReLUGate(0.1)],
+    ids=lambda x: type(x).__name__,
+)
+def test_gates_of_other_kinds(config):
+    gate = pj.linen.SparsityGate(gate=config)
+    variables = gate.init(jax.random.key(0), X, deterministic=True)
+    mask = gate.apply(variables, X, deterministic=True)
+    logits = pj.linen.SparsityGate(gate=pj.LogisticGate(hard=False)).apply(
+        variables, X, deterministic=True
+    )
+    assert_close(mask, config(jax.scipy.special.logit(logits)), atol=1e-5)
+    assert ("threshold" in variables["params"]) == isinstance(config, pj.JumpReLUGate)

@@ -209,3 +209,48 @@ def test_bad_temperature():
 def test_a_single_feature_is_refused():
     with pytest.raises(ValueError, match="features must be at least 2, got 1"):
         pj.nnx.SparsityGate(1, rngs=nnx.Rngs(0))
+
+
+GATES = {
+    "logistic": pj.LogisticGate(0.5),
+    "hard concrete": pj.HardConcreteGate(),
+    "jump relu": pj.JumpReLUGate(0.1, bandwidth=1.0),
+    "top k": pj.TopKGate(3),
+}
+
+
+@pytest.mark.parametrize("config", GATES.values(), ids=GATES)
+def test_gates_of_other_kinds(config):
+    gate = make(gate=config)
+    gate.eval()
+    assert_close(gate(X), config(gate.predictor(X)))
+    gate.train()
+    mask, recorded = train(gate, X)
+    assert_close(recorded, expected(mask))
+    assert type(gate.gate) is type(config)
+
+    def total(gate):
+        return jnp.sum(gate(X)) + pj.nnx.collect_penalties(gate)
+
+    slopes = nnx.to_pure_dict(nnx.grad(total)(gate))
+    learned = (
+        jax.tree.leaves(slopes["predictor"])
+        if config != GATES["jump relu"]
+        else [slopes["numbers"]["gate"]["threshold"]]
+    )
+    assert any(np.any(np.asarray(leaf) != 0) for leaf in learned)
+
+
+def test_a_gate_that_is_annealed_and_one_that_is_set():
+    gate = make(gate=pj.HardConcreteGate(pj.anneal(2.0, 0.5, start=0, end=4)))
+    gate.deterministic = True
+    gate.gate = pj.LogisticGate(pj.anneal(2.0, 0.5, start=0, end=4), hard=False)
+    for step, temperature in ((0, 2.0), (2, 1.25), (9, 0.5)):
+        pj.nnx.set_step(gate, step)
+        assert_close(gate(X), jax.nn.sigmoid(gate.predictor(X) / temperature))
+    gate.temperature = 1.5
+    assert_close(gate(X), jax.nn.sigmoid(gate.predictor(X) / 1.5))
+    with pytest.raises(ValueError, match="leave temperature= out"):
+        make(gate=pj.TopKGate(3), temperature=1.0)
+    with pytest.raises(TypeError, match="gate must be a config"):
+        make(gate=pj.L1())
