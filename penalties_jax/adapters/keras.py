@@ -31,8 +31,8 @@ class Regularizer(keras.regularizers.Regularizer):
         penalty: The $f$: a config of one input, whose value is of shape [].
 
     Raises:
-        TypeError: If it is no config, compares two inputs, holds a function, such as a bare
-            schedule, which can't be saved, or a schedule: Keras tells regularizers no step.
+        TypeError: If it is no config, compares two inputs, holds a function, which Keras would not
+            find when it loads a model, or a schedule: Keras tells regularizers no step.
         ValueError: When called, if the value is not a scalar.
 
     Examples:
@@ -51,7 +51,13 @@ class Regularizer(keras.regularizers.Regularizer):
                 ".at(step), or penalise in a layer that counts its steps, as the guide to "
                 "adapters has it"
             )
-        to_dict(penalty)
+        try:
+            from_dict(to_dict(penalty))
+        except TypeError as error:
+            raise TypeError(
+                f"{error}; a model is saved with its regularizers: make the function a class, by "
+                "pj.config and pj.Separable"
+            ) from error
         self.penalty = penalty
 
     def __call__(self, x: Any) -> Float[Array, ""]:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -117,7 +117,8 @@ def test_the_layer_of_the_guide_counts_steps():
         (0.1, r"takes a config, such as pj.L1\(\), got 0.1"),
         (own.L1(0.1), "takes a config"),
         (pj.SmoothL0(pj.anneal(1.0, 0.1, start=0, end=9)), r"no step: call .at\(step\)"),
-        (pj.ImportanceMinimality(jnp.abs), "can't be serialised"),
+        (pj.ImportanceMinimality(jnp.abs), "make the function a class"),
+        (pj.ImportanceMinimality(lambda x: x), "can't be serialised.*make the function a class"),
     ],
 )
 def test_what_is_no_penalty_of_one_input(penalty, error):
