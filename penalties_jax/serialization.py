@@ -187,7 +187,10 @@ def _config(data, path, functions):
     kind = data.get("type") if isinstance(data, dict) else data
     if kind is data or not isinstance(kind, str) or kind not in TYPES:
         at = path and f"{path}: "
-        raise ValueError(f"{at}type must be one of {sorted(TYPES)}, got {kind!r}")
+        raise ValueError(
+            f"{at}type must be one of {sorted(TYPES)}, got {kind!r}; a class of your own is one "
+            "once its module is imported"
+        )
     path = path or kind
     given = {name: value for name, value in data.items() if name != "type"}
     names = [field.name for field in fields(TYPES[kind])]

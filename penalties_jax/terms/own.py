@@ -39,7 +39,8 @@ class Elementwise(OfFunction, Separable):
 
     All else, pytrees, masks, weights, reductions, meshes and schedules, is as in `pj.L1`; the
     gradient is that of automatic differentiation, so that f has to be differentiable where values
-    are: at 0 too, where `jnp.sqrt` is not. f is part of the program by its identity: define it
+    are, at 0 too: there `jnp.sqrt` is not, and `jnp.abs` has derivative 1 where `x * jnp.sign(x)`
+    has 0. f is part of the program by its identity: define it
     once, as a new lambda is a new program.
 
     Args:
@@ -58,7 +59,7 @@ class Elementwise(OfFunction, Separable):
 
     Examples:
         >>> def tanh(x, gamma):
-        ...     return jnp.tanh(jnp.abs(x) / gamma)
+        ...     return jnp.tanh(x * jnp.sign(x) / gamma)
         >>> penalty = pj.Elementwise(tanh, gamma=pj.anneal(1.0, 0.1, start=0, end=100))
         >>> round(float(penalty.at(0)(jnp.array([0.0, -1.0]))), 4)
         0.7616

@@ -92,22 +92,27 @@ def test_a_clone_has_the_penalty():
     assert float(loss) == pytest.approx(0.1 * np.abs(kernel).sum() + weighted.sum(), rel=1e-5)
 
 
-def test_the_layer_of_the_guide_counts_steps():
+def test_the_layer_of_the_guide_counts_steps(tmp_path):
     """Learning nothing, so that the penalty of each epoch is a mean over the schedule alone."""
     namespace = {}
     for example in PAGES["docs/guides/adapters.md"]:
         if "keras.Sequential" in example:
             exec(example, namespace)
     keras.utils.set_random_seed(0)
-    layer = namespace["Annealed"](2, pj.anneal(0.0, 6.0, start=0, end=6) * pj.L1())
-    net = keras.Sequential([keras.Input((3,)), layer])
+    layer = namespace["Annealed"](pj.anneal(0.0, 6.0, start=0, end=6) * pj.L1())
+    net = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), layer])
     net.compile(optimizer=keras.optimizers.SGD(0.0), loss="mse")
     history = fit(net)
-    kernel = np.asarray(layer.kernel, np.float64)
-    error, total = np.mean((X @ kernel - Y) ** 2), np.abs(kernel).sum()
-    np.testing.assert_allclose(history, [error + 1 * total, error + 4 * total], rtol=1e-5)
+    y = X @ np.asarray(net.layers[0].kernel, np.float64)
+    totals, error = np.abs(y).reshape(3, -1).sum(1), np.mean((y - Y) ** 2)
+    expected = [error + np.mean(totals * weights) for weights in ([0, 1, 2], [3, 4, 5])]
+    np.testing.assert_allclose(history, expected, rtol=1e-5)
     net.evaluate(X, Y, verbose=0)
     assert int(layer.step.value) == 6 == int(net.optimizer.iterations.value)
+    net.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert int(loaded.layers[-1].step.value) == 6
+    assert loaded.layers[-1].penalty == layer.penalty
 
 
 @pytest.mark.parametrize(
