@@ -181,6 +181,11 @@ def _build(cls, values):
 class Pytree:
     """What all configs share: a checked construction and equality by value."""
 
+    def __new__(cls, *values: Any, **named: Any):
+        if "__dataclass_fields__" not in vars(cls):
+            raise TypeError(f"{cls.__name__} is no config: decorate the class with pj.config")
+        return super().__new__(cls)
+
     def __post_init__(self):
         for field in fields(self):
             label = f"{type(self).__name__}.{field.name}"

@@ -344,8 +344,8 @@ def _(primals, tangents):
 
 def _gate(weight, x):
     """The identity, which at weight 0 passes no gradient on: not even 0 times inf."""
-    floating = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
-    return _gated(weight, x) if floating else x
+    array = isinstance(x, (jax.Array, np.ndarray, np.generic))
+    return _gated(weight, x) if array and jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def named(outputs: Outputs) -> dict[str, Any]:

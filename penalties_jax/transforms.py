@@ -199,6 +199,8 @@ def add_objective(
         )
     weight = bare(weight)
     ANY.check(weight=weight)
+    if not jnp.issubdtype(jnp.result_type(every), jnp.integer):
+        raise TypeError(f"every must be an integer, got {every!r}")
     AT_LEAST_ONE.check(every=every)
 
     def change(updates, params, count, *, batch, step, whole):

@@ -92,7 +92,7 @@ def test_a_function_of_each_value():
     desired = pj.ImportanceMinimality(pj.L2(), beta=0.5)(SITES)
     assert_close(jax.jit(lambda penalty: penalty(SITES))(penalty), float(desired), rtol=1e-6)
     with pytest.raises(TypeError, match="can't be serialised"):
-        pj.to_dict(penalty)
+        pj.to_dict(pj.ImportanceMinimality(lambda x: x**2))
 
 
 def test_leaves_that_are_left_out():

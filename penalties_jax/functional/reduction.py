@@ -1,6 +1,7 @@
 """Masking, promotion and reduction: one meaning for `where`, `axis_name` and `reduction`."""
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -123,6 +124,8 @@ def summary(
         axis_name: As in `reduce`.
     """
     zero = jnp.zeros((), jnp.float32)
+    # They are for the log, and a maximum over devices has no derivative.
+    values = lax.stop_gradient(list(values))
     total = sum(map(jnp.sum, values), start=zero)
     counts = [count(x.shape, mask) for x, mask in zip(values, masks, strict=True)]
     included = sum(counts, start=zero)
@@ -255,6 +258,7 @@ def evaluate(
     weights: Any = 1.0,
     axis: int | None = None,
     fill: float = 0.0,
+    cached: bool = True,
 ) -> Any:
     """Reduces `weights * formula(*inputs, **parameters)`; the body of most public functions.
 
@@ -273,9 +277,11 @@ def evaluate(
         weights: A factor that broadcasts to the values.
         axis: The class axis, which the values don't have.
         fill: What the formula is given of the inputs where an entry is excluded.
+        cached: Whether the formula is its value: what a user's function closes over may change.
     """
     check_choice("reduction", reduction, Reduction)
-    return _evaluate(formula, inputs, parameters, reduction, where, axis_name, weights, axis, fill)
+    run: Any = _evaluate if cached else inspect.unwrap(_evaluate)
+    return run(formula, inputs, parameters, reduction, where, axis_name, weights, axis, fill)
 
 
 @partial(jax.jit, static_argnames=("formula", "reduction", "axis_name", "axis", "fill"))

@@ -1,7 +1,5 @@
 """A learned gate with a target rate, for Flax linen."""
 
-import dataclasses
-
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import ArrayLike
@@ -14,7 +12,7 @@ from penalties_jax.functional.sparsity import Kind
 from penalties_jax.linen.losses import at_step, check_plain, record
 from penalties_jax.terms import SparsityTarget
 from penalties_jax.terms.base import Numeric
-from penalties_jax.terms.gates import Gate, default_gate
+from penalties_jax.terms.gates import Gate, default_gate, with_temperature
 
 
 class SparsityGate(nn.Module):
@@ -69,15 +67,14 @@ class SparsityGate(nn.Module):
         hidden = nn.relu(nn.Dense(x.shape[-1] // 2, name="hidden")(x))
         logits = nn.Dense(1, name="out")(hidden)[..., 0]
         key = None if deterministic else self.make_rng("gate")
-        gate = default_gate(self.gate, self.temperature)
-        if temperature is not None:
-            gate = dataclasses.replace(gate, temperature=temperature)
+        gate = with_temperature(default_gate(self.gate, self.temperature), temperature)
         gate = with_learned(
             gate, lambda name, value: self.param(name, lambda _: jnp.asarray(value))
         )
-        mask = at_step(self, gate, step)(logits, key)
-        if not deterministic or self.is_initializing():
-            target, weight = control or (self.target, self.weight)
-            penalty = SparsityTarget(target, self.kind, from_mask=True)
-            record(self, weight * penalty, mask, where, step)
+        target, weight = control or (self.target, self.weight)
+        penalty = weight * SparsityTarget(target, self.kind, from_mask=True)
+        gate, penalty = at_step(self, (gate, penalty), step)
+        mask = gate(logits, key)
+        if not deterministic:
+            record(self, penalty, mask, where)
         return mask

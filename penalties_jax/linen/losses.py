@@ -45,16 +45,13 @@ def step_of(module: nn.Module) -> nn.Variable:
     return module.variable(SCHEDULE, "step", jnp.zeros, (), jnp.int32)
 
 
-def record(
-    module: nn.Module, penalty: Penalty, x: PyTree, where: PyTree | None, step: ArrayLike | None
-) -> None:
+def record(module: nn.Module, penalty: Penalty, x: PyTree, where: PyTree | None) -> None:
     """Adds a penalty to what the module has recorded, if the caller collects penalties."""
     if module.is_initializing():
-        at_step(module, penalty, step)
-    elif module.is_mutable_collection(PENALTIES):
+        return
+    if module.is_mutable_collection(PENALTIES):
         recorded = module.variable(PENALTIES, "recorded", jnp.zeros, (), jnp.float32)
-        value = at_step(module, penalty, step)(x, where=where)
-        recorded.value = recorded.value + check_scalar("penalty", value)
+        recorded.value = recorded.value + check_scalar("penalty", penalty(x, where=where))
     elif _is_cut_off(module):
         raise ValueError(
             f"{'/'.join(module.path)} is under a transform that drops what it records: give it an "
@@ -159,7 +156,7 @@ class ActivityPenalty(nn.Module):
         self, x: PyTree, *, where: PyTree | None = None, step: ArrayLike | None = None
     ) -> PyTree:
         """Return `x`, after recording its penalty, as in a call of `pj.nnx.ActivityPenalty`."""
-        record(self, self.weight * self.penalty, x, where, step)
+        record(self, at_step(self, self.weight * self.penalty, step), x, where)
         return x
 
 

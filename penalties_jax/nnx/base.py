@@ -11,6 +11,7 @@ from jaxtyping import Array, Int
 
 from penalties_jax._pytree import resolve, with_learned
 from penalties_jax.functional.checks import bare
+from penalties_jax.functional.reduction import wide
 
 
 class Number(nnx.Variable[Array]):
@@ -70,9 +71,16 @@ class Configured(nnx.Module):
             for variable, leaf in zip(variables, leaves, strict=True):
                 write(variable, leaf)
         else:
-            parts = with_learned(config, lambda _, value: nnx.Param(jnp.asarray(value)))
+            layers = self.step[...].shape
+
+            # A copy, whose buffer nobody else gives away; one for each of stacked layers.
+            def own(kind, leaf, dtype=None):
+                leaf = jnp.array(leaf, dtype)
+                return kind(jnp.broadcast_to(leaf, layers + leaf.shape) if layers else leaf)
+
+            parts = with_learned(config, lambda _, x: own(nnx.Param, x, wide(x)))
             held = jax.tree.map(
-                lambda leaf: leaf if _is_variable(leaf) else Number(jnp.asarray(leaf)),
+                lambda leaf: leaf if _is_variable(leaf) else own(Number, leaf),
                 parts,
                 is_leaf=_is_variable,
             )

@@ -16,7 +16,7 @@ from penalties_jax.nnx.base import Configured, held
 from penalties_jax.nnx.losses import PenaltyValue
 from penalties_jax.terms import SparsityTarget
 from penalties_jax.terms.base import Numeric
-from penalties_jax.terms.gates import Gate, check_gate, default_gate
+from penalties_jax.terms.gates import Gate, check_gate, default_gate, with_temperature
 
 
 class ImportancePredictor(nnx.Module):
@@ -112,7 +112,7 @@ class SparsityGate(Configured):
 
     @temperature.setter
     def temperature(self, temperature: Numeric) -> None:
-        self.gate = dataclasses.replace(self.gate, temperature=temperature)
+        self.gate = with_temperature(self.gate, temperature)
 
     def __call__(
         self,
@@ -132,9 +132,7 @@ class SparsityGate(Configured):
             temperature: A temperature in place of the module's own.
             step: The step for schedules, in place of the module's own.
         """
-        gate = self.gate
-        if temperature is not None:
-            gate = dataclasses.replace(gate, temperature=temperature)
+        gate = with_temperature(self.gate, temperature)
         key = None if self.deterministic else self.rngs()
         mask = self._at(gate, step)(self.predictor(x), key)
         if not self.deterministic:

@@ -1,6 +1,7 @@
 """What every penalty can do: be evaluated, resolved at a step, scaled and added."""
 
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -28,6 +29,7 @@ from penalties_jax._pytree import (
     resolve,
 )
 from penalties_jax.functional.checks import bare, let_in, public, standard_promotion
+from penalties_jax.functional.reduction import leaves_by_name
 
 __all__ = ["Penalty"]
 
@@ -96,6 +98,8 @@ class Penalty(Config):
     _inputs: ClassVar[int] = 1
     # Whether it is of log-probabilities of sampled tokens, [..., T], not of classes.
     of_samples: ClassVar[bool] = False
+    # Whether it is a user's function.
+    of_function: ClassVar[bool] = False
     # The name of its metrics in a log.
     measured_as: ClassVar[str | None] = None
 
@@ -177,7 +181,7 @@ class Penalty(Config):
         inputs = tuple(let_in("an input", x) for x in inputs)
         where = let_in("where", where)
         with standard_promotion():
-            run = program.__wrapped__ if _has_function(self) else program
+            run = inspect.unwrap(program) if _has_function(self) else program
             return run(penalty, inputs, where)
 
     def elementwise(self, x: PyTree) -> PyTree:
@@ -352,8 +356,11 @@ def _measure(penalty, inputs, where):
 
 def _has_function(penalty):
     """Whether it holds a user's function, by whose identity a compiled program would go stale."""
-    nodes = jax.tree.leaves(penalty, is_leaf=lambda node: isinstance(node, Partial))
-    return any(isinstance(node, Partial) for node in nodes)
+
+    def holds_one(node):
+        return isinstance(node, Partial) or getattr(node, "of_function", False)
+
+    return any(map(holds_one, jax.tree.leaves(penalty, is_leaf=holds_one)))
 
 
 def distinct(names: Iterable[str], taken: Collection[str] = ()) -> list[str]:
@@ -501,13 +508,21 @@ class Against(Penalty):
         return self._with(penalty=self.penalty.estimate())
 
     def value(self, inputs, where):
-        return self.penalty(*inputs, self._reference(), where=where)
+        return self.penalty(*self._both(inputs), where=where)
 
     def _metrics(self, inputs, where):
-        return self.penalty._metrics((*inputs, self._reference()), where)
+        return self.penalty._metrics(self._both(inputs), where)
 
-    def _reference(self):
-        return lax.stop_gradient(self.reference) if self.stop_gradient else self.reference
+    def _both(self, inputs):
+        """The input and the reference, without what the input leaves out."""
+        (x,) = inputs
+        leaves, structure = jax.tree.flatten(x, is_leaf=is_absent)
+        bound = lax.stop_gradient(self.reference) if self.stop_gradient else self.reference
+        if any(map(is_absent, leaves)):
+            own = leaves_by_name("the reference", bound, structure)
+            pairs = zip(leaves, own, strict=True)
+            bound = structure.unflatten(x if is_absent(x) else other for x, other in pairs)
+        return x, bound
 
 
 def _parts(penalty):

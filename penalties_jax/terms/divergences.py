@@ -91,6 +91,15 @@ class OfClasses(Reduced):
     def estimate(self) -> Penalty:
         raise not_of_samples(self)
 
+    def _run(self, program, inputs, where):
+        needed, _ = self._arrays()
+        arrays, biases = inputs[: len(needed)], inputs[len(needed) :]
+        if any(bias is None for bias in biases):
+            # Of a head that has none, where the other may have one.
+            zeros = jnp.zeros(jnp.shape(inputs[1])[-1:])
+            biases = (zeros if bias is None else bias for bias in biases)
+        return super()._run(program, (*arrays, *biases), where)
+
     def _pure(self):
         return self._functions[self.inputs]
 

@@ -1,5 +1,6 @@
 """Gates as configs, and the penalty of how many are open."""
 
+import dataclasses
 from typing import Any
 
 from jax.typing import ArrayLike
@@ -62,6 +63,15 @@ def default_gate(gate: Gate | None, temperature: Numeric | None) -> Gate:
     if temperature is not None:
         raise ValueError(f"{gate!r} has a temperature of its own, or none: leave temperature= out")
     return check_gate(gate)
+
+
+def with_temperature(gate: Gate, temperature: Numeric | None) -> Gate:
+    """The gate at another temperature, if one is given; a TypeError if it has none."""
+    if temperature is None:
+        return gate
+    if not hasattr(gate, "temperature"):
+        raise TypeError(f"{gate!r} has no temperature")
+    return dataclasses.replace(gate, temperature=temperature)
 
 
 @config

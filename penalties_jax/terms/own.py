@@ -14,6 +14,9 @@ from penalties_jax.terms.reduced import PerValue, Separable
 
 __all__ = ["Elementwise", "Function"]
 
+# Of a function of `*inputs`.
+MOST_INPUTS = 256
+
 # What a penalty takes itself, so that a function's numbers can't be given by these names.
 TAKEN = ("where", "weights", "reduction", "axis_name", "fill")
 
@@ -24,6 +27,8 @@ class OfFunction(Penalty):
 
     function: Callable[..., Any] = option()
     numbers: Mapping[str, Numeric] = numbers_by_name()
+
+    of_function = True
 
     def scheduled(self) -> Iterator[tuple[str, Schedule]]:
         for name, schedule in super().scheduled():
@@ -40,8 +45,8 @@ class Elementwise(OfFunction, Separable):
     All else, pytrees, masks, weights, reductions, meshes and schedules, is as in `pj.L1`; the
     gradient is that of automatic differentiation, so that f has to be differentiable where values
     are, at 0 too: there `jnp.sqrt` is not, and `jnp.abs` has derivative 1 where `x * jnp.sign(x)`
-    has 0. f is part of the program by its identity: define it
-    once, as a new lambda is a new program.
+    has 0. f is part of a jitted program by its identity: define it once, as a new lambda is a new
+    program. Outside of `jax.jit` it is called each time.
 
     Args:
         function: The f: from an array, and its numbers by name, to an array of the same shape. It
@@ -130,7 +135,8 @@ class Function(OfFunction):
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         inputs = [x for x in parameters if x.kind in positional and x.name not in self.numbers]
         needed = sum(x.default is x.empty for x in inputs)
-        return range(needed, len(inputs) + 1)
+        more = any(x.kind is inspect.Parameter.VAR_POSITIONAL for x in parameters)
+        return range(needed, MOST_INPUTS if more else len(inputs) + 1)
 
     @property
     def takes_where(self) -> bool:
@@ -152,8 +158,11 @@ def _construct(penalty, function, numbers, named, **own):
     kind = type(penalty).__name__
     if not callable(function):
         raise TypeError(f"{kind}.function must be a function, got {function!r}")
+    try:
+        others = list(inspect.signature(function).parameters)[1:]
+    except ValueError as error:
+        raise TypeError(f"{kind}.function must have a signature, got {function!r}") from error
     # An own argument of that name would be taken for the function's number in silence.
-    _, *others = inspect.signature(function).parameters
     for name in TAKEN:
         if name in named or (name in own and name in others and name not in numbers):
             raise TypeError(

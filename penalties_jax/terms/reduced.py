@@ -214,13 +214,14 @@ class Separable(Weighted):
             return super()._of_arrays(row, where, reduction)
         return evaluate(
             formula,
-            row,
+            tuple(map(jnp.asarray, row)),
             numbers,
             reduction,
             where,
             self.axis_name,
             weights=self.weights,
             fill=fill,
+            cached=not self.of_function,
         )
 
     def _per_value(self) -> tuple[PerValue | None, Mapping[str, Any], float]:

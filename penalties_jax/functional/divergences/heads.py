@@ -435,10 +435,13 @@ def _logits(platform, head):
 
 def _weighted(by, through_logits, i):
     """The gradient in the logits of head i, of the sum of parts by weights [*rows, parts]."""
-    weighted = (
-        by[..., j : j + 1] * part[i] for j, part in enumerate(through_logits) if i < len(part)
-    )
-    return functools.reduce(jnp.add, weighted)
+
+    def weighted(weight, slope):
+        # As of the value: what weighs nothing may be infinite.
+        return jnp.where(weight != 0, weight * slope, 0)
+
+    parts = ((by[..., j : j + 1], part) for j, part in enumerate(through_logits) if i < len(part))
+    return functools.reduce(jnp.add, (weighted(weight, part[i]) for weight, part in parts))
 
 
 def _through(head, logits, gradient, want, fresh):
