@@ -10,7 +10,7 @@ PYTHONS ?= 3.11 3.13
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-types test-matrix lint notebooks docs bench bench-quick bench-accelerators bench-gpu clean
+.PHONY: help demo test test-slow test-types test-tunix test-matrix lint notebooks docs bench bench-quick bench-accelerators bench-gpu clean
 
 help:  ## show what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -35,6 +35,12 @@ TYPES := penalties_jax,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_to
 
 test-types:  ## a third of the cases on the newest Python and jax, while every annotation is checked
 	$(MAKE) test-3.13 ARGS='"--jaxtyping-packages=$(TYPES)" $(ARGS)'
+
+# Compiling is most of it: the programs are too small to be worth optimising.
+test-tunix: export XLA_FLAGS += --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
+test-tunix:  ## the guide to Tunix, against Tunix itself
+	PYENV_VERSION=3.11 $(MAKE) .venv-tunix/.google-tunix VENV=.venv-tunix PYTHON=python3.11
+	.venv-tunix/bin/python -m pytest -o addopts= --import-mode=importlib -ra tests/test_tunix.py $(ARGS)
 
 lint: $(LINT)/.lint  ## ruff and basedpyright
 	$(LINT)/bin/ruff check .
@@ -102,6 +108,12 @@ $(VENV)/.%: $(BIN)/python pyproject.toml constraints.txt
 
 $(LINT)/.%: $(LINT)/bin/python pyproject.toml constraints.txt
 	$(INSTALL)
+
+# Tunix, without a gigabyte of what it lists and training doesn't import.
+$(VENV)/.google-tunix: $(VENV)/.tunix
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
+		-c constraints.txt google-tunix qwix
+	@touch $@
 
 # The compiler for NVIDIA GPUs, without gigabytes of libraries that only running takes.
 $(VENV)/.cuda: $(VENV)/.accelerators
