@@ -413,10 +413,11 @@ def test_no_metric_hides_another(penalty):
     penalty = jax.tree.map(lambda x: ramp(x, x), penalty)
     objective = one_term(penalty, on=("x", "y")[: penalty.summands[0].takes[0]], weight=ramp(0, 1))
     x = jnp.full((8, 3, 5), -0.5)[(0,) * (isinstance(penalty, pj.Orthogonality | pj.MMD))]
+    y = jnp.zeros((8, 3), jnp.int32) if isinstance(penalty, pj.CrossEntropy) else x
 
     def measure(x):
-        inputs = (x, x)[: len(objective.terms["term"].on)]
-        metrics = objective({"x": x, "y": x}, step=1, detail=True)[1]
+        inputs = (x, y)[: len(objective.terms["term"].on)]
+        metrics = objective({"x": x, "y": y}, step=1, detail=True)[1]
         return metrics, objective.hyperparameters(1), penalty.at(1).metrics(*inputs)
 
     metrics, hyperparameters, measured = jax.eval_shape(measure, x)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import penalties_jax as pj
@@ -105,10 +106,21 @@ def test_a_number_that_changes_does_not_retrace():
     for count in range(3):
         step(pj.Elementwise(counted, gamma=pj.anneal(1.0 + count, 0.1, start=0, end=10)), count)
         first = len(traced) if count == 0 else first
-        pj.Elementwise(counted, gamma=0.5 + count)(X)
-        outside = len(traced) if count == 0 else outside
-    assert len(traced) == outside
-    assert first > 0
+    assert len(traced) == first > 0
+
+
+def test_what_a_function_closes_over_may_change():
+    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    penalties = (
+        pj.Function(lambda x: jnp.sum(model(x) ** 2)),
+        pj.Elementwise(lambda x: jnp.sum(model.kernel[...]) * x**2),
+    )
+    for kernel in (jnp.ones((3, 1)), 2 * jnp.ones((3, 1))):
+        model.kernel[...] = kernel
+        expected = jnp.sum((X @ kernel) ** 2), jnp.sum(kernel) * jnp.sum(X**2)
+        for penalty, desired in zip(penalties, expected, strict=True):
+            for run in (penalty, jax.jit(lambda x, f=penalty: f(x))):
+                assert_close(run(X), desired, rtol=1e-5)
 
 
 def test_sharded_values_stay_where_they_are():
@@ -261,6 +273,31 @@ def test_params_stay_near_a_reference():
     assert_close(params["w"], 1.0, rtol=1e-5)
 
 
+def test_a_reference_leaves_out_what_an_optimizer_does():
+    params = {"w": jnp.array([1.0, 3.0]), "step": jnp.int32(3), "frozen": jnp.ones(2)}
+    reference = jax.tree.map(jnp.zeros_like, params)
+    mask = {"w": True, "step": True, "frozen": False}
+    transform = pj.add_penalty(pj.Consistency("mse").against(reference), mask=mask)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = transform.update(zeros, transform.init(params), params)
+    assert_close(updates["w"], [1.0, 3.0])
+    assert_close(updates["frozen"], 0)
+
+
+def test_a_head_without_a_bias_beside_one_that_has_one():
+    hidden, kernel, bias = X[:, :2], X[:2], X[2]
+    kl = pj.KLDivergence(inputs="hidden")
+    desired = pj.linear_kl(hidden, kernel, hidden, kernel, bias_q=bias)
+    assert_close(kl(hidden, kernel, hidden, kernel, None, bias), desired)
+    assert_close(kl(hidden, kernel, hidden, kernel, None, None), 0)
+
+
+def test_outputs_that_are_a_module():
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    objective = pj.Objective(terms={"l2": pj.Term(pj.L2(), on="kernel", weight=0.5)})
+    assert_close(objective(model)[0], 0.5 * jnp.sum(model.kernel[...] ** 2))
+
+
 # What is refused, in one line.
 
 
@@ -287,6 +324,8 @@ def lines(error):
         (lambda: pj.Elementwise(jnp.sum)(X), ValueError, r"shape \(8, 3\), got shape \(\)"),
         (lambda: pj.Function(jnp.abs)(X), ValueError, r"must return a scalar, got \(8, 3\)"),
         (lambda: pj.Function(lambda x: {"a": 1.0})(X), ValueError, "must return a scalar"),
+        (lambda: pj.Elementwise(max), TypeError, "must have a signature"),
+        (lambda: type("Bare", (pj.Separable,), {})(), TypeError, "Bare is no config: decorate"),
         (lambda: OWN(X), TypeError, r"holds a schedule: call \.at\(step\)"),
         (lambda: TanhPower(gamma=0.0), ValueError, "TanhPower.gamma must be above 0"),
         (lambda: TanhPower(power="two"), TypeError, "TanhPower.power must be of type int"),

@@ -5,11 +5,11 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from penalties_jax._pytree import in_range, with_learned
+from penalties_jax._pytree import in_range, resolve, with_learned
 from penalties_jax.controllers import SparsityControl
 from penalties_jax.functional.checks import NONNEGATIVE, UNIT
 from penalties_jax.functional.sparsity import Kind
-from penalties_jax.linen.losses import at_step, check_plain, record
+from penalties_jax.linen.losses import check_plain, record, step_for
 from penalties_jax.terms import SparsityTarget
 from penalties_jax.terms.base import Numeric
 from penalties_jax.terms.gates import Gate, default_gate, with_temperature
@@ -71,10 +71,10 @@ class SparsityGate(nn.Module):
         gate = with_learned(
             gate, lambda name, value: self.param(name, lambda _: jnp.asarray(value))
         )
-        target, weight = control or (self.target, self.weight)
-        penalty = weight * SparsityTarget(target, self.kind, from_mask=True)
-        gate, penalty = at_step(self, (gate, penalty), step)
-        mask = gate(logits, key)
-        if not deterministic:
-            record(self, penalty, mask, where)
+        step = step_for(self, gate, step)
+        mask = resolve(gate, step)(logits, key)
+        if not deterministic or self.is_initializing():
+            target, weight = control or (self.target, self.weight)
+            penalty = SparsityTarget(target, self.kind, from_mask=True)
+            record(self, weight * penalty, mask, where, step)
         return mask

@@ -27,8 +27,8 @@ def check_plain(name: str, config: Any) -> None:
             raise TypeError(f"{name} must hold Python numbers only in a linen module, got {leaf!r}")
 
 
-def at_step(module: nn.Module, config: Any, step: ArrayLike | None) -> Any:
-    """A config at a step, or at the module's in the collection "schedule" if none is given."""
+def step_for(module: nn.Module, config: Any, step: ArrayLike | None) -> ArrayLike | None:
+    """The step; if none is given and a config needs one, the module's, of "schedule"."""
     if step is None and has_schedule(config):
         known = module.has_variable(SCHEDULE, "step") or module.is_mutable_collection(SCHEDULE)
         if not known:
@@ -37,7 +37,7 @@ def at_step(module: nn.Module, config: Any, step: ArrayLike | None) -> Any:
                 "that init returns, which needs an axis under nn.scan and nn.vmap"
             )
         step = step_of(module).value
-    return resolve(config, step)
+    return step
 
 
 def step_of(module: nn.Module) -> nn.Variable:
@@ -45,13 +45,16 @@ def step_of(module: nn.Module) -> nn.Variable:
     return module.variable(SCHEDULE, "step", jnp.zeros, (), jnp.int32)
 
 
-def record(module: nn.Module, penalty: Penalty, x: PyTree, where: PyTree | None) -> None:
+def record(
+    module: nn.Module, penalty: Penalty, x: PyTree, where: PyTree | None, step: ArrayLike | None
+) -> None:
     """Adds a penalty to what the module has recorded, if the caller collects penalties."""
     if module.is_initializing():
-        return
-    if module.is_mutable_collection(PENALTIES):
+        step_for(module, penalty, step)
+    elif module.is_mutable_collection(PENALTIES):
         recorded = module.variable(PENALTIES, "recorded", jnp.zeros, (), jnp.float32)
-        recorded.value = recorded.value + check_scalar("penalty", penalty(x, where=where))
+        value = resolve(penalty, step_for(module, penalty, step))(x, where=where)
+        recorded.value = recorded.value + check_scalar("penalty", value)
     elif _is_cut_off(module):
         raise ValueError(
             f"{'/'.join(module.path)} is under a transform that drops what it records: give it an "
@@ -156,7 +159,7 @@ class ActivityPenalty(nn.Module):
         self, x: PyTree, *, where: PyTree | None = None, step: ArrayLike | None = None
     ) -> PyTree:
         """Return `x`, after recording its penalty, as in a call of `pj.nnx.ActivityPenalty`."""
-        record(self, at_step(self, self.weight * self.penalty, step), x, where)
+        record(self, self.weight * self.penalty, x, where, step)
         return x
 
 

@@ -171,3 +171,18 @@ def test_gates_of_other_kinds(config):
     )
     assert_close(mask, config(jax.scipy.special.logit(logits)), atol=1e-5)
     assert ("threshold" in variables["params"]) == isinstance(config, pj.JumpReLUGate)
+
+
+def test_a_gate_and_a_target_that_are_both_annealed():
+    gate = pj.linen.SparsityGate(
+        target=pj.anneal(0.0, 0.5, start=0, end=4),
+        gate=pj.HardConcreteGate(pj.anneal(1.0, 0.1, start=0, end=4)),
+    )
+    variables = pj.linen.set_step(initial(gate), 2)
+    mask, state = gate.apply(variables, X, rngs={"gate": jax.random.key(2)}, mutable=["penalties"])
+    now = pj.linen.SparsityGate(target=0.25, gate=pj.HardConcreteGate(0.55))
+    same, recorded = now.apply(
+        variables, X, rngs={"gate": jax.random.key(2)}, mutable=["penalties"]
+    )
+    assert_close(mask, same)
+    assert_close(pj.linen.collect_penalties(state)[0], pj.linen.collect_penalties(recorded)[0])

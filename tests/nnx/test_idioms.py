@@ -366,3 +366,28 @@ def test_a_loss_counts_in_training_only():
         loss(outputs, advance=False)
         loss(outputs, step=100)
     assert values == [0, 1, 2]
+
+
+def test_a_module_owns_its_numbers():
+    """So that giving it away leaves what it was made of."""
+    reference = jnp.ones(3)
+    penalised = pj.nnx.ActivityPenalty(pj.Consistency().against(reference))
+    nnx.jit(lambda module, x: module(x), donate_argnums=0)(penalised, jnp.zeros(3))
+    assert not reference.is_deleted()
+
+
+def test_schedules_are_set_on_stacked_modules():
+    stacked = nnx.vmap(lambda _: pj.nnx.ActivityPenalty(pj.L1(), weight=0.5))(jnp.arange(3))
+    stacked.weight = pj.anneal(0.0, 1.0, start=0, end=2)
+    pj.nnx.set_step(stacked, 1)
+    nnx.scan(lambda m, x: m(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(stacked, jnp.ones(4))
+    assert float(pj.nnx.collect_penalties(stacked)) == 6.0
+
+
+def test_a_threshold_that_has_learned_does_not_widen():
+    with jax.enable_x64():
+        gate = pj.nnx.SparsityGate(4, gate=pj.JumpReLUGate(0.1), rngs=nnx.Rngs(0))
+        x = jnp.ones((2, 4), jnp.float32)
+        optimizer = nnx.Optimizer(gate, optax.sgd(0.1), wrt=nnx.Param)
+        optimizer.update(gate, nnx.grad(lambda gate: jnp.mean(gate(x)))(gate))
+        assert gate(x).dtype == gate.gate.threshold.dtype == jnp.float32
