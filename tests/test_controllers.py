@@ -402,8 +402,14 @@ def test_the_setpoint_is_a_view_of_itself():
     assert pj.DualAscent(dual.target) == dual
 
 
+@pj.config
+class Ruleless(Controller):
+    """A controller without a rule."""
+
+
 def test_the_protocol_has_no_rule_of_its_own():
-    for call in (Controller().init, lambda: Controller().update(None), lambda: Controller()(None)):
+    controller = Ruleless()
+    for call in (controller.init, lambda: controller.update(None), lambda: controller(None)):
         with pytest.raises(NotImplementedError):
             call()
 
