@@ -41,26 +41,33 @@ def pytest_configure(config):
         pytest.raises = RefusedFirst
 
 
+def pytest_addoption(parser):
+    """Says which cases of a test a run has: those of two runs are all of them."""
+    parser.addoption("--cases", choices=["all", "two-thirds", "third"], default="all")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Leaves notebooks to make test-slow, and to other runs what annotations don't have to see."""
+    """Leaves notebooks to make test-slow, and to other runs what isn't for this one."""
+    typed = config.getoption("--jaxtyping-packages")
     for item in items:
         if item.path.suffix == ".ipynb":
             item.add_marker(pytest.mark.slow)
-    if config.getoption("--jaxtyping-packages"):
-        for item in items:
-            if item.get_closest_marker("untyped"):
-                item.add_marker(pytest.mark.skip("takes more than its annotations say"))
-        left_out = [item for item in items if _seen_by_others(item)]
-        items[:] = [item for item in items if not _seen_by_others(item)]
-        config.hook.pytest_deselected(items=left_out)
+        if typed and item.get_closest_marker("untyped"):
+            item.add_marker(pytest.mark.skip("takes more than its annotations say"))
+    cases = config.getoption("--cases")
+    if cases != "all":
+        left_out = {item for item in items if _of_another_run(item, cases)}
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=list(left_out))
 
 
-def _seen_by_others(item):
-    """Two of three cases of a test, but for its first: make test has them all."""
+def _of_another_run(item, cases):
+    """Whether a case is of the run that has the other cases; the first is of both."""
     case = getattr(item, "callspec", None)
-    first = case is None or not any(case.indices.values())
-    return not first and zlib.crc32(item.nodeid.encode()) % 3 != 0
+    if case is None or not any(case.indices.values()):
+        return False
+    return (zlib.crc32(item.nodeid.encode()) % 3 == 0) != (cases == "third")
 
 
 @pytest.fixture(autouse=True)
