@@ -95,7 +95,7 @@ def reduce(
 
 def add_up(
     totals: Sequence[Array],
-    counts: Sequence[Array | int],
+    counts: Sequence[Array | Size],
     *,
     reduction: str,
     axis_name: AxisName | None,

@@ -191,9 +191,10 @@ def _evaluate(
         for formula, own in zip(formulas, parameters, strict=True)
     )
     included = jnp.broadcast_to(True if where is None else where, positions)
+    weights = jnp.broadcast_to(jnp.asarray(weights, dtype), positions)
     (hidden, numbers), (shares, labels, included, weights), shared = lie_alike(
         ([head.hidden for head in heads], numbers),
-        (shares, labels, included, jnp.asarray(weights, dtype)),
+        (shares, labels, included, weights),
         [_of_all_rows(head) for head in heads],
         axis=-1,
     )
