@@ -208,7 +208,7 @@ OTHERS = [
             "logits": X,
             "labels": np.arange(4, dtype=np.int32),
             "where": np.arange(4) != 1,
-            "weights": np.linspace(-0.5, 1.5, 4, dtype=np.float32),
+            "weights": np.linspace(0.5, 2.0, 4, dtype=np.float32),
         },
         numbers={"z_loss": 0.1, "temperature": 0.7},
         block_size=2,
