@@ -1,5 +1,6 @@
 """How NNX modules hold configs: numbers in Variables, the rest as structure, and a step."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +103,18 @@ def held(name: str, check: Callable[[Any], Any] = lambda value: value) -> Any:
         module._hold(name, check(value))
 
     return property(read, write)
+
+
+def field_of(name: str, field: str, doc: str) -> Any:
+    """A property: a field of a config that a module holds by a name."""
+
+    def read(module):
+        return getattr(getattr(module, name), field)
+
+    def write(module, value):
+        setattr(module, name, dataclasses.replace(getattr(module, name), **{field: value}))
+
+    return property(read, write, doc=doc)
 
 
 def _is_variable(node):

@@ -1,6 +1,5 @@
 """A learned gate with a target rate, for Flax NNX."""
 
-import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from penalties_jax._pytree import in_range
 from penalties_jax.controllers import SparsityControl
 from penalties_jax.functional.checks import NONNEGATIVE
 from penalties_jax.functional.sparsity import Kind
-from penalties_jax.nnx.base import Configured, held
+from penalties_jax.nnx.base import Configured, field_of, held
 from penalties_jax.nnx.losses import PenaltyValue
 from penalties_jax.terms import SparsityTarget
 from penalties_jax.terms.base import Numeric
@@ -73,6 +72,7 @@ class SparsityGate(Configured):
     """
 
     penalty = held("penalty")
+    target = field_of("penalty", "target", "The share of positions to skip.")
     gate = held("gate", check_gate)
     weight = held("weight", in_range("weight", NONNEGATIVE))
 
@@ -94,15 +94,6 @@ class SparsityGate(Configured):
         self.predictor = ImportancePredictor(features, rngs=rngs)
         self.recorded = PenaltyValue(jnp.zeros((), jnp.float32))
         self.rngs = rngs.gate.fork()
-
-    @property
-    def target(self) -> Any:
-        """The share of positions to skip."""
-        return self.penalty.target
-
-    @target.setter
-    def target(self, target: Numeric) -> None:
-        self.penalty = dataclasses.replace(self.penalty, target=target)
 
     @property
     def temperature(self) -> Any:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from penalties_jax.functional.gates import logistic_gate, top_k_gate
 from penalties_jax.functional.reduction import promote
 from penalties_jax.functional.sparsity import Kind, balanced_loss, sparsity_rate
 from penalties_jax.functional.tridiagonal import resolvent_diagonal
-from penalties_jax.nnx.base import Configured, held
+from penalties_jax.nnx.base import Configured, field_of, held
 from penalties_jax.nnx.gates import ImportancePredictor
 from penalties_jax.terms import SparsityTarget
 from penalties_jax.terms.base import Numeric
@@ -163,6 +162,7 @@ class SparseMoEResNetBKLayer(Configured):
     """
 
     sparsity = held("sparsity")
+    target_sparsity = field_of("sparsity", "target", "The share of positions to skip.")
     sparsity_loss_weight = held(
         "sparsity_loss_weight", in_range("sparsity_loss_weight", NONNEGATIVE)
     )
@@ -197,15 +197,6 @@ class SparseMoEResNetBKLayer(Configured):
         self.rate = Measurement(jnp.full((), jnp.nan, jnp.float32))
         self.computed = Measurement(jnp.full((), jnp.nan, jnp.float32))
         self.rngs = rngs.gate.fork()
-
-    @property
-    def target_sparsity(self) -> Any:
-        """The share of positions to skip."""
-        return self.sparsity.target
-
-    @target_sparsity.setter
-    def target_sparsity(self, target: Numeric) -> None:
-        self.sparsity = dataclasses.replace(self.sparsity, target=target)
 
     def __call__(
         self,
