@@ -109,6 +109,7 @@ class Objective(Pytree):
         loss: A function from the outputs to a scalar, or None for none.
         terms: The penalty terms by name. "loss", "total", "penalties" and names with a "/" are
             taken.
+        detail: Whether a call measures more than the total needs, if it does not say itself.
 
     Raises:
         TypeError: If a term is not a `pj.Term`; in `replace`, for an unknown hyperparameter.
@@ -129,6 +130,7 @@ class Objective(Pytree):
 
     loss: Callable[[Outputs], ArrayLike] | None = option(default=None)
     terms: Mapping[str, Term] = dataclasses.field(default_factory=dict)
+    detail: bool = option(default=False, kw_only=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -143,7 +145,7 @@ class Objective(Pytree):
         object.__setattr__(self, "terms", dict(self.terms))
 
     def __call__(
-        self, outputs: Outputs, *, step: ArrayLike | None = None, detail: bool = False
+        self, outputs: Outputs, *, step: ArrayLike | None = None, detail: bool | None = None
     ) -> tuple[Float[Array, ""], Metrics]:
         """The total, and what it is made of.
 
@@ -153,7 +155,7 @@ class Objective(Pytree):
                 Functions are given the same.
             step: The optimiser step, for schedules.
             detail: Whether to measure more than the total needs: Python's True or False, which
-                changes the program.
+                changes the program, or None for what the objective has.
 
         Returns:
             The total, and a flat dict of scalars: "loss" (0 without one), the value of each term
@@ -170,7 +172,7 @@ class Objective(Pytree):
             ValueError: If the loss, a term or its weight is not a scalar.
         """
         _check_not_a_count(outputs)
-        metrics = self._metrics(outputs, step, detail)
+        metrics = self._metrics(outputs, step, self.detail if detail is None else detail)
         return metrics["total"], metrics
 
     def hyperparameters(self, step: ArrayLike | None = None) -> Metrics:

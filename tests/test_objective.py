@@ -428,6 +428,17 @@ def test_no_metric_hides_another(penalty):
     assert len(metrics) == len(usual) + len(hyperparameters) + len(measured)
 
 
+def test_an_objective_that_is_detailed_says_so_wherever_it_is_called():
+    outputs = {"x": jnp.ones(3)}
+    terms = {"term": pj.Term(pj.L2(), on="x", weight=ramp(0, 1))}
+    detailed, plain = pj.Objective(terms=terms, detail=True), pj.Objective(terms=terms)
+    asked = plain(outputs, step=1, detail=True)[1]
+    for metrics in (detailed(outputs, step=1)[1], pj.nnx.Loss(detailed)(outputs, step=1)[1]):
+        assert scalars(metrics) == scalars(asked)
+    assert detailed(outputs, step=1, detail=False)[1].keys() == plain(outputs, step=1)[1].keys()
+    assert pj.from_json(pj.to_json(detailed)) == detailed
+
+
 def test_names_that_others_have_get_a_number():
     penalty = Awkward(weight=ramp(1, 3), weighted=ramp(2, 4), raw=ramp(3, 5))
     metrics = scalars(one_term(penalty, weight=0.5)({"x": jnp.ones(3)}, step=1, detail=True)[1])

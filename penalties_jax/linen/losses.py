@@ -112,7 +112,7 @@ class Loss(nn.Module):
         *,
         step: ArrayLike | None = None,
         advance: bool = True,
-        detail: bool = False,
+        detail: bool | None = None,
     ) -> tuple[Float[Array, ""], Metrics]:
         """The total and its parts, as in a call of `pj.nnx.Loss`."""
         if step is not None:

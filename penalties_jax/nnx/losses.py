@@ -64,7 +64,7 @@ class Loss(Configured):
         *,
         step: ArrayLike | None = None,
         advance: bool = True,
-        detail: bool = False,
+        detail: bool | None = None,
     ) -> tuple[Float[Array, ""], Metrics]:
         """The total and its parts; results and errors are as in a call of the objective.
 
