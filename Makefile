@@ -10,7 +10,7 @@ PYTHONS ?= 3.11 3.13
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-types test-tunix test-matrix lint notebooks docs bench bench-quick bench-accelerators bench-gpu clean
+.PHONY: help demo test test-slow test-types test-tunix test-reliability test-matrix lint notebooks docs bench bench-quick bench-accelerators bench-gpu clean
 
 help:  ## show what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -26,6 +26,10 @@ test: $(VENV)/.test  ## set up, and run the tests
 
 test-slow: $(VENV)/.test  ## the tests that take long: notebooks, whole runs, many compiled programs
 	$(BIN)/python -m pytest -m slow -n auto --dist loadfile $(ARGS)
+
+test-reliability: export PENALTIES_JAX_ATTACKS = hard
+test-reliability: $(VENV)/.test  ## what may go wrong, tried hard: kills, flipped bits, fuzzing; an hour
+	$(BIN)/python -m pytest tests/reliability -m 'not gpu' -n auto --dist worksteal $(ARGS)
 
 test-matrix: export CASES = all
 test-matrix: $(PYTHONS:%=test-%)  ## all cases on the oldest and on the newest Python and jax
