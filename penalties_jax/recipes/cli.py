@@ -9,11 +9,13 @@ from typing import Any, NoReturn
 import tyro
 
 from penalties_jax.recipes.decompose import DecomposeConfig, decompose
+from penalties_jax.recipes.devices import connect
+from penalties_jax.recipes.files import PROGRAM, tell
 from penalties_jax.recipes.finetune import FinetuneConfig, finetune
-from penalties_jax.recipes.options import UsageError
+from penalties_jax.recipes.options import RunError, UsageError
 from penalties_jax.recipes.sparsify import SparsifyConfig, sparsify
+from penalties_jax.recipes.stopping import StoppedError, stoppable
 
-PROGRAM = "penalties-jax"
 RECIPES: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "decompose": (DecomposeConfig, decompose),
     "finetune": (FinetuneConfig, finetune),
@@ -28,18 +30,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The words after the program's name; by default those of this process.
 
     Raises:
-        SystemExit: With code 0 after `--help`, 2 and one line on standard error for bad input,
-            130 after an interrupt.
+        SystemExit: With code 0 after `--help`; else with one line on standard error and code 2 for
+            bad input, 1 for a run that failed, 130 after an interrupt (SIGINT), 143 after SIGTERM.
     """
     config = _parse(arguments)
     run = dict(RECIPES.values())[type(config)]
     try:
-        run(config)
+        connect()
+        with stoppable():
+            run(config)
     except UsageError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; --resume continues this run", file=sys.stderr)
-        sys.exit(130)
+    except RunError as error:
+        _end(str(error), 1)
+    except OSError as error:
+        what = ": ".join(map(str, filter(None, (error.filename, error.strerror or error))))
+        _end(f"{what}; what was saved is whole, and --resume continues this run", 1)
+    except StoppedError as stopped:
+        _end(f"stopped by {stopped}; --resume continues this run", 128 + stopped.number)
 
 
 def _parse(arguments: Sequence[str] | None) -> Any:
@@ -71,8 +79,12 @@ def _first_paragraph(box: str) -> str:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    _end(f"error: {message}", 2)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    tell(message)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

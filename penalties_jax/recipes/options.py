@@ -10,6 +10,10 @@ class UsageError(Exception):
     """What the user asked for can't be done; the message is one line that says why."""
 
 
+class RunError(Exception):
+    """The run can't go on, or has nothing to show; the message is one line that says why."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """The options that every job has; a job adds its own, and other defaults."""
@@ -32,6 +36,9 @@ class Options:
     pretrain_steps: int = 900
     """Optimiser steps of the model before the job begins."""
 
+    pretrain_learning_rate: float = 3e-3
+    """Adam's highest learning rate in these steps."""
+
     width: int = 64
     """The size of the model's residual stream, a multiple of the number of heads."""
 
@@ -43,6 +50,9 @@ class Options:
 
     context: int = 128
     """The length of a sequence, in bytes."""
+
+    mesh: str | None = None
+    """The devices that share a batch, as data=N; by default all, if their number divides it."""
 
 
 def check_options(options: Options, *, may_be_zero: Collection[str] = ()) -> None:

@@ -5,14 +5,15 @@ import json
 from typing import Any, TypeVar
 
 import jax
-import orbax.checkpoint as ocp
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from penalties_jax.recipes.devices import make_mesh
 from penalties_jax.recipes.language_model import LanguageModel, mean_loss
-from penalties_jax.recipes.options import Options
+from penalties_jax.recipes.options import Options, RunError
 from penalties_jax.recipes.text import Batches, Corpus, batches
-from penalties_jax.recipes.training import Metrics, State, adam, compile_chunk, descend, train
+from penalties_jax.recipes.training import Metrics, State, adam, descend, train
 
 Model = TypeVar("Model", bound=LanguageModel)
 
@@ -23,19 +24,21 @@ def pretrained(
     corpus: Corpus,
     *,
     batch_size: int,
-    learning_rate: float,
     **call: Any,
 ) -> Model:
-    """Return a model trained on `corpus`, from a checkpoint in the run's folder if there is one.
+    """Return a model trained on `corpus`, as far as the run's folder has it already.
 
-    Each checkpoint is a folder named by a fingerprint of what decides the parameters. Orbax writes
-    it under another name and renames it at the end, so what is found is whole.
+    What decides the parameters names a folder, by its fingerprint, with a log and checkpoints.
 
-    The model is of the given kind, and called with `call` in training. Its sizes, the seed and the
-    steps are those of the options; the learning rate is that of `adam`.
+    The model is of the given kind, and called with `call` in training. Its sizes, the seed, the
+    steps and the learning rate are those of the options.
+
+    Raises:
+        RunError: If it diverges.
+        StoppedError: If a signal asked for it.
     """
     sizes = {name: getattr(options, name) for name in ("width", "layers", "heads", "context")}
-    steps = options.pretrain_steps
+    steps, learning_rate = options.pretrain_steps, options.pretrain_learning_rate
     training = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
     settings = {"seed": options.seed, **sizes, **training}
 
@@ -56,21 +59,22 @@ def pretrained(
             return mean_loss(model(windows[:, :-1], **call), windows[:, 1:])
 
         value, gradient = jax.value_and_grad(loss)(state.parameters)
-        return descend(optimizer, state, gradient), {"loss": value}
+        return descend(optimizer, state, gradient), {"loss": value[None]}
 
-    path = options.out.absolute() / "pretrained" / fingerprint(settings, corpus)
-    with ocp.StandardCheckpointer() as checkpointer:
-        if path.exists():
-            parameters = checkpointer.restore(path, parameters)
-        else:
-            state = State(parameters, optimizer.init(parameters))
-            data = batches(corpus, options.seed)
-            every = max(1, steps // 20)
-            chunk = compile_chunk(step)
-            state = train(chunk, state, data, first=0, last=steps, every=every, title="pretrain")
-            parameters = state.parameters
-            checkpointer.save(path, parameters)
-    return nnx.merge(graph, parameters, rest)
+    trained = train(
+        options.out / "pretrained" / fingerprint(settings, corpus),
+        step,
+        State(parameters, optimizer.init(parameters)),
+        batches(corpus, options.seed),
+        mesh=make_mesh(options),
+        steps=steps,
+        every=max(1, steps // 20),
+        members=[{}],
+        title="pretrain",
+    )
+    if trained.diverged:
+        raise RunError("pretraining has diverged: lower --pretrain-learning-rate")
+    return nnx.merge(graph, jax.tree.map(jnp.asarray, trained.state.parameters), rest)
 
 
 def fingerprint(settings: dict[str, float], corpus: Corpus) -> str:

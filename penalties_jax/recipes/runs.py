@@ -1,24 +1,27 @@
-"""A run's folder: its settings, its log, its checkpoints, written so that a crash loses nothing."""
+"""A run's folder: its settings and its log, written so that a crash loses nothing."""
 
+import contextlib
 import dataclasses
 import json
-import os
+import math
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import orbax.checkpoint as ocp
 import yaml
+from filelock import FileLock, Timeout
 
 from penalties_jax import _yaml
+from penalties_jax.recipes.devices import any_process, is_main
+from penalties_jax.recipes.files import sync, tell, write_file
 from penalties_jax.recipes.options import Options, UsageError, flag
 
 SETTINGS = "config.yaml"
 LOG = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+LOCK = ".lock"
 # The last file that a run writes: with it, a run is finished.
 REPORT = "report.html"
 
@@ -30,25 +33,13 @@ class Run(NamedTuple):
     settings: dict[str, Any]
 
 
-def write_file(path: Path, content: str | bytes) -> None:
-    """Write a whole file or nothing: readers see the old content or the new, never a part."""
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as new:
-        try:
-            new.write(data)
-            new.close()
-            os.chmod(new.name, 0o644)
-            os.replace(new.name, path)
-        except BaseException:
-            os.unlink(new.name)
-            raise
-
-
-def open_run(options: Options, images: Iterable[str], **texts: str) -> Run:
+@contextmanager
+def open_run(options: Options, images: Iterable[str], **texts: str) -> Iterator[Run]:
     """Start or resume the run in `options.out`, or refuse to, and touch nothing then.
 
     Of an earlier run that is overwritten, the log, the checkpoints, the images and the report are
-    removed. Everything else in the folder stays, and so does the pretrained model.
+    removed. Everything else in the folder stays, and so does the pretrained model. Until it is
+    left, no other run can have the folder.
 
     Args:
         options: All but where and how to start decide the run's numbers, and become its settings.
@@ -58,13 +49,28 @@ def open_run(options: Options, images: Iterable[str], **texts: str) -> Run:
     Raises:
         UsageError: If the folder holds a run already, or files of that name that are not from a run
             of this job; if what is to be resumed isn't there, or was run with other options; if the
-            folder can't be written.
+            folder can't be written, or another process runs in it.
     """
     settings = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in (dataclasses.asdict(options) | texts).items()
         if name not in ("out", "resume", "overwrite")
     }
+    with contextlib.ExitStack() as held:
+        refusal = None
+        if is_main():
+            try:
+                _open(options, settings, images, held)
+            except UsageError as error:
+                refusal = error
+        if any_process(refusal is not None):
+            raise refusal or UsageError("the main process refused")
+        yield Run(options.out, settings)
+
+
+def _open(
+    options: Options, settings: dict[str, Any], images: Iterable[str], held: contextlib.ExitStack
+) -> None:
     folder, earlier = options.out, _read_settings(options.out)
     files = (SETTINGS, REPORT, CHECKPOINTS, LOG, *images)
     taken = [name for name in files if (folder / name).exists()]
@@ -75,6 +81,7 @@ def open_run(options: Options, images: Iterable[str], **texts: str) -> Run:
         )
     if options.resume:
         _check_resumable(folder, earlier, settings)
+        held.enter_context(_locked(folder))
     elif taken and not options.overwrite:
         finished = "a finished" if REPORT in taken else "an unfinished"
         raise UsageError(
@@ -82,8 +89,27 @@ def open_run(options: Options, images: Iterable[str], **texts: str) -> Run:
             "--overwrite removes it and starts over"
         )
     else:
+        held.enter_context(_locked(folder))
         _start(folder, settings, taken)
-    return Run(folder, settings)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder; the lock of one that died is none."""
+    path = folder / LOCK
+    lock = FileLock(path)
+    with _errors_of(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UsageError(f"another process runs in {folder}: choose another --out") from error
+    try:
+        yield
+    finally:
+        # Before it is released: who waits for it sees that it is gone.
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 def _check_resumable(folder: Path, earlier: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -99,8 +125,7 @@ def _check_resumable(folder: Path, earlier: dict[str, Any], settings: dict[str, 
 
 
 def _start(folder: Path, settings: dict[str, Any], taken: Iterable[str]) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with _errors_of(folder):
         for name in taken:
             if name == CHECKPOINTS:
                 shutil.rmtree(folder / name)
@@ -108,8 +133,6 @@ def _start(folder: Path, settings: dict[str, Any], taken: Iterable[str]) -> None
                 (folder / name).unlink()
         # Last, so that what is interrupted before is still a run, which can be overwritten.
         write_file(folder / SETTINGS, _yaml.dump(settings))
-    except OSError as error:
-        raise UsageError(f"can't write to the folder {folder}: {error.strerror}") from error
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
@@ -121,32 +144,53 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def append_log(folder: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Append one line of JSON for each record, all in one write."""
-    with open(folder / LOG, "a", encoding="utf-8") as log:
-        log.write(_lines(records))
-
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """Return the records of the log; a last line that a crash cut short is left out."""
-    path = folder / LOG
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def rewind_log(folder: Path, step: int) -> None:
-    """Keep only the log's training records up to `step`, those that a checkpoint there has seen."""
-    train = [record for record in read_log(folder) if record["kind"] == "train"]
-    write_file(folder / LOG, _lines(record for record in train if record["step"] <= step))
-
-
-def _lines(records: Iterable[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
-
-
 @contextmanager
-def open_checkpoints(folder: Path) -> Iterator[ocp.CheckpointManager]:
-    """Open a run's checkpoints: the latest is kept, and each appears whole or not at all."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    with ocp.CheckpointManager((folder / CHECKPOINTS).absolute(), options=options) as manager:
-        yield manager
+def _errors_of(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"can't write to the folder {folder}: {error.strerror}") from error
+
+
+class Log:
+    """The log of a run: lines of JSON in its folder, and what they say.
+
+    What is no finite number is null there, and NaN here.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / LOG
+        self.records: list[dict[str, Any]] = []
+        self.content = b""
+
+    def restore(self, content: bytes) -> None:
+        """Have the log be what a checkpoint has of it: cut, or completed, and that is said."""
+        found = self.path.read_bytes() if self.path.exists() else b""
+        if not found.startswith(content):
+            tell(f"{self.path} is damaged: its lines are taken from the checkpoint")
+        if is_main():
+            write_file(self.path, content)
+        self.content = content
+        self.records = [_read(line) for line in content.splitlines()]
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Append a line for each record; they are on the disk then."""
+        lines = "".join(f"{json.dumps(_jsonable(record))}\n" for record in records).encode("utf-8")
+        if is_main():
+            with open(self.path, "ab") as file:
+                file.write(lines)
+                sync(file)
+        self.content += lines
+        self.records += [_read(line) for line in lines.splitlines()]
+
+
+def _jsonable(record):
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in record.items()
+    }
+
+
+def _read(line):
+    record = json.loads(line)
+    return {name: math.nan if value is None else value for name, value in record.items()}

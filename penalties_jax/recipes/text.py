@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, UInt8
 
+from penalties_jax.recipes.devices import split_over_devices
 from penalties_jax.recipes.options import UsageError
 
 HELD_OUT_FRACTION = 0.1
@@ -119,7 +120,7 @@ class Batches(NamedTuple):
     def __call__(self, index: Array, size: int, length: int) -> Int[Array, "size length"]:
         """Draw the batch at `index`: `size` windows of `length` bytes."""
         key = jax.random.fold_in(self.key, index)
-        return sample_windows(self.text, key, batch_size=size, length=length)
+        return split_over_devices(sample_windows(self.text, key, batch_size=size, length=length))
 
 
 def batches(corpus: Corpus, seed: int) -> Batches:

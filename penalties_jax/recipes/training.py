@@ -1,17 +1,24 @@
 """A training loop in compiled chunks: one trace, whatever the number of steps."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
-from penalties_jax.recipes.runs import Run, append_log, open_checkpoints, rewind_log
+from penalties_jax.recipes.checkpoints import Checkpoints
+from penalties_jax.recipes.devices import is_main, on_every_device
+from penalties_jax.recipes.files import tell
+from penalties_jax.recipes.runs import CHECKPOINTS, Log
+from penalties_jax.recipes.stopping import stop_if_asked
 
 Metrics = dict[str, Array]
 Step = Callable[[Any, PyTree, Array], tuple[Any, Metrics]]
@@ -60,84 +67,107 @@ def compile_chunk(step: Step) -> Chunk:
         _, shapes = jax.eval_shape(step, state, data, first)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         state, sums = jax.lax.fori_loop(first, last, body, (state, zeros))
-        return state, jax.tree.map(lambda total: total / (last - first), sums)
+        means = jax.tree.map(lambda total: total / (last - first), sums)
+        return on_every_device((state, means))
 
     return chunk
 
 
-def train(
-    chunk: Chunk,
-    state: Any,
-    data: PyTree,
-    *,
-    first: int,
-    last: int,
-    every: int,
-    title: str,
-    record: Callable[[int, Any, Metrics], None] = lambda done, state, metrics: None,
-) -> Any:
-    """Return the state after the steps from `first` to `last`, in chunks of `every` at most.
+class Trained(NamedTuple):
+    """What training ends with.
 
-    Chunks end at multiples of `every`. After each, `record` is called with the number of steps
-    done, the state, and the mean of each metric over the chunk.
+    Attributes:
+        state: The state after the last step, on the host.
+        step: The number of steps that were done: all, unless every member has diverged.
+        log: The log, with a line for each member that was still training.
+        diverged: The step at which the loss of a member, by its number, was no finite number.
     """
-    with tqdm(total=last, initial=first, desc=title, unit="step") as progress:
-        while first < last:
-            end = min(last, first - first % every + every)
-            state, metrics = jax.block_until_ready(chunk(state, data, first, end))
-            record(end, state, metrics)
-            progress.set_postfix(loss=f"{metrics['loss'].mean():.3f}", refresh=False)
-            progress.update(end - first)
-            first = end
-    return state
+
+    state: Any
+    step: int
+    log: Log
+    diverged: dict[int, int]
 
 
-def train_run(
-    run: Run,
+def train(
+    folder: Path,
     step: Step,
     state: Any,
     data: PyTree,
     *,
+    mesh: Mesh,
+    steps: int,
+    every: int,
     members: Sequence[Mapping[str, Any]],
-    placement: jax.sharding.Sharding | None = None,
-) -> Any:
-    """Return the state after a run's last step: from its last checkpoint on, logged and saved.
+    title: str = "train",
+) -> Trained:
+    """Train from the last checkpoint in a folder on, or else from the first step.
+
+    A chunk of `every` steps at most is logged, then saved, and then the run may be stopped. A
+    member whose loss is no finite number has diverged: it has no further lines, and when all have,
+    training ends.
 
     Args:
-        run: Where, and how many steps.
+        folder: Where log and checkpoints are.
         step: As of `compile_chunk`; each of its metrics has one value for each member.
         state: The state before the first step.
         data: What the steps read.
+        mesh: The devices, each of which holds state and data.
+        steps: The number of steps.
+        every: The steps between two checkpoints, which are at its multiples and at the end.
         members: What the log's line of each member begins with.
-        placement: Where state and data are; None is the first device.
+        title: The name of the progress bar.
+
+    Raises:
+        StoppedError: If a signal asked for it.
     """
-    # On a device by name, as what a checkpoint restores is: else resuming would be another program.
-    state, data = jax.device_put((state, data), placement or jax.local_devices()[0])
-    with open_checkpoints(run.folder) as checkpoints:
-        done = checkpoints.latest_step() or 0
-        if done:
-            state = checkpoints.restore(done, args=ocp.args.StandardRestore(state))
-        rewind_log(run.folder, done)
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+    checkpoints, log = Checkpoints(folder / CHECKPOINTS), Log(folder)
+    state = jax.tree.map(np.asarray, state)
+    done, state, content = checkpoints.latest(state)
+    log.restore(content)
+    # Both ways from the host to devices by name: else resuming would be another program.
+    state, data = jax.device_put((state, data), NamedSharding(mesh, P()))
+    chunk, diverged = compile_chunk(step), _diverged(log, members)
+    hidden = not is_main()
+    with tqdm(total=steps, initial=done, desc=title, unit="step", disable=hidden) as progress:
+        while done < steps and len(diverged) < len(members):
+            stop_if_asked()
+            end = min(steps, done - done % every + every)
+            with jax.set_mesh(mesh):
+                state, means = chunk(state, data, done, end)
+            metrics = {name: np.asarray(values, float).tolist() for name, values in means.items()}
+            training = [i for i in range(len(members)) if i not in diverged]
+            log.append(
+                {"kind": "train", "step": end, **members[i]}
+                | {name: values[i] for name, values in metrics.items()}
+                for i in training
+            )
+            for i in training:
+                if not math.isfinite(metrics["loss"][i]):
+                    diverged[i] = end
+                    tell(f"{_words(title, members[i])}: diverged, no finite loss at step {end}")
+            checkpoints.save(end, state, log.content)
+            progress.set_postfix(loss=f"{np.mean(metrics['loss']):.3f}", refresh=False)
+            progress.update(end - done)
+            done = end
+    return Trained(jax.tree.map(np.asarray, state), done, log, diverged)
 
-        def record(done: int, state: Any, metrics: Metrics) -> None:
-            lines = [
-                {"kind": "train", "step": done, **member}
-                | {name: float(values[i]) for name, values in metrics.items()}
-                for i, member in enumerate(members)
-            ]
-            append_log(run.folder, lines)
-            checkpoints.save(done, args=ocp.args.StandardSave(state))
 
-        return train(
-            compile_chunk(step),
-            state,
-            data,
-            first=done,
-            last=run.settings["steps"],
-            every=run.settings["log_every"],
-            title="train",
-            record=record,
-        )
+def _diverged(log: Log, members: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+    """Return at which step each member has diverged, of those that have, as the log says."""
+    return {
+        i: record["step"]
+        for record in log.records
+        if not math.isfinite(record["loss"])
+        for i, member in enumerate(members)
+        if member.items() <= record.items()
+    }
+
+
+def _words(title: str, member: Mapping[str, Any]) -> str:
+    return ", ".join([title, *(f"{name} {value}" for name, value in member.items())])
 
 
 def adam(learning_rate: float, steps: int) -> optax.GradientTransformation:

@@ -5,8 +5,8 @@ import shutil
 import jax
 import pytest
 
-from penalties_jax.recipes import training
 from penalties_jax.recipes.cli import main
+from penalties_jax.recipes.runs import Log
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -22,15 +22,15 @@ def run_and_kill(tmp_path_factory):
 
     def run(arguments):
         folder, killed = tmp_path_factory.mktemp("run") / "out", tmp_path_factory.mktemp("killed")
-        append_log = training.append_log
+        append = Log.append
 
-        def copy_at_step_6(folder, records):
-            append_log(folder, records)
-            if records[0]["step"] == 6:
+        def copy_at_step_6(log, records):
+            append(log, records)
+            if log.path.parent == folder and log.records[-1]["step"] == 6:
                 shutil.copytree(folder, killed, dirs_exist_ok=True)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training, "append_log", copy_at_step_6)
+            patch.setattr(Log, "append", copy_at_step_6)
             main([*arguments, "--out", str(folder)])
         return folder, killed
 

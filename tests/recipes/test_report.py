@@ -1,9 +1,15 @@
 import base64
+import math
 from typing import NamedTuple
 
+import pytest
+
 from penalties_jax.recipes import plots
-from penalties_jax.recipes.report import Report, format_table, write_results
-from penalties_jax.recipes.runs import Run, read_log
+from penalties_jax.recipes.options import RunError
+from penalties_jax.recipes.report import Report, format_table, likely_cause, write_results
+from penalties_jax.recipes.runs import Log, Run
+from penalties_jax.recipes.training import Trained
+from tests.recipes.logs import read_log
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -21,7 +27,8 @@ def test_results_are_logged_written_and_printed(tmp_path, capsys):
         images={"adaptation.png": PNG, "curves.png": PNG + b"2"},
         values={"unigram": 1.234, "norms": (("norm",), [("5",)])},
     )
-    write_results(run, [Result(0.5)], report)
+    trained = Trained(None, 7, Log(tmp_path), {})
+    write_results(run, trained, [Result(0.5)], report, "")
     assert read_log(tmp_path) == [{"kind": "evaluation", "step": 7, "weight": 0.5}]
     assert (tmp_path / "curves.png").read_bytes() == PNG + b"2"
     html = (tmp_path / "report.html").read_text()
@@ -35,6 +42,75 @@ def test_results_are_logged_written_and_printed(tmp_path, capsys):
     *table, last = capsys.readouterr().out.splitlines()
     assert table == format_table(*report.table).splitlines()
     assert last == f"nats; report: {tmp_path / 'report.html'}"
+
+
+@pytest.fixture
+def diverged(tmp_path):
+    """Writes the results of three members, of which some have diverged."""
+    run = Run(tmp_path, {"steps": 7})
+    report = Report(
+        template="finetune/report.html.jinja",
+        table=(("name",), [("a",), ("b",), ("c",)]),
+        units="nats",
+        images={"adaptation.png": PNG, "curves.png": PNG},
+        values={"unigram": 1.0, "norms": ((), [])},
+    )
+
+    def write(steps):
+        trained = Trained(None, 6, Log(tmp_path), steps)
+        results = [Result(math.nan if i in steps else 0.5) for i in range(3)]
+        write_results(run, trained, results, report, "lower --learning-rate")
+
+    return write
+
+
+def test_who_has_diverged_is_said_everywhere(diverged, tmp_path, capsys):
+    diverged({1: 3})
+    assert read_log(tmp_path) == [
+        {"kind": "evaluation", "step": 6, "weight": 0.5},
+        {"kind": "evaluation", "step": 6, "weight": None, "diverged": 3},
+        {"kind": "evaluation", "step": 6, "weight": 0.5},
+    ]
+    printed = capsys.readouterr()
+    assert [line.split() for line in printed.out.splitlines()[2:5]] == [
+        ["a"], ["b", "at", "step", "3"], ["c"],
+    ]  # fmt: skip
+    advice = "1 of 3 members diverged: lower --learning-rate"
+    assert printed.err == f"penalties-jax: {advice}\n"
+    html = (tmp_path / "report.html").read_text()
+    assert advice in html
+    assert "<td>at step 3</td>" in html
+
+
+def test_a_run_of_which_all_members_have_diverged_has_failed(diverged, tmp_path):
+    with pytest.raises(RunError, match="3 of 3 members diverged: lower --learning-rate"):
+        diverged({0: 3, 1: 6, 2: 6})
+    assert "3 of 3 members diverged" in (tmp_path / "report.html").read_text()
+
+
+class Choices(NamedTuple):
+    learning_rate: float = 1e-3
+    kl_weights: tuple[float, ...] = (0.0, 0.1, 1.0)
+    entropy_weight: float = 0.0
+
+
+@pytest.mark.parametrize(
+    ("chosen", "diverged", "option"),
+    [
+        (Choices(), {0, 1, 2}, "learning-rate"),
+        (Choices(learning_rate=1.0), {0, 1, 2}, "learning-rate"),
+        (Choices(learning_rate=1.0), {0, 1}, "learning-rate"),
+        (Choices(entropy_weight=1e6), {0, 1, 2}, "entropy-weight"),
+        (Choices(entropy_weight=1e6, learning_rate=2e-3), {0, 2}, "entropy-weight"),
+        (Choices(kl_weights=(0.0, 0.1, 1e9)), {0, 1, 2}, "kl-weights"),
+        (Choices(), {2}, "kl-weights"),
+        (Choices(learning_rate=1.0), {1, 2}, "kl-weights"),
+    ],
+)
+def test_the_likely_cause(chosen, diverged, option):
+    swept = [{"kl_weights": weight} for weight in chosen.kl_weights]
+    names = Choices._fields
+    assert likely_cause(chosen, Choices(), names, swept, diverged) == f"lower --{option}"
 
 
 def test_table_is_aligned_right():

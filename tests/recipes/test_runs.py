@@ -1,10 +1,14 @@
 import dataclasses
+import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from penalties_jax.recipes import runs
 from penalties_jax.recipes.options import Options, UsageError
+from tests.recipes.logs import read_log
 
 IMAGES = ["plot.png"]
 
@@ -22,10 +26,18 @@ class OtherJob(Options):
     rank: int = 8
 
 
+def opened(options, images=IMAGES, **texts):
+    """The run as it was opened; its folder is free again."""
+    with runs.open_run(options, images, **texts) as run:
+        assert {path.name for path in run.folder.iterdir()} >= {"config.yaml", ".lock"}
+    assert not (run.folder / ".lock").exists()
+    return run
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A folder with a file of the user's, and a finished run."""
-    runs.open_run(Job(out=tmp_path), IMAGES, text="a text")
+    opened(Job(out=tmp_path), text="a text")
     for name in (
         *("mine.txt", "plot.png.bak", "other.png", "pretrained/a"),
         *("checkpoints/10/leaf", "metrics.jsonl", "plot.png", "report.html"),
@@ -44,26 +56,13 @@ def refused(options, *, images=IMAGES):
     """The one line that refuses, with nothing touched."""
     before = contents(options.out)
     with pytest.raises(UsageError) as error:
-        runs.open_run(options, images, text="a text")
+        opened(options, images, text="a text")
     assert contents(options.out) == before
     return str(error.value)
 
 
-def test_write_file_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    runs.write_file(path, "old")
-
-    def fail(*_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(runs.os, "replace", fail)
-    with pytest.raises(OSError, match="no space left"):
-        runs.write_file(path, b"new")
-    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "old")]
-
-
 def test_settings_are_what_decides_the_numbers(tmp_path):
-    run = runs.open_run(Job(out=tmp_path / "new" / "run"), IMAGES, text="a text")
+    run = opened(Job(out=tmp_path / "new" / "run"), text="a text")
     assert run.folder == tmp_path / "new" / "run"
     assert run.settings["weights"] == [0.0, 1.0]
     assert run.settings["text"] == "a text"
@@ -97,35 +96,35 @@ def test_somebody_elses_files_are_refused(tmp_path, name, option):
 
 def test_other_files_are_nobodys_business(tmp_path):
     (tmp_path / "mine.txt").touch()
-    runs.open_run(Job(out=tmp_path), IMAGES)
+    opened(Job(out=tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"mine.txt", "config.yaml"}
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_overwriting_removes_what_a_run_wrote_and_nothing_else(folder, seed):
-    run = runs.open_run(Job(out=folder, seed=seed, overwrite=True), IMAGES, text="a text")
+    run = opened(Job(out=folder, seed=seed, overwrite=True), text="a text")
     assert {path.name for path in folder.iterdir()} == {
         "mine.txt", "plot.png.bak", "other.png", "pretrained", "config.yaml",
     }  # fmt: skip
-    assert run == runs.open_run(Job(out=folder, seed=seed, resume=True), IMAGES, text="a text")
+    assert run == opened(Job(out=folder, seed=seed, resume=True), text="a text")
 
 
 def test_settings_that_were_edited_by_hand(folder):
     """YAML 1.1 would read a string, which no option equals."""
     settings = (folder / "config.yaml").read_text().replace("- 1.0", "- 1e0")
     (folder / "config.yaml").write_text(settings)
-    assert runs.open_run(Job(out=folder, resume=True), IMAGES, text="a text").settings["seed"] == 0
+    assert opened(Job(out=folder, resume=True), text="a text").settings["seed"] == 0
 
 
 def test_overwriting_nothing_starts(tmp_path):
-    runs.open_run(Job(out=tmp_path, overwrite=True), IMAGES)
+    opened(Job(out=tmp_path, overwrite=True))
     assert (tmp_path / "config.yaml").exists()
 
 
 def test_a_run_that_wrote_its_settings_and_no_more_can_be_resumed(tmp_path):
     assert "nothing to resume" in refused(Job(out=tmp_path, resume=True))
-    run = runs.open_run(Job(out=tmp_path), IMAGES, text="a text")
-    assert runs.open_run(Job(out=tmp_path, resume=True), IMAGES, text="a text") == run
+    run = opened(Job(out=tmp_path), text="a text")
+    assert opened(Job(out=tmp_path, resume=True), text="a text") == run
 
 
 def test_resuming_names_everything_that_differs(folder):
@@ -134,16 +133,82 @@ def test_resuming_names_everything_that_differs(folder):
         f"can't resume {folder}: it was run with --seed 0, not 1; --weights [0.0, 1.0], not [2.0]"
     )
     with pytest.raises(UsageError, match="with --text a text, not another"):
-        runs.open_run(Job(out=folder, resume=True), IMAGES, text="another")
+        opened(Job(out=folder, resume=True), text="another")
 
 
-def test_log_survives_a_line_cut_short_and_rewinds(tmp_path):
-    assert runs.read_log(tmp_path) == []
-    records = [{"kind": "train", "step": step, "loss": 1 / step} for step in (1, 2, 3)]
-    runs.append_log(tmp_path, records[:2])
-    runs.append_log(tmp_path, [records[2], {"kind": "evaluation", "step": 3}])
-    with open(tmp_path / runs.LOG, "a") as log:
-        log.write('{"kind": "tr')
-    assert runs.read_log(tmp_path)[:3] == records
-    runs.rewind_log(tmp_path, 2)
-    assert runs.read_log(tmp_path) == records[:2]
+def test_a_folder_has_one_run_at_a_time(tmp_path):
+    run = Job(out=tmp_path)
+    with runs.open_run(run, IMAGES):
+        before = contents(tmp_path)
+        for again in ({"overwrite": True}, {"resume": True}):
+            other = f"""
+from tests.recipes.test_runs import IMAGES, Job, runs, Path
+with runs.open_run(Job(out=Path({str(tmp_path)!r}), **{again!r}), IMAGES):
+    pass
+"""
+            done = subprocess.run(
+                [sys.executable, "-c", other], capture_output=True, text=True, check=False
+            )
+            message = done.stderr.splitlines()[-1]
+            assert message.endswith(f"another process runs in {tmp_path}: choose another --out")
+        assert contents(tmp_path) == before
+    opened(dataclasses.replace(run, resume=True))
+
+
+def test_the_lock_of_a_process_that_died_is_none(tmp_path):
+    hold = f"""
+import os
+from tests.recipes.test_runs import IMAGES, Job, runs, Path
+with runs.open_run(Job(out=Path({str(tmp_path)!r})), IMAGES):
+    os.kill(os.getpid(), 9)
+"""
+    assert subprocess.run([sys.executable, "-c", hold], check=False).returncode == -9
+    assert (tmp_path / ".lock").exists()
+    opened(Job(out=tmp_path, resume=True))
+
+
+RECORDS = [{"kind": "train", "step": step, "loss": 1 / step} for step in (1, 2, 3)]
+
+
+def logged(folder, records):
+    log = runs.Log(folder)
+    log.append(records)
+    return log
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content + b'{"kind": "tr',
+        lambda content: content + content[-30:],
+        lambda content: content[:-5],
+        lambda content: b"",
+        lambda content: content.replace(b"0.5", b"0.6"),
+        lambda content: content.replace(b"train", b"tr\xffin"),
+        lambda content: None,
+    ],
+    ids=["cut line", "line more", "line less", "empty", "digit", "not UTF-8", "gone"],
+)
+def test_a_log_is_cut_or_completed_to_what_the_checkpoint_has(tmp_path, capsys, damage):
+    content = logged(tmp_path, RECORDS).content
+    path = tmp_path / runs.LOG
+    assert path.read_bytes() == content
+    damaged = damage(content)
+    path.unlink()
+    if damaged is not None:
+        path.write_bytes(damaged)
+    log = runs.Log(tmp_path)
+    log.restore(content)
+    assert path.read_bytes() == content
+    assert log.records == RECORDS
+    lines = capsys.readouterr().err.splitlines()
+    longer = damaged is not None and damaged.startswith(content)
+    assert len(lines) == (0 if longer else 1)
+    assert all("metrics.jsonl is damaged" in line for line in lines)
+
+
+def test_what_is_no_finite_number_is_null_in_the_log_and_nan_in_the_records(tmp_path):
+    log = logged(tmp_path, [{"step": 1, "a": math.nan, "b": -math.inf, "c": None, "d": 1.0}])
+    assert read_log(tmp_path) == [{"step": 1, "a": None, "b": None, "c": None, "d": 1.0}]
+    [record] = log.records
+    assert all(math.isnan(record[name]) for name in "abc")

@@ -2,21 +2,28 @@
 
 import functools
 from collections import Counter
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 import penalties_jax as pj
 from penalties_jax.recipes.decompose.components import Scores, Sites, losses, recovery, score, start
 from penalties_jax.recipes.decompose.config import LP, SMOOTH_L0, DecomposeConfig, members, size_of
 from penalties_jax.recipes.decompose.targets import Target, ToyModel
-from penalties_jax.recipes.runs import Run
-from penalties_jax.recipes.training import Metrics, State, Step, descend, split_members, train_run
+from penalties_jax.recipes.devices import make_mesh, split_over_devices
+from penalties_jax.recipes.training import (
+    Metrics,
+    State,
+    Step,
+    Trained,
+    descend,
+    split_members,
+    train,
+)
 
 
 class Shared(NamedTuple):
@@ -44,17 +51,15 @@ def penalties(config: DecomposeConfig) -> dict[str, pj.ImportanceMinimality]:
     }
 
 
-def train_sweep(config: DecomposeConfig, run: Run, target: Target) -> tuple[State, Shared]:
-    """Train all members; return their last state, and what they shared."""
+def train_sweep(config: DecomposeConfig, folder: Path, target: Target) -> tuple[Trained, Shared]:
+    """Train all members; return that, and what they shared."""
     size, everyone, plain = size_of(config), members(config), penalties(config)
     weighted = {
         name: pj.stack([m.coefficient * plain[name] for m in everyone if m.penalty == name])
         for name in plain
     }
     keys = jnp.stack([jax.random.key(member.seed) for member in everyone])
-    placement = NamedSharding(_devices(), P())
     shared = Shared(target, weighted, keys, jax.random.key(config.seed))
-    shared = jax.device_put(shared, placement)
     optimizer = optax.adam(optax.cosine_decay_schedule(size.learning_rate, size.steps))
 
     @jax.jit
@@ -65,22 +70,23 @@ def train_sweep(config: DecomposeConfig, run: Run, target: Target) -> tuple[Stat
 
         return jax.vmap(one)(shared.keys)
 
-    state = train_run(
-        run,
+    trained = train(
+        folder,
         sweep_step(config, optimizer),
         begin(shared),
         shared,
+        mesh=make_mesh(config),
+        steps=size.steps,
+        every=config.log_every,
         members=[{"member": member.label, **member._asdict()} for member in everyone],
-        placement=placement,
     )
-    return state, shared
+    return trained, shared
 
 
 def sweep_step(config: DecomposeConfig, optimizer: optax.GradientTransformation) -> Step:
     """Return `step(state, shared, index) -> (state, metrics)`, one step of every member.
 
-    The batch is that of all devices, sharded over them if their number divides it. Each metric has
-    one value for each member.
+    The batch is that of all devices. Each metric has one value for each member.
     """
     size = size_of(config)
     counts = Counter(member.penalty for member in members(config))
@@ -92,7 +98,7 @@ def sweep_step(config: DecomposeConfig, optimizer: optax.GradientTransformation)
 
     def step(state: State, shared: Shared, index: Array) -> tuple[State, Metrics]:
         batch_key = jax.random.fold_in(shared.key, index)
-        inputs = _over_devices(shared.target.sample(batch_key, size.batch_size))
+        inputs = split_over_devices(shared.target.sample(batch_key, size.batch_size))
         keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(shared.keys)
 
         def total(sites: Sites) -> Any:
@@ -114,16 +120,6 @@ def sweep_step(config: DecomposeConfig, optimizer: optax.GradientTransformation)
         return jax.vmap(functools.partial(descend, optimizer))(state, gradient), metrics
 
     return step
-
-
-def _devices() -> jax.sharding.Mesh:
-    return jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(AxisType.Auto,))
-
-
-def _over_devices(batch: Array) -> Array:
-    if batch.shape[0] % jax.device_count():
-        return batch
-    return jax.lax.with_sharding_constraint(batch, NamedSharding(_devices(), P("batch")))
 
 
 def evaluate(config: DecomposeConfig, sites: Sites, shared: Shared) -> tuple[Scores, Array | None]:

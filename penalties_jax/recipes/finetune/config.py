@@ -53,9 +53,6 @@ class FinetuneConfig(Options):
     pretrain_batch_size: int = 8
     """Sequences in a batch of pretraining."""
 
-    pretrain_learning_rate: float = 3e-3
-    """Adam's highest learning rate in pretraining."""
-
     evaluation_windows: int = 128
     """Sequences of each held-out text to evaluate on, at most."""
 

@@ -1,20 +1,22 @@
 """Fine-tuning from beginning to end."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 from jaxtyping import Array
 
 import penalties_jax as pj
 from penalties_jax.recipes import text
+from penalties_jax.recipes.devices import choose_mesh, make_mesh
 from penalties_jax.recipes.finetune.config import FinetuneConfig, check
 from penalties_jax.recipes.finetune.results import IMAGES, Result, report
 from penalties_jax.recipes.finetune.sweep import evaluate, start_sweep, sweep_step
 from penalties_jax.recipes.language_model import LanguageModel, mean_loss
 from penalties_jax.recipes.pretraining import pretrained
-from penalties_jax.recipes.report import write_results
-from penalties_jax.recipes.runs import Run, open_run, read_log
-from penalties_jax.recipes.training import adam, train_run
+from penalties_jax.recipes.report import likely_cause, write_results
+from penalties_jax.recipes.runs import open_run
+from penalties_jax.recipes.training import Trained, adam, train
 
 
 def finetune(config: FinetuneConfig) -> list[Result]:
@@ -22,15 +24,20 @@ def finetune(config: FinetuneConfig) -> list[Result]:
 
     Raises:
         UsageError: If an option, a text or the folder can't be used. Nothing is written then.
+        RunError: If every member has diverged; what there is, is written.
+        StoppedError: If a signal asked for it.
     """
     check(config)
+    config = choose_mesh(config, config.batch_size)
     base = text.read_text(config.base_text, text.help_topics)
     target = text.read_text(config.target_text, text.standard_library)
     text.check_length(base, batch_size=config.pretrain_batch_size, context=config.context)
     text.check_length(target, batch_size=config.batch_size, context=config.context)
-    run = open_run(config, IMAGES, base_text=base.describe(), target_text=target.describe())
-    results = _train_and_evaluate(config, run, base, target)
-    write_results(run, results, report(results, read_log(run.folder), base))
+    texts = {"base_text": base.describe(), "target_text": target.describe()}
+    with open_run(config, IMAGES, **texts) as run:
+        trained, results = _train_and_evaluate(config, run.folder, base, target)
+        shown = report(results, trained.log.records, base)
+        write_results(run, trained, results, shown, _cause(config, trained))
     return results
 
 
@@ -67,15 +74,20 @@ def probabilities(outputs: Mapping[str, Array]) -> Array:
     return jax.nn.softmax(outputs["logits"])
 
 
+def _cause(config: FinetuneConfig, trained: Trained) -> str:
+    names = ("learning_rate", "kl_weights", "l1_weight", "l2_weight", "entropy_weight")
+    swept = [{"kl_weights": weight} for weight in config.kl_weights]
+    return likely_cause(config, FinetuneConfig(), names, swept, trained.diverged)
+
+
 def _train_and_evaluate(
-    config: FinetuneConfig, run: Run, base_text: text.Corpus, target_text: text.Corpus
-) -> list[Result]:
+    config: FinetuneConfig, folder: Path, base_text: text.Corpus, target_text: text.Corpus
+) -> tuple[Trained, list[Result]]:
     base_model = pretrained(
         LanguageModel,
         config,
         base_text,
         batch_size=config.pretrain_batch_size,
-        learning_rate=config.pretrain_learning_rate,
     )
     optimizer = adam(config.learning_rate, config.steps)
     objective = make_objective(config)
@@ -87,11 +99,14 @@ def _train_and_evaluate(
         rank=config.rank,
         seed=config.seed,
     )
-    members = train_run(
-        run,
+    trained = train(
+        folder,
         sweep_step(optimizer, batch_size=config.batch_size, length=config.context + 1),
         members,
         shared,
+        mesh=make_mesh(config),
+        steps=config.steps,
+        every=config.log_every,
         members=[{"kl_weight": weight} for weight in config.kl_weights],
     )
     windows = [
@@ -100,9 +115,9 @@ def _train_and_evaluate(
         )
         for corpus in (target_text, base_text)
     ]
-    target, base = (evaluate(members, shared, each) for each in windows)
+    target, base = (evaluate(trained.state, shared, each) for each in windows)
     columns = (target.base_loss, target.loss, base.base_loss, base.loss, base.kl)
-    return [
+    return trained, [
         Result(weight, *(float(column[member]) for column in columns))
         for member, weight in enumerate(config.kl_weights)
     ]

@@ -47,9 +47,6 @@ class SparsifyConfig(Options):
     learning_rate: float = 2e-3
     """Adam's highest learning rate towards the targets."""
 
-    pretrain_learning_rate: float = 3e-3
-    """Adam's highest learning rate of the dense model before."""
-
     evaluation_windows: int = 128
     """Sequences of the held-out text to evaluate on, at most."""
 

@@ -1,5 +1,6 @@
 """Learning to skip from beginning to end."""
 
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,14 +9,22 @@ import optax
 from jaxtyping import Array, Int
 
 from penalties_jax.recipes import text
+from penalties_jax.recipes.devices import choose_mesh, make_mesh
 from penalties_jax.recipes.pretraining import pretrained
-from penalties_jax.recipes.report import write_results
-from penalties_jax.recipes.runs import Run, open_run, read_log
-from penalties_jax.recipes.sparsify.config import SparsifyConfig, check, members
+from penalties_jax.recipes.report import likely_cause, write_results
+from penalties_jax.recipes.runs import open_run
+from penalties_jax.recipes.sparsify.config import (
+    DENSE,
+    DUAL,
+    SCHEDULE,
+    SparsifyConfig,
+    check,
+    members,
+)
 from penalties_jax.recipes.sparsify.model import SparseLanguageModel
 from penalties_jax.recipes.sparsify.results import IMAGES, Result, Shown, report
 from penalties_jax.recipes.sparsify.sweep import Shared, evaluate, start_sweep, sweep_step
-from penalties_jax.recipes.training import adam, train_run
+from penalties_jax.recipes.training import Trained, adam, train
 
 LARGEST_GRADIENT = 1.0
 
@@ -25,27 +34,41 @@ def sparsify(config: SparsifyConfig) -> list[Result]:
 
     Raises:
         UsageError: If an option, the text or the folder can't be used. Nothing is written then.
+        RunError: If every member has diverged; what there is, is written.
+        StoppedError: If a signal asked for it.
     """
     check(config)
+    config = choose_mesh(config, config.batch_size)
     corpus = text.read_text(config.text, text.help_topics)
     text.check_length(corpus, batch_size=config.batch_size, context=config.context)
-    run = open_run(config, IMAGES, text=corpus.describe())
-    parameters, shared = _train(config, run, corpus)
-    windows = text.spread_windows(
-        corpus.held_out, count=config.evaluation_windows, length=config.context + 1
-    )
-    results, shown = _evaluate(config, parameters, shared, windows)
-    write_results(run, results, report(results, read_log(run.folder), shown, corpus))
+    with open_run(config, IMAGES, text=corpus.describe()) as run:
+        trained, shared = _train(config, run.folder, corpus)
+        windows = text.spread_windows(
+            corpus.held_out, count=config.evaluation_windows, length=config.context + 1
+        )
+        results, window = _evaluate(config, trained.state.models.parameters, shared, windows)
+        shown = report(results, trained.log.records, window, corpus)
+        write_results(run, trained, results, shown, _cause(config, trained))
     return results
 
 
-def _train(config: SparsifyConfig, run: Run, corpus: text.Corpus) -> tuple[Any, Shared]:
+def _cause(config: SparsifyConfig, trained: Trained) -> str:
+    own = {
+        DENSE: {},
+        SCHEDULE: {"sparsity_weight": config.sparsity_weight},
+        DUAL: {"dual_step_size": config.dual_step_size},
+    }
+    names = ("learning_rate", "sparsity_weight", "dual_step_size")
+    swept = [own[name] for name, _ in members(config)]
+    return likely_cause(config, SparsifyConfig(), names, swept, trained.diverged)
+
+
+def _train(config: SparsifyConfig, folder: Path, corpus: text.Corpus) -> tuple[Trained, Shared]:
     model = pretrained(
         SparseLanguageModel,
         config,
         corpus,
         batch_size=config.batch_size,
-        learning_rate=config.pretrain_learning_rate,
         dense=True,
     )
     # At a rate of 0, where the gates start, the derivative of "kl" is as large as 1e8.
@@ -54,8 +77,17 @@ def _train(config: SparsifyConfig, run: Run, corpus: text.Corpus) -> tuple[Any, 
     )
     state, shared = start_sweep(config, model, text.batches(corpus, config.seed), optimizer)
     labels = [{"member": f"{name} {target:g}"} for name, target in members(config)]
-    state = train_run(run, sweep_step(config, optimizer), state, shared, members=labels)
-    return state.models.parameters, shared
+    trained = train(
+        folder,
+        sweep_step(config, optimizer),
+        state,
+        shared,
+        mesh=make_mesh(config),
+        steps=config.steps,
+        every=config.log_every,
+        members=labels,
+    )
+    return trained, shared
 
 
 def _evaluate(

@@ -1,0 +1,102 @@
+"""The devices of a run: those that share a batch, and the processes that they belong to."""
+
+import dataclasses
+import os
+import re
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from penalties_jax.recipes.options import Options, UsageError
+
+Tree = TypeVar("Tree")
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+
+# How many processes there are, for what starts them: `srun`, `mpirun`.
+LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+
+
+def connect() -> None:
+    """Join the other processes of a job, if the environment says that there are some.
+
+    By JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or under `srun` or `mpirun`.
+
+    Raises:
+        UsageError: If the number of processes or that of this one is missing or no number.
+    """
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        count, number = map(_number, ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        jax.distributed.initialize(num_processes=count, process_id=number)
+    elif any(int(os.environ.get(name, 1)) > 1 for name in LAUNCHERS):
+        jax.distributed.initialize()
+
+
+def _number(name: str) -> int:
+    value = os.environ.get(name, "")
+    if not value.isdecimal():
+        raise UsageError(f"JAX_COORDINATOR_ADDRESS needs a number in {name}, not {value!r}")
+    return int(value)
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and prints."""
+    return jax.process_index() == 0
+
+
+def any_process(flag: int) -> int:
+    """Return the largest flag of all processes, which meet here."""
+    if jax.process_count() == 1:
+        return flag
+    return int(multihost_utils.process_allgather(np.int32(flag)).max())
+
+
+def choose_mesh(options: AnyOptions, batch_size: int) -> AnyOptions:
+    """Return the options with the mesh that there will be, by default over all devices.
+
+    Raises:
+        UsageError: If the mesh is no data=N, there are fewer devices than N, N doesn't divide the
+            batch, or N leaves out a process.
+    """
+    there = jax.device_count()
+    if options.mesh is None:
+        count = there if batch_size % there == 0 or jax.process_count() > 1 else 1
+    elif match := re.fullmatch(r"data=(\d{1,9})", options.mesh):
+        count = int(match[1])
+    else:
+        raise UsageError(f"--mesh must be data=N, N the number of devices, not {options.mesh}")
+    if not 0 < count <= there:
+        raise UsageError(f"--mesh data={count} is not possible with {there} devices")
+    if batch_size % count:
+        raise UsageError(f"--batch-size {batch_size} can't be split over {count} devices")
+    if jax.process_count() > 1 and count < there:
+        raise UsageError(f"--mesh must have all devices of all processes: data={there}")
+    return dataclasses.replace(options, mesh=f"data={count}")
+
+
+def make_mesh(options: Options) -> Mesh:
+    """Return the mesh that the options ask for: the first devices, or the first alone."""
+    count = int((options.mesh or "data=1").removeprefix("data="))
+    return Mesh(jax.devices()[:count], ("data",), axis_types=(AxisType.Auto,))
+
+
+def split_over_devices(batch: Array) -> Array:
+    """Have each device of the mesh that is set compute a share of a batch, if it can be split."""
+    return _placed(batch, P("data")) if batch.shape[0] % _count() == 0 else batch
+
+
+def on_every_device(tree: Tree) -> Tree:
+    """Have each device of the mesh that is set hold all of a pytree."""
+    return jax.tree.map(lambda leaf: _placed(leaf, P()), tree)
+
+
+def _count() -> int:
+    return jax.sharding.get_abstract_mesh().shape.get("data", 1)
+
+
+def _placed(leaf: Array, spec: P) -> Array:
+    return jax.lax.with_sharding_constraint(leaf, spec) if _count() > 1 else leaf
