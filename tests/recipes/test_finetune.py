@@ -13,8 +13,8 @@ import yaml
 
 from penalties_jax.recipes import training
 from penalties_jax.recipes.cli import main
-from penalties_jax.recipes.finetune import FinetuneConfig
-from penalties_jax.recipes.finetune.job import make_objective
+from penalties_jax.recipes.finetune import FinetuneConfig, job
+from penalties_jax.recipes.finetune.job import make_objective, start_sweep
 from tests.recipes.logs import read_log
 
 WEIGHTS = ("0", "0.5", "5")
@@ -160,18 +160,19 @@ def test_overwriting_starts_over_and_keeps_the_pretrained_model(run, tmp_path, m
     shutil.copytree(run.folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "mine.png").touch()
 
-    def interrupted(step):
+    def interrupted(*arguments, **options):
         signal.raise_signal(signal.SIGINT)
-        return run.chunk
+        return start_sweep(*arguments, **options)
 
-    monkeypatch.setattr(training, "compile_chunk", interrupted)
+    monkeypatch.setattr(job, "start_sweep", interrupted)
     with pytest.raises(SystemExit, match="130"):
         main([*TINY, "--out", str(tmp_path), "--overwrite"])
     [line] = capsys.readouterr().err.splitlines()[-1:]
     assert line == "penalties-jax: stopped by SIGINT; --resume continues this run"
     assert {path.name for path in tmp_path.iterdir()} == {
-        "mine.png", "config.yaml", "pretrained",
+        "mine.png", "config.yaml", "metrics.jsonl", "pretrained",
     }  # fmt: skip
+    assert read_log(tmp_path) == []
     assert contents(tmp_path / "pretrained") == contents(run.folder / "pretrained")
 
 
