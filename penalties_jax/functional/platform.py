@@ -84,8 +84,8 @@ def recomputed(function: Callable[..., T]) -> Callable[..., T]:
     """A function whose backward pass computes it again, and keeps nothing but its arguments.
 
     XLA's CPU backend would find the expressions that both passes share and keep those in memory,
-    5 to 10 arrays moved for 3; there a barrier parts them. On accelerators it fuses both passes
-    into one kernel that reads the arguments once, which the barrier would prevent: 3 for 2.
+    5 to 10 arrays moved for 3; there barriers part them. On accelerators it fuses both passes into
+    one kernel that reads the arguments once, which a barrier would prevent: 3 for 2.
     """
     # Traced once for both.
     traced = jax.jit(function, inline=True)
@@ -93,4 +93,8 @@ def recomputed(function: Callable[..., T]) -> Callable[..., T]:
     def on(platform, *arguments):
         return jax.checkpoint(traced, prevent_cse=not platform.fuses)(*arguments)
 
-    return lambda *arguments: by_platform(on, *arguments)
+    @jax.jit
+    def placed(*arguments):
+        return by_platform(on, *arguments)
+
+    return jax.checkpoint(placed, prevent_cse=False)

@@ -258,6 +258,18 @@ def test_mapped_twice_along_any_axis():
     assert_close(found, desired, rtol=1e-5)
 
 
+@pytest.mark.parametrize("block_size", [1, 4, 16, 32, None])
+def test_mapped_twice_over_what_one_map_shares(block_size):
+    """Members of a sweep and examples: blocks may cut the axis along which q is one for all."""
+    random = np.random.default_rng(0)
+    p = random.normal(size=(4, 3, 8, 6)).astype(np.float32)
+    q = random.normal(size=(4, 8, 6)).astype(np.float32)
+    divergence = partial(F.kl_from_logits, block_size=block_size)
+    found = jax.jit(jax.vmap(jax.vmap(divergence, (0, None))))(p, q)
+    p, q = np.broadcast_arrays(p.astype(np.float64), q[:, None].astype(np.float64))
+    assert_close(found, KL.entries(p, q).mean(-1), rtol=1e-5)
+
+
 @every(FUNCTIONS, slow=streamed_again)
 def test_temporaries_are_a_few_blocks(case):
     """In blocks of 4 rows, however many devices the process has."""

@@ -80,6 +80,7 @@ def sum_rows(
     grid = _grid(jax.tree.leaves(rows), block_size)
     if grid.length <= 1:
         return function(rows, jnp.ones(grid.positions, bool))
+    whole = jax.eval_shape(lambda rows: function(rows, jnp.ones(grid.positions, bool))[0], rows)
     rows = jax.tree.map(grid.split, rows)
 
     # A function is given one axis for each axis of positions: two, XLA's TPU backend would copy.
@@ -93,11 +94,12 @@ def sum_rows(
 
     def step(index, carry):
         (kept, sums), (parts, terms) = carry, run(index)
-        kept = jax.tree.map(lambda all, part: grid.put(all, part, index), kept, parts)
+        kept = jax.tree.map(partial(grid.put, index), whole, kept, parts)
         return kept, jax.tree.map(jnp.add, sums, terms)
 
     kept, sums = run(0)
-    kept, sums = lax.fori_loop(1, grid.length, step, (jax.tree.map(grid.pad, kept), sums))
+    kept = jax.tree.map(grid.pad, whole, kept)
+    kept, sums = lax.fori_loop(1, grid.length, step, (kept, sums))
     return jax.tree.map(grid.join, kept), sums
 
 
@@ -163,20 +165,22 @@ class Grid(NamedTuple):
         block = [n for axis in zip(self.shards, self.sizes, strict=True) for n in axis]
         return jnp.broadcast_to(result, block)
 
-    def pad(self, part: Array) -> Array:
-        """The first block with room for the others: an array of the type of the whole result."""
+    def pad(self, whole: jax.ShapeDtypeStruct, part: Array) -> Array:
+        """The first block with room for the others: an array like the whole result, in shards."""
         room = [(0, 0, 0)] * part.ndim
-        for axis, shared in enumerate(self._shared(part)):
+        for axis, shared in enumerate(self._shared(whole)):
             room[2 * axis + 1] = (0, 0 if shared else self.rows[axis] - self.sizes[axis], 0)
         return lax.pad(part, jnp.zeros((), part.dtype), room)
 
-    def put(self, whole: Array, part: Array, index: Int[Array, ""] | int) -> Array:
-        """Writes what was computed of a block to its rows."""
+    def put(
+        self, index: Int[Array, ""] | int, whole: jax.ShapeDtypeStruct, so_far: Array, part: Array
+    ) -> Array:
+        """Writes what was computed of a block to its rows of the whole result."""
         offsets = [0] * part.ndim
-        starts = zip(self._shared(part), self._starts(index), strict=True)
+        starts = zip(self._shared(whole), self._starts(index), strict=True)
         for axis, (shared, start) in enumerate(starts):
             offsets[2 * axis + 1] = 0 if shared else start
-        return lax.dynamic_update_slice(whole, part, offsets)
+        return lax.dynamic_update_slice(so_far, part, offsets)
 
     def _starts(self, index):
         starts = []
@@ -185,10 +189,9 @@ class Grid(NamedTuple):
             index = index // count
         return starts
 
-    def _shared(self, part):
-        """Along which axes a result does not depend on the position: its arrays have size 1."""
-        cuts = zip(part.shape[::2], part.shape[1::2], self.shards, self.sizes, strict=False)
-        return [(g, rows) == (1, 1) != (shards, size) for g, rows, shards, size in cuts]
+    def _shared(self, whole):
+        """Along which axes a result does not depend on the position: there it has size 1."""
+        return [own == 1 != n for own, n in zip(whole.shape, self.positions, strict=False)]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
