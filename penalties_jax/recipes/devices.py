@@ -3,12 +3,13 @@
 import dataclasses
 import os
 import re
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
@@ -84,13 +85,30 @@ def make_mesh(options: Options) -> Mesh:
     return Mesh(jax.devices()[:count], ("data",), axis_types=(AxisType.Auto,))
 
 
+def to_every_device(tree: Tree, mesh: Mesh) -> Tree:
+    """Have each device of a mesh hold all of a pytree, which every process has."""
+    placement = NamedSharding(mesh, P())
+
+    def place(leaf: Any) -> Array:
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.device_put(leaf, placement)
+        # Keys are not put on devices of other processes, but their data are.
+        data = jax.device_put(jax.random.key_data(leaf), placement)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+
+    return jax.tree.map(place, tree)
+
+
 def split_over_devices(batch: Array) -> Array:
-    """Have each device of the mesh that is set compute a share of a batch, if it can be split."""
+    """In a program: have each device of the mesh that is set compute a share of a batch.
+
+    A batch that their number doesn't divide is not split.
+    """
     return _placed(batch, P("data")) if batch.shape[0] % _count() == 0 else batch
 
 
-def on_every_device(tree: Tree) -> Tree:
-    """Have each device of the mesh that is set hold all of a pytree."""
+def kept_on_every_device(tree: Tree) -> Tree:
+    """In a program: have each device of the mesh that is set hold all of a pytree."""
     return jax.tree.map(lambda leaf: _placed(leaf, P()), tree)
 
 

@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
 from penalties_jax.recipes.checkpoints import Checkpoints
-from penalties_jax.recipes.devices import is_main, on_every_device
+from penalties_jax.recipes.devices import is_main, kept_on_every_device, to_every_device
 from penalties_jax.recipes.files import tell
 from penalties_jax.recipes.runs import CHECKPOINTS, Log
 from penalties_jax.recipes.stopping import stop_if_asked
@@ -68,7 +67,7 @@ def compile_chunk(step: Step) -> Chunk:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         state, sums = jax.lax.fori_loop(first, last, body, (state, zeros))
         means = jax.tree.map(lambda total: total / (last - first), sums)
-        return on_every_device((state, means))
+        return kept_on_every_device((state, means))
 
     return chunk
 
@@ -128,7 +127,7 @@ def train(
     done, state, content = checkpoints.latest(state)
     log.restore(content)
     # Both ways from the host to devices by name: else resuming would be another program.
-    state, data = jax.device_put((state, data), NamedSharding(mesh, P()))
+    state, data = to_every_device((state, data), mesh)
     chunk, diverged = compile_chunk(step), _diverged(log, members)
     hidden = not is_main()
     with tqdm(total=steps, initial=done, desc=title, unit="step", disable=hidden) as progress:
