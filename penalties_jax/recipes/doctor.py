@@ -43,7 +43,7 @@ class Check:
     """A function as it is compiled, the same in NumPy's float64, and the shape of its input."""
 
     ours: Callable[[jax.Array], jax.Array]
-    oracle: Callable[[np.ndarray], np.ndarray]
+    oracle: Callable[[np.ndarray], np.ndarray | np.floating]
     shape: tuple[int, ...] = (4, 6)
 
 
@@ -51,18 +51,18 @@ def _log_softmax(x: np.ndarray) -> np.ndarray:
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def _kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+def _kl(p: np.ndarray, q: np.ndarray) -> np.floating:
     log_p, log_q = _log_softmax(p), _log_softmax(q)
     return (np.exp(log_p) * (log_p - log_q)).sum(-1).mean()
 
 
-def _js(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+def _js(p: np.ndarray, q: np.ndarray) -> np.floating:
     p, q = np.exp(_log_softmax(p)), np.exp(_log_softmax(q))
     m = (p + q) / 2
     return (p * np.log(p / m) + q * np.log(q / m)).sum(-1).mean() / 2
 
 
-def _importance(c: np.ndarray) -> np.ndarray:
+def _importance(c: np.ndarray) -> np.floating:
     total = (c**2 / (c**2 + 0.3**2)).sum(0)
     return (total / len(c) * (1 + 0.5 * np.log2(1 + total))).sum()
 

@@ -15,8 +15,8 @@ import jax
 from penalties_jax.recipes.options import Options, UsageError, flag
 
 BYTES = 4
-# Of what is trained: it and two moments before and after a chunk of steps, and its gradient.
-COPIES = 7
+# Of what is trained: it and Adam's two moments, before and after a chunk of steps.
+COPIES = 6
 # Of the logits of a byte: themselves, their softmax, and the gradient.
 CLASSES = 3 * 256
 

@@ -1,5 +1,6 @@
 """The options that every job has, and what options may be."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -109,9 +110,11 @@ def _check_folder(folder: Path) -> None:
     try:
         os.fspath(folder).encode("utf-8")
         # As deep below as a checkpoint's files are: there is nothing yet, or something is wrong.
-        folder.absolute().joinpath(*DEEP_BELOW).stat()
-    except FileNotFoundError:
-        pass
+        deepest = folder.absolute().joinpath(*DEEP_BELOW)
+        # Each name by itself: what lies below a folder that isn't there is not looked at.
+        for path in (deepest, *(Path(deepest.anchor, name) for name in folder.parts)):
+            with contextlib.suppress(FileNotFoundError):
+                path.lstat()
     except ValueError as error:
         raise UsageError(f"can't write to the folder {folder}: {error}") from error
     except OSError as error:

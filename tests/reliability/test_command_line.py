@@ -107,6 +107,7 @@ BAD_FOLDER = [
         "/proc/x",
     ),
     *("", "a\0b", "a\ud800b", "a\udcffb", "x" * 256, "x" * 5000, "/".join(["y" * 200] * 30)),
+    "new/" + "x" * 256,
     # It fits, and a checkpoint below would not.
     "/".join(["y" * 200] * 19),
 ]

@@ -153,7 +153,7 @@ def numbers(config: DecomposeConfig) -> int:
     gates = positions * size.components * 3 * HIDDEN
     masked = run + sites * (positions * size.components * 4 + area)
     member = sites * (COPIES * components + gates) + 2 * masked
-    return model + max(_count(size) * member, 0)
+    return model + _count(size) * member
 
 
 def _count(size: Size) -> int:
