@@ -109,7 +109,7 @@ BAD_FOLDER = [
     *("", "a\0b", "a\ud800b", "a\udcffb", "x" * 256, "x" * 5000, "/".join(["y" * 200] * 30)),
     "new/" + "x" * 256,
     # It fits, and a checkpoint below would not.
-    "/".join(["y" * 200] * 19),
+    "/".join(["y" * 200] * 20),
 ]
 BAD_TEXT = [
     *("missing", "folder", "loop", "dangling", "pipe", "/dev/zero", "/dev/null", "/dev/tty"),
