@@ -150,7 +150,7 @@ def numbers(config: DecomposeConfig) -> int:
         positions = size.batch_size * config.context
         run = activations(config, batch_size=size.batch_size, block=20 * width)
     components = size.components * (sides + 3 * HIDDEN)
-    gates = positions * size.components * 3 * HIDDEN
+    gates = positions * size.components * 2 * HIDDEN
     masked = run + sites * (positions * size.components * 4 + area)
     member = sites * (COPIES * components + gates) + 2 * masked
     return model + _count(size) * member

@@ -76,7 +76,7 @@ def numbers(config: SparsifyConfig) -> int:
     """Return how many numbers training holds at once, about: of a model for each member."""
     width = config.width
     parameters = transformer(config, block=73 * width**2 // 2)
-    kept = activations(config, batch_size=config.batch_size, block=70 * width)
+    kept = activations(config, batch_size=config.batch_size, block=40 * width)
     return _count(config) * (COPIES * parameters + kept)
 
 
