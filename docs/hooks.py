@@ -25,6 +25,7 @@ PAGES = {
     "benchmarks/README.md": "benchmarks.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
 }
 LINKS = {f"{path})": f"{uri})" for path, uri in PAGES.items()} | {"(docs/": "(", ".ipynb)": ".md)"}
 

@@ -77,7 +77,8 @@ def test_page_runs_from_top_to_bottom(page, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", *PAGES]
+    "page",
+    ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md", *PAGES],
 )
 def test_names_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")

@@ -1,23 +1,28 @@
-"""The command `penalties-jax`: one subcommand for each recipe."""
+"""The command `penalties-jax`: one subcommand for each recipe, and one for bug reports."""
 
 import contextlib
 import io
 import sys
 from collections.abc import Callable, Sequence
+from itertools import dropwhile, takewhile
 from typing import Any, NoReturn
 
 import tyro
 
 from penalties_jax.recipes.decompose import DecomposeConfig, decompose
 from penalties_jax.recipes.devices import connect
+from penalties_jax.recipes.doctor import DoctorConfig, doctor
 from penalties_jax.recipes.files import PROGRAM, tell
 from penalties_jax.recipes.finetune import FinetuneConfig, finetune
 from penalties_jax.recipes.options import RunError, UsageError
 from penalties_jax.recipes.sparsify import SparsifyConfig, sparsify
 from penalties_jax.recipes.stopping import StoppedError, stoppable
 
+# Of the words of a command together.
+MOST_CHARACTERS = 20_000
 RECIPES: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "decompose": (DecomposeConfig, decompose),
+    "doctor": (DoctorConfig, doctor),
     "finetune": (FinetuneConfig, finetune),
     "sparsify": (SparsifyConfig, sparsify),
 }
@@ -51,6 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> Any:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # What no option takes, but a path would: the folder that one happens to be in.
+    if "" in arguments:
+        _fail("a word of the command is empty")
+    if (length := sum(map(len, arguments))) > MOST_CHARACTERS:
+        _fail(f"the command has {length} characters, and may have {MOST_CHARACTERS}")
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -68,14 +79,16 @@ def _parse(arguments: Sequence[str] | None) -> Any:
 
 
 def _first_paragraph(box: str) -> str:
-    """Return the text of tyro's error box up to its first rule, on one line."""
-    lines = (line.strip("│ ") for line in box.splitlines()[1:])
-    words = []
-    for line in lines:
-        if line.startswith(("─", "╰")):
-            break
-        words.append(line)
-    return " ".join(words)
+    """Return the text of tyro's error box up to its first rule, on one line.
+
+    Under its title; tyro draws it in Unicode, or in ASCII where standard output has no other.
+    """
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
+    return " ".join(takewhile(_is_text, dropwhile(lambda line: not _is_text(line), lines)))
+
+
+def _is_text(line: str) -> bool:
+    return not set(line) <= set("╰─╯-")
 
 
 def _fail(message: str) -> NoReturn:

@@ -10,6 +10,8 @@ from tqdm import tqdm
 from penalties_jax.recipes.devices import is_main
 
 PROGRAM = "penalties-jax"
+# Of what is told; a path may be longer.
+LONGEST_LINE = 600
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -34,7 +36,11 @@ def sync(file: IO[Any]) -> None:
 
 
 def tell(message: str) -> None:
-    """Print one line on standard error: of all processes, the main one does."""
+    """Print one line on standard error: escaped, cut in the middle, and by the main process."""
+    words = " ".join(message.split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+    if len(line) > LONGEST_LINE:
+        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
     if is_main():
         # Beside a progress bar, if there is one.
-        tqdm.write(f"{PROGRAM}: {' '.join(message.split())}", file=sys.stderr)
+        tqdm.write(f"{PROGRAM}: {line}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import stat
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from penalties_jax.recipes.options import UsageError
 
 HELD_OUT_FRACTION = 0.1
 LARGEST_CORPUS = 1_000_000
+LARGEST_TEXT = 100_000_000
 
 
 class Corpus(NamedTuple):
@@ -69,19 +71,30 @@ def read_text(path: Path | None, otherwise: Callable[[], Corpus]) -> Corpus:
     """Read the user's own UTF-8 text; without a path, return what `otherwise` does.
 
     Raises:
-        UsageError: If the file can't be read, is empty, or isn't UTF-8.
+        UsageError: If the path is no regular file of at most 100 MB, or can't be read; if the file
+            is empty, or isn't UTF-8.
     """
     if path is None:
         return otherwise()
     try:
-        text = path.read_text(encoding="utf-8")
+        # Of devices and pipes nothing is read: they may have no end, or never begin.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UsageError(f"can't read the text file {path}: it is not a regular file")
+        with path.open("rb") as file:
+            data = file.read(LARGEST_TEXT + 1)
+        text = data.decode("utf-8")
     except OSError as error:
         raise UsageError(f"can't read the text file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"the text file {path} is not UTF-8 (byte {error.start})") from error
+    except ValueError as error:
+        raise UsageError(f"can't read the text file {path}: {error}") from error
+    if len(data) > LARGEST_TEXT:
+        raise UsageError(f"the text file {path} is larger than {LARGEST_TEXT // 10**6} MB")
     if not text:
         raise UsageError(f"the text file {path} is empty")
-    return split(path.name, text)
+    # As it can be written into the run's settings, and read from its report.
+    return split(path.name.encode("utf-8", "backslashreplace").decode(), text)
 
 
 def split(name: str, text: str) -> Corpus:

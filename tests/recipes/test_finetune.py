@@ -215,7 +215,7 @@ def test_terms_are_those_with_a_weight():
         ("--steps -3", "--steps must be"),
         ("--steps many", "--steps"),
         ("--seed -1", "--seed must be"),
-        ("--seed 4294967296", "--seed must be below"),
+        ("--seed 4294967296", "--seed must be at most"),
         ("--learning-rate nan", "--learning-rate must be"),
         ("--l1-weight -0.1", "--l1-weight must be"),
         ("--kl-weights", "--kl-weights needs at least one"),

@@ -96,7 +96,7 @@ def test_an_interrupted_run_continues_to_the_same_end(folders):
         (["--width", "1", "--heads", "1"], "--width must be at least 2"),
         (["--width", "15"], "multiple of --heads"),
         (["--sparsity-weight", "-1"], "--sparsity-weight must be a finite number above 0"),
-        (["--seed", str(2**32)], "below 2"),
+        (["--seed", str(2**32)], "--seed must be at most 4294967295"),
         (["--text", "/no/such/file"], "can't read"),
         (["--resume"], "nothing to resume"),
     ],

@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -76,3 +79,47 @@ def test_check_length_names_the_part_that_is_short():
         text.check_length(text.split("t", "x" * 100), batch_size=10, context=9)
     with pytest.raises(UsageError, match="held-out part has 10 bytes and needs 11"):
         text.check_length(text.split("t", "x" * 100), batch_size=1, context=10)
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("/dev/zero", "not a regular file"),
+        ("/dev/null", "not a regular file"),
+        (".", "not a regular file"),
+        ("x" * 256, "File name too long"),
+        ("a\0b", "null"),
+        ("a\ud800b", "surrogates not allowed"),
+    ],
+)
+def test_read_text_opens_regular_files_only(path, problem):
+    with pytest.raises(UsageError, match=f"can't read the text file .*{problem}"):
+        text.read_text(Path(path), text.help_topics)
+
+
+def test_read_text_waits_for_no_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="not a regular file"):
+        text.read_text(tmp_path / "pipe", text.help_topics)
+
+
+def test_read_text_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "LARGEST_TEXT", 2_000_000)
+    (tmp_path / "text").write_bytes(b"x" * 2_000_000)
+    assert len(text.read_text(tmp_path / "text", text.help_topics).train) == 1_800_000
+    (tmp_path / "text").write_bytes(b"x" * 2_000_001)
+    with pytest.raises(UsageError, match="is larger than 2 MB"):
+        text.read_text(tmp_path / "text", text.help_topics)
+
+
+def test_read_text_keeps_every_byte(tmp_path):
+    content = b"\xef\xbb\xbfone\r\ntwo\rthree\0four"
+    (tmp_path / "text").write_bytes(content)
+    corpus = text.read_text(tmp_path / "text", text.help_topics)
+    assert corpus.train.tobytes() + corpus.held_out.tobytes() == content
+
+
+def test_a_name_that_is_not_utf8_can_be_written(tmp_path):
+    path = tmp_path / os.fsdecode(b"a\xff")
+    path.write_bytes(b"words")
+    assert text.read_text(path, text.help_topics).name == "a\\udcff"

@@ -4,7 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from penalties_jax.recipes.options import Options, UsageError, check_options
+from penalties_jax.recipes.decompose.components import HIDDEN
+from penalties_jax.recipes.memory import COPIES, activations, check_memory, transformer
+from penalties_jax.recipes.options import MOST, Options, UsageError, check_options
 
 PENALTIES = LP, SMOOTH_L0 = "lp", "smooth_l0"
 TITLES = {LP: "L_p", SMOOTH_L0: "smooth L0"}
@@ -119,11 +121,43 @@ def check(config: DecomposeConfig) -> None:
     """Refuse options that can't be run.
 
     Raises:
-        UsageError: As `check_options`; and if the threshold isn't below 1.
+        UsageError: As `check_options` and `check_memory`; and if the threshold isn't below 1, or
+            the last member's seed is no seed.
     """
-    check_options(config, may_be_zero=("beta", "threshold"))
+    size = size_of(config)
+    check_options(config, members=_count(size), may_be_zero=("beta", "threshold"))
     if config.threshold >= 1:
         raise UsageError(f"--threshold must be below 1, got {config.threshold:g}")
+    if config.seed + size.seeds - 1 > MOST["seed"]:
+        raise UsageError(f"--seeds count up from --seed, at most to {MOST['seed']}")
+    check_memory(config, numbers)
+
+
+def numbers(config: DecomposeConfig) -> int:
+    """Return how many numbers the decompositions hold at once, about.
+
+    The components of all members train at once, and each is evaluated by itself.
+    """
+    size = size_of(config)
+    if config.target == "tms":
+        sites, sides = 2, config.features + config.hidden
+        model, area = COPIES * config.features * config.hidden, config.features * config.hidden
+        positions, run = size.batch_size, 4 * config.features * size.batch_size
+    else:
+        width = config.width
+        sites, sides, area = 2 * config.layers, 5 * width, 4 * width**2
+        model = COPIES * transformer(config, block=12 * width**2)
+        positions = size.batch_size * config.context
+        run = activations(config, batch_size=size.batch_size, block=20 * width)
+    components = size.components * (sides + 3 * HIDDEN)
+    gates = positions * size.components * 2 * HIDDEN
+    masked = run + sites * (positions * size.components * 4 + area)
+    member = sites * (COPIES * components + gates) + 2 * masked
+    return model + _count(size) * member
+
+
+def _count(size: Size) -> int:
+    return size.seeds * (len(size.lp_coefficients) + len(size.smooth_l0_coefficients))
 
 
 class Member(NamedTuple):

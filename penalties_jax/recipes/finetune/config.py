@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from penalties_jax.recipes.memory import COPIES, activations, check_memory, transformer
 from penalties_jax.recipes.options import Options, check_options
 
 
@@ -58,6 +59,22 @@ class FinetuneConfig(Options):
 
 
 def check(config: FinetuneConfig) -> None:
-    """Refuse options that can't be run, as `check_options`."""
+    """Refuse options that can't be run, as `check_options` and `check_memory`."""
     weights = ("kl_weights", "l1_weight", "l2_weight", "entropy_weight")
-    check_options(config, may_be_zero=weights)
+    check_options(config, members=len(config.kl_weights), may_be_zero=weights)
+    check_memory(config, numbers)
+
+
+def numbers(config: FinetuneConfig) -> int:
+    """Return how many numbers pretraining or fine-tuning holds at once, about."""
+    width, rank = config.width, config.rank
+    base = transformer(config, block=12 * width**2)
+    adapters = config.layers * 16 * width * rank
+
+    def kept(batch_size: int) -> int:
+        return activations(config, batch_size=batch_size, block=20 * width + 4 * rank)
+
+    return max(
+        COPIES * base + kept(config.pretrain_batch_size),
+        2 * base + len(config.kl_weights) * (COPIES * adapters + kept(config.batch_size)),
+    )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import get_args
 
 from penalties_jax.functional.sparsity import Kind
+from penalties_jax.recipes.memory import COPIES, activations, check_memory, transformer
 from penalties_jax.recipes.options import Options, UsageError, check_options
 
 GROUPS = DENSE, SCHEDULE, DUAL = "dense", "schedule", "dual ascent"
@@ -55,15 +56,29 @@ def check(config: SparsifyConfig) -> None:
     """Refuse options that can't be run.
 
     Raises:
-        UsageError: As `check_options`; and if the kind is unknown, or a share above 1.
+        UsageError: As `check_options` and `check_memory`; and if the kind is unknown, or a share
+            above 1.
     """
-    check_options(config, may_be_zero=("targets",))
+    check_options(config, members=_count(config), may_be_zero=("targets",))
     if config.kind not in get_args(Kind):
         raise UsageError(f"--kind must be one of {', '.join(get_args(Kind))}, not {config.kind}")
     if config.width < 2:
         raise UsageError(f"--width must be at least 2, not {config.width}")
     if max(config.targets) > 1 or config.warmup_fraction > 1:
         raise UsageError("--targets and --warmup-fraction must be at most 1")
+    check_memory(config, numbers)
+
+
+def numbers(config: SparsifyConfig) -> int:
+    """Return how many numbers training holds at once, about: of a model for each member."""
+    width = config.width
+    parameters = transformer(config, block=73 * width**2 // 2)
+    kept = activations(config, batch_size=config.batch_size, block=40 * width)
+    return _count(config) * (COPIES * parameters + kept)
+
+
+def _count(config: SparsifyConfig) -> int:
+    return 1 + 2 * len(config.targets)
 
 
 def members(config: SparsifyConfig) -> list[tuple[str, float]]:

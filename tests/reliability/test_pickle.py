@@ -1,0 +1,55 @@
+"""Nothing that is read may run: no pickle is loaded, and no name in a file is imported."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import penalties_jax as pj
+
+PACKAGE = Path(pj.__file__).parent
+RUN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+# Of arrays: numpy's and torch's loaders may find a pickle, and its loaders of YAML any object.
+LOADERS = {("np", "load"), ("jnp", "load"), ("numpy", "load"), ("torch", "load")} | {
+    ("yaml", name) for name in ("unsafe_load", "full_load", "Loader", "FullLoader", "UnsafeLoader")
+}
+CALLED = {"eval", "exec", "compile", "__import__"}
+
+
+def what_may_run(source):
+    """Names in a module's source that load what may run."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = {alias.name.split(".")[0] for alias in node.names}
+            yield from (names | {(getattr(node, "module", None) or "").split(".")[0]}) & RUN
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if (node.value.id, node.attr) in LOADERS:
+                yield f"{node.value.id}.{node.attr}"
+        elif isinstance(node, ast.Call):
+            yield from (word.arg for word in node.keywords if word.arg == "allow_pickle")
+            if isinstance(node.func, ast.Name) and node.func.id in CALLED:
+                yield node.func.id
+
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_that_is_read_may_run(path):
+    assert not list(what_may_run(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from joblib import load",
+        "np.load(path)",
+        "f(path, allow_pickle=True)",
+        "torch.load(path)",
+        "yaml.load(text, yaml.Loader)",
+        "eval(text)",
+    ],
+)
+def test_what_would_run_is_found(line):
+    assert list(what_may_run(line))
