@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from scipy import special
 
 import penalties_jax.functional as F  # noqa: N812
+from tests.calls import CALLS
 from tests.catalogue import (
     CASES,
     FUNCTIONS,
@@ -344,6 +345,21 @@ def test_a_mask_that_does_not_fit_shows_both_shapes(case, shape):
         case.call(*case.data(), where=np.ones(shape, bool))
     with pytest.raises(ValueError, match=r"where"):
         jax.jit(lambda *x: case.call(*x, where=jnp.ones(shape, bool)))(*case.data())
+
+
+MASKED = {
+    name: call
+    for name, call in CALLS.items()
+    if "where" in inspect.signature(call.function).parameters
+}
+
+
+@pytest.mark.parametrize("call", MASKED.values(), ids=MASKED)
+def test_every_mask_is_checked(call):
+    with pytest.raises(TypeError, match="where must be boolean"):
+        call(where=np.ones(()))
+    with pytest.raises(ValueError, match="where must"):
+        call(where=np.ones((7,) * 6, bool))
 
 
 @every_weighted
