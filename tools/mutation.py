@@ -59,7 +59,17 @@ OTHERS = [
 ]
 
 # Names and types; and how many rows go by at once, a matter of time and memory, not of results.
-NO_BEHAVIOUR = {"__all__", "AxisName", "Axis", "Softcap", "ROW_BYTES", "MOST_CLASSES", "LEAST_ROWS"}
+NO_BEHAVIOUR = {
+    "__all__",
+    "AxisName",
+    "Axis",
+    "Softcap",
+    "R",
+    "T",
+    "ROW_BYTES",
+    "MOST_CLASSES",
+    "LEAST_ROWS",
+}
 NO_BEHAVIOUR |= {"CPU", "ACCELERATOR", "_rows", "rows_in_block", "rows_in_product"}
 
 SERVER = multiprocessing.get_context("forkserver")

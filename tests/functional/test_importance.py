@@ -175,6 +175,10 @@ def test_padding_positions(shared, x64):
     assert_close(
         rows.sparsity, oracle([a], lambda c: (c, c), masks=[mask[:1] & np.ones((6, 1), bool)])[0][1]
     )
+    whole, _ = oracle([a], lambda c: (c, c))
+    for everything in (True, np.ones((1, 1), bool)):
+        loss = pj.importance_minimality(jnp.asarray(a), pj.L1(), where=everything)
+        assert_close(loss.sparsity, whole[1])
     nothing = value_and_gradient(jnp.asarray(a), pj.L1(), beta=1.0, where=np.zeros((6, 5), bool))
     assert_close(jnp.stack(nothing[0]), np.zeros(3))
     assert_close(nothing[1], np.zeros(a.shape))
