@@ -59,18 +59,8 @@ OTHERS = [
 ]
 
 # Names and types; and how many rows go by at once, a matter of time and memory, not of results.
-NO_BEHAVIOUR = {
-    "__all__",
-    "AxisName",
-    "Axis",
-    "Softcap",
-    "R",
-    "T",
-    "ROW_BYTES",
-    "MOST_CLASSES",
-    "LEAST_ROWS",
-}
-NO_BEHAVIOUR |= {"CPU", "ACCELERATOR", "_rows", "rows_in_block", "rows_in_product"}
+NO_BEHAVIOUR = {"__all__", "AxisName", "Axis", "Softcap", "R", "T", "ROW_BYTES", "MOST_CLASSES"}
+NO_BEHAVIOUR |= {"LEAST_ROWS", "CPU", "ACCELERATOR", "_rows", "rows_in_block", "rows_in_product"}
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["__main__", "jax", "flax.nnx", "optax", "scipy.special"])
@@ -104,7 +94,7 @@ def places(node: cst.CSTNode, function: str = "") -> Iterator[tuple]:
             return
         case cst.FunctionDef(cst.Name(name)) | cst.ClassDef(cst.Name(name)):
             function = name
-        case cst.Assign([cst.AssignTarget(cst.Name(name))]):
+        case cst.Assign([cst.AssignTarget(cst.Name(name))]) | cst.AugAssign(cst.Name(name)):
             pass
         case _:
             name = ""
@@ -152,7 +142,7 @@ class NearestFirst:
     """A plugin of pytest: first the tests that are named as a function is, then the others."""
 
     def __init__(self, function):
-        self.words = function.lower().strip("_").split("_")
+        self.words = [word for word in function.lower().split("_") if len(word) > 2]
 
     def pytest_collection_modifyitems(self, items):
         """Sorts them."""

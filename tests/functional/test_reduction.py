@@ -333,7 +333,7 @@ def test_masking_is_dropping(case):
 
 @every_case
 def test_an_unknown_reduction_lists_the_valid_ones(case):
-    with pytest.raises(ValueError, match=r"(?s)(?=.*avg)(?=.*sum)(?=.*mean)(?=.*none)"):
+    with pytest.raises(ValueError, match="reduction must be one of 'sum', 'mean', 'none', got"):
         case.call(*case.data(), reduction="avg")
 
 
@@ -370,7 +370,7 @@ def test_weights_that_do_not_fit_show_both_shapes(case, shape):
         case.call(*case.data(), weights=np.ones(shape))
 
 
-@every(only(lambda case: case.inputs == 2, STRUCTURES))
+@every(only(lambda case: case.inputs == 2, FUNCTIONS))
 def test_inputs_that_disagree_show_both_shapes(case):
     with pytest.raises(ValueError, match=r"(?=.*\(2, 5\))(?=.*\(2, 4\))"):
         case.call(jnp.zeros((2, 5)), jnp.zeros((2, 4)))
