@@ -171,7 +171,7 @@ def judge(mutant: Mutant, trees: queue.Queue, seconds: float) -> str:
             break
     shutil.copy2(mutant.path, place)
     trees.put(tree)
-    print("." if verdict == "killed" else f"\n{verdict}: {mutant}", end="", flush=True)
+    print("." if verdict == "killed" else f"\n{verdict}: {mutant}\n", end="", flush=True)
     return verdict
 
 
