@@ -10,7 +10,7 @@ PYTHONS ?= 3.11 3.13
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-types test-tunix test-reliability test-matrix lint notebooks docs bench bench-quick bench-accelerators bench-gpu clean
+.PHONY: help demo test test-slow test-types test-tunix test-reliability test-matrix coverage mutation lint notebooks docs bench bench-quick bench-accelerators bench-gpu clean
 
 help:  ## show what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -37,6 +37,16 @@ test-matrix: $(PYTHONS:%=test-%)  ## all cases on the oldest and on the newest P
 # Where pyenv is, its python3.13 is there only for who asks for that version.
 test-3.%:
 	PYENV_VERSION=3.$* $(MAKE) test VENV=.venv-3.$* PYTHON=python3.$*
+
+# Of code that jax traces, a line is covered once it is traced.
+coverage: $(VENV)/.coverage  ## which lines and branches all tests together leave out
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -m 'not gpu' -n auto --dist worksteal $(ARGS)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
+
+mutation: $(VENV)/.mutation  ## which small faults in the package no test notices; ARGS="--sample 400 --seed 1 --jobs 2"
+	$(BIN)/python tools/mutation.py $(ARGS)
 
 # An int is a float, as PEP 484 has it.
 TYPES := penalties_jax,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))

@@ -100,6 +100,24 @@ def test_arrays_as_endpoints():
     np.testing.assert_array_equal(values[1], final)
 
 
+def test_arrays_as_endpoints_of_an_exponential():
+    init, final = np.float32([1.0, -4.0]), np.float32([0.01, -1.0])
+    value = pj.anneal(init, final, start=0, end=10, shape="exponential")(5)
+    assert_close(value, [0.1, -2.0], rtol=1e-6)
+    with pytest.raises(ValueError, match="nonzero and of one sign"):
+        pj.anneal(init, final[::-1], start=0, end=10, shape="exponential")
+    with pytest.raises(ValueError, match="start must be at most end"):
+        pj.anneal(init, final, start=np.array([0, 11]), end=10)
+
+
+@pytest.mark.parametrize("name", ["init", "final", "start", "end"])
+@every_shape
+def test_one_number_may_be_traced(name, shape):
+    numbers = {"init": 1.0, "final": 0.1, "start": 2.0, "end": 10.0}
+    traced = jax.jit(lambda x: pj.anneal(**numbers | {name: x}, shape=shape)(5))
+    assert_close(traced(numbers[name]), pj.anneal(**numbers, shape=shape)(5), rtol=1e-6)
+
+
 def test_fractions_of_training():
     settings = {"init": 2.0, "final": 0.4, "shape": "cosine"}
     by_fraction = pj.anneal_fraction(**settings, total_steps=400, start_frac=0.25, end_frac=0.75)

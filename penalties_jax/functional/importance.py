@@ -160,12 +160,13 @@ class ImportanceStats(NamedTuple):
     def merge(self, other: "ImportanceStats") -> "ImportanceStats":
         """The statistics of the positions of both, which are of the same sites."""
         jax.tree.map(lambda own, its: check_same_shape(own=own, other=its), self.sums, other.sums)
+        sums = jax.tree.map(jnp.add, self.sums, other.sums)
         lost = jax.tree.map(_lost, self.sums, other.sums)
+        residuals = jax.tree.map(lambda *parts: sum(parts), self.residuals, other.residuals, lost)
+        # Residuals that grew would themselves be rounded: the sums take what they can hold.
         return ImportanceStats(
-            sums=jax.tree.map(jnp.add, self.sums, other.sums),
-            residuals=jax.tree.map(
-                lambda *parts: sum(parts), self.residuals, other.residuals, lost
-            ),
+            sums=jax.tree.map(jnp.add, sums, residuals),
+            residuals=jax.tree.map(_lost, sums, residuals),
             counts=_carried(jax.tree.map(jnp.add, self.counts, other.counts)),
         )
 
@@ -401,9 +402,8 @@ def _mean(total, count):
 
 
 def _by_site(stats):
-    totals = jax.tree.map(jnp.add, stats.sums, stats.residuals)
-    paths, sums = zip(*jax.tree.leaves_with_path(totals), strict=True)
-    return paths, sums, jax.tree.structure(totals).flatten_up_to(stats.counts)
+    paths, sums = zip(*jax.tree.leaves_with_path(stats.sums), strict=True)
+    return paths, sums, jax.tree.structure(stats.sums).flatten_up_to(stats.counts)
 
 
 @jax.jit

@@ -140,6 +140,21 @@ def test_js_bounds_and_ends():
         assert all(np.all(np.asarray(slope) == 0) for slope in slopes)
 
 
+@pytest.mark.parametrize("mixture", [1e-8, 1e-4, 0.3])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_js_of_nearly_disjoint_distributions(mixture, swapped):
+    """With so small a share of one in the mixture, that share is all there is of some classes."""
+    logits = [[0.0, -30.0, -9.0, -2.0], [-30.0, 0.0, -2.0, -9.0]]
+    log_p, log_q = single(*special.log_softmax(logits, axis=-1))
+    share, pair = (1 - mixture, (log_q, log_p)) if swapped else (mixture, (log_p, log_q))
+    share = float(np.float32(share))
+    total, through_p, through_q = oracles.exact_js_parts(*map(np.asarray, pair), share)
+    value, slopes = jax.value_and_grad(partial(F.js_divergence, mixture=share), (0, 1))(*pair)
+    assert_close(value, total, rtol=1e-5)
+    for slope, desired in zip(slopes, (through_p, through_q), strict=True):
+        assert_close(slope, desired, rtol=0, atol=1e-6 * np.abs(desired).max())
+
+
 def test_js_over_mixture_tends_to_kl():
     log_p, log_q = (special.log_softmax(lattice(seed, 6, 9), axis=-1) for seed in (0, 1))
     js = jax.jit(partial(F.js_divergence, reduction="none"))

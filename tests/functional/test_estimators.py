@@ -52,6 +52,12 @@ def test_a_token_that_q_excludes():
         assert F.kl_estimate(log_p, log_q, estimator=estimator) == math.inf
 
 
+def test_a_token_that_p_excludes():
+    log_p, log_q = jnp.asarray([-math.inf]), jnp.asarray([-1.0])
+    for estimator, value in {"k1": -math.inf, "k2": math.inf, "k3": math.inf}.items():
+        assert F.kl_estimate(log_p, log_q, estimator=estimator) == value
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_exact_expectations(estimator, x64):
     """Over every token with its probability: k1 and k3 are unbiased, k2 is r^2/2 on average."""

@@ -102,12 +102,14 @@ def test_worked_values():
         )
 
 
-def test_low_precision_is_upcast():
+@every_penalty
+def test_low_precision_is_upcast(name):
+    penalty, per_value = PENALTIES[name]
     exact = importances(3, 64, 5).astype(np.float16)
     for dtype in (jnp.float16, jnp.bfloat16):
         site = jnp.asarray(exact, dtype)
-        desired, [slope] = oracle([np.asarray(site, np.float64)], smooth_l0, beta=0.5)
-        loss, gradient = value_and_gradient(site, pj.SmoothL0(gamma=GAMMA), beta=0.5)
+        desired, [slope] = oracle([np.asarray(site, np.float64)], per_value, beta=0.5)
+        loss, gradient = value_and_gradient(site, penalty, beta=0.5)
         assert loss.total.dtype == jnp.float32
         assert gradient.dtype == dtype
         assert_close(loss, desired, rtol=1e-6)
@@ -173,6 +175,10 @@ def test_padding_positions(shared, x64):
     assert_close(
         rows.sparsity, oracle([a], lambda c: (c, c), masks=[mask[:1] & np.ones((6, 1), bool)])[0][1]
     )
+    whole, _ = oracle([a], lambda c: (c, c))
+    for everything in (True, np.ones((1, 1), bool)):
+        loss = pj.importance_minimality(jnp.asarray(a), pj.L1(), where=everything)
+        assert_close(loss.sparsity, whole[1])
     nothing = value_and_gradient(jnp.asarray(a), pj.L1(), beta=1.0, where=np.zeros((6, 5), bool))
     assert_close(jnp.stack(nothing[0]), np.zeros(3))
     assert_close(nothing[1], np.zeros(a.shape))
@@ -236,6 +242,29 @@ def test_sums_over_thousands_of_batches_keep_float32():
     loss = merged.loss()
     assert_close(loss.sparsity, total, rtol=1e-7)
     assert int(merged.counts["a"].high) * 2**16 + int(merged.counts["a"].low) == 20_000
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7, 1e-3])
+def test_what_rounding_takes_from_sums_is_kept(value):
+    """Over 100,000 merges, a plain float32 sum of which is off by 1e-5 and more."""
+    one = pj.ImportanceStats.from_batch(jnp.full((1, 1), value, jnp.float32), pj.L1())
+
+    @jax.jit
+    def merged(one):
+        empty = pj.ImportanceStats.empty(jnp.zeros((1, 1)))
+        left, _ = jax.lax.scan(lambda all, _: (all.merge(one), None), empty, length=100_000)
+        right, _ = jax.lax.scan(lambda all, _: (one.merge(all), None), empty, length=100_000)
+        return left, right, left.merge(empty), empty.merge(left), left.merge(right)
+
+    exact = float(np.float32(value))
+    plain = np.add.accumulate(np.full(100_000, value, np.float32))[-1]
+    assert abs(plain / 1e5 / exact - 1) > 1e-5
+    for stats, count in zip(merged(one), (1e5, 1e5, 1e5, 1e5, 2e5), strict=True):
+        kept = np.float64(stats.sums) + np.float64(stats.residuals)
+        assert_close(kept, count * exact, rtol=1e-10)
+        loss = stats.loss()
+        assert_close(loss.sparsity, exact, rtol=2e-7)
+        assert_close(loss.frequency, exact * np.log2(1 + count * exact), rtol=5e-7)
 
 
 def test_counts_are_exact_beyond_float32():
@@ -448,6 +477,35 @@ def test_metrics_of_a_run():
     assert dead >= 1
     assert_close(metrics.pop("importance/dead"), dead / 10)
     assert not metrics
+
+
+@pytest.mark.parametrize("thresholds", [(0.5, 0.1), (0.1, 0.5)])
+def test_a_component_is_dead_if_it_is_never_above_the_lowest_threshold(thresholds):
+    c = jnp.array([[0.05, 0.3, 0.9, 0.0], [0.1, 0.0, 0.0, 0.0]])
+    metrics = pj.importance_metrics(c, {}, thresholds=thresholds)
+    assert_close(metrics["importance/dead"], 2 / 4)
+    assert_close(metrics["importance/ci_l0_0.1"], 2 / 2)
+    assert_close(metrics["importance/ci_l0_0.5"], 1 / 2)
+
+
+def test_metrics_leave_out_masked_positions():
+    """They are those of the other positions, whatever padding holds."""
+    kept = importances(15, 9, 4)
+    mask = np.arange(12) % 4 > 0
+    padded = np.full((12, 4), np.nan)
+    padded[mask] = kept
+    metrics = pj.importance_metrics(
+        {"a": jnp.asarray(padded)}, {"l0": pj.SmoothL0(gamma=GAMMA)}, beta=0.5, where=mask
+    )
+    (total, sparsity, _), _ = oracle([kept], smooth_l0, beta=0.5)
+    used, dead = (kept > 0).sum() / 9, (kept == 0).all(0).mean()
+    assert 0 < dead < 1
+    desired = {"l0": total, "l0_no_beta": sparsity, "ci_l0_0": used, "ci_l0_0/a": used} | {
+        "dead": dead
+    }
+    assert metrics.keys() == {f"importance/{name}" for name in desired}
+    for name, value in desired.items():
+        assert_close(metrics[f"importance/{name}"], value)
 
 
 def test_metrics_are_of_the_global_batch(x64):

@@ -640,6 +640,15 @@ def test_bad_labels():
         F.linear_log_prob(HIDDEN, KERNEL, np.ones(2))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size"), [("int8", 100), ("uint8", 200), ("int16", 300), ("int32", 60_000)]
+)
+def test_products_of_integers_do_not_wrap(dtype, size):
+    kernel = np.array([[size, size - 1], [0, 0]], dtype)
+    hidden = np.array([[size, 1]], dtype)
+    assert_close(F.linear_log_prob(hidden, kernel, np.array([1])), -size, rtol=1e-2)
+
+
 def test_logits_as_large_as_float32_holds():
     kernel = np.float32([[0, 1], [0, 1]])
     value = F.linear_cross_entropy(np.full((1, 2), 1e20, np.float32), kernel, np.array([0]))

@@ -10,10 +10,38 @@ import numpy as np
 import pytest
 
 import penalties_jax.functional as F  # noqa: N812
+from penalties_jax.functional import checks
 from tests.calls import CALLS
 from tests.catalogue import CASES, PROXIMAL, every, first_of_each, numbers_of, only
 
-NUMBERS = (-1, -0.5, 0, 0.0, 1.5, math.nan, np.float32(-2), np.int8(-1), np.float32([-2]))
+NUMBERS = (-1, -0.5, 0, 0.0, 1, 1.5, 2.0, math.nan, np.float32(-2), np.int8(-1), np.float32([-2]))
+
+
+# What is just inside of each range, and just outside.
+LEAST, INF, NAN = 1e-300, math.inf, math.nan
+ABOVE = np.nextafter
+ENDS = {
+    "above 0": ([LEAST, INF], [0.0, -LEAST, -INF, NAN]),
+    "at least 0": ([0.0, -0.0, INF], [-LEAST, -INF, NAN]),
+    "below 0": ([-LEAST, -INF], [0.0, LEAST, INF, NAN]),
+    "above 1": ([ABOVE(1, 2), INF], [1.0, 0.0, NAN]),
+    "above 2": ([ABOVE(2, 3), INF], [2.0, 0.0, NAN]),
+    "at least 1": ([1.0, INF], [ABOVE(1, 0), NAN]),
+    "in [0, 1]": ([0.0, 0.5, 1.0], [-LEAST, ABOVE(1, 2), -INF, INF, NAN]),
+    "ascending": ([[1.0], [0.0, 0.0, 1.0]], [[1.0, 0.0], [0.0, 2.0, 1.0], [0.0, NAN, 1.0]]),
+    "finite": ([0.0, -1e300, 1e300], [INF, -INF, NAN]),
+    "not NaN": ([0.0, INF, -INF], [NAN]),
+}
+
+
+def test_the_ends_of_every_range():
+    ranges = {x.description: x for x in vars(checks).values() if isinstance(x, checks.Range)}
+    assert ranges.keys() == ENDS.keys()
+    for name, (inside, outside) in ENDS.items():
+        for values, valid in (inside, True), (outside, False):
+            assert [bool(np.all(ranges[name].contains(np.array(x)))) for x in values] == [
+                valid
+            ] * len(values), name
 
 
 def ranges_of(case, function):

@@ -15,17 +15,18 @@ CAP = 30.0
 TANH = np.frompyfunc(mpmath.tanh, 1, 1)
 
 
-def test_values_and_slopes_of_any_size():
-    """From the least of logits to where the tanh is rounded to 1."""
-    z = np.float32([0, 1e-30, 1e-3, 0.5, 29, 100, 400, 1000, 1e30])
+@pytest.mark.parametrize("bound", [CAP, 1e-5])
+def test_values_and_slopes_of_any_size(bound):
+    """From the least of logits to where the tanh is rounded to 1, and z / cap is infinite."""
+    z = np.float32([0, 1e-30, 1e-3, 0.5, 29, 100, 400, 1000, 1e30, 3e38])
     z = np.concatenate([z, -z[1:]])
     both = jax.vmap(jax.value_and_grad(capped, (0, 1)), (0, None))
-    value, slopes = both(jnp.asarray(z), jnp.float32(CAP))
+    value, slopes = both(jnp.asarray(z), jnp.float32(bound))
 
     def exact(z, cap):
         return cap * TANH(z / cap)
 
-    given = z.astype(np.float64), np.full(z.shape, CAP)
+    given = z.astype(np.float64), np.full(z.shape, np.float32(bound))
     assert_close(value, oracles.precisely(exact, *given), rtol=1e-6)
     # The slope in the cap is a difference of what is up to 1.
     for argument, least in ((0, 1e-37), (1, 1e-8)):

@@ -176,6 +176,19 @@ def test_slopes_of_extreme_mixtures(mixture):
         assert_close(slope, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("mixture", [0.0, 1.0])
+def test_ends_of_the_mixture(mixture):
+    """There it is one of the two, whatever they are, and neither has a derivative."""
+    logits = EDGE_ROWS.swapaxes(0, 1).astype(np.float32)
+    value, slopes = jax.jit(
+        jax.value_and_grad(
+            lambda *x: F.js_from_logits(*x, mixture=mixture, reduction="sum"), (0, 1)
+        )
+    )(*logits)
+    assert value == 0
+    assert all(np.all(np.asarray(slope) == 0) for slope in slopes)
+
+
 def test_a_temperature_for_each_position_and_a_sweep(x64):
     p, q = (x.astype(np.float64) for x in rows(7, 1.0, count=3))
     each = jnp.array([0.5, 1.0, 2.0])
@@ -218,9 +231,33 @@ def test_an_excluded_position_may_hold_anything(case):
     excluding = jax.value_and_grad(partial(case.raw, where=mask), inputs)
     masked, found = quick_jit(excluding)(*logits)
     assert_close(masked, value, rtol=1e-6)
+    # The derivative in the temperature, of all positions and of each.
+    at = quick_jit(jax.grad(lambda t, where, *x: case.raw(*x, where=where, temperature=t)))
+    by_kept = at(np.float32([2.0, 0.5]), None, *kept)
+    by_each = at(np.float32([2.0, np.nan, 0.5]), mask, *logits)
+    assert_close(by_each, np.insert(by_kept, 1, 0), rtol=1e-5, atol=1e-7)
+    assert_close(at(0.7, mask, *logits), at(0.7, None, *kept), rtol=1e-5, atol=1e-7)
     for slope, desired in zip(found, slopes, strict=True):
         assert_close(slope[mask], desired, rtol=1e-5, atol=1e-8)
         assert_close(slope[1], 0)
+
+
+@every(FUNCTIONS, slow=streamed_again)
+def test_a_position_that_the_caller_leaves_out_may_hold_anything(case):
+    """By `jnp.where` on the values of all positions: no derivative sees it."""
+    mask = np.array([True, False, True])
+    logits = [np.where(mask[:, None], x, np.nan) for x in rows(6, 1.0, count=3)[: case.inputs]]
+
+    def total(t, where, *logits):
+        values = case.raw(*logits, temperature=t, reduction="none")
+        return jnp.sum(jnp.where(where, values, 0))
+
+    slopes = quick_jit(jax.grad(total, (0, *range(2, 2 + case.inputs))))
+    by_temperature, *found = slopes(0.7, mask, *logits)
+    desired, *others = slopes(0.7, True, *(x[mask] for x in logits))
+    assert_close(by_temperature, desired, rtol=1e-5, atol=1e-7)
+    for slope, other in zip(found, others, strict=True):
+        assert_close(slope, np.insert(np.asarray(other), 1, 0, axis=0), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (7, 5), (2, 3, 5), (3, 2, 7, 5)])
