@@ -19,7 +19,7 @@ from penalties_jax.functional.checks import (
     check_same_shape,
     public,
 )
-from penalties_jax.functional.derivatives import elementwise_derivatives
+from penalties_jax.functional.derivatives import elementwise_derivatives, with_value
 from penalties_jax.functional.reduction import lie_alike, promote
 
 __all__ = [
@@ -61,7 +61,7 @@ def straight_through(
         (1.0, 1.5)
     """
     check_same_shape(hard=hard, soft=soft)
-    return _meeting(_straight_through, hard, soft)
+    return _meeting(with_value, soft, hard)
 
 
 @public
@@ -271,16 +271,6 @@ def _check_stretch(stretch):
     ABOVE_ONE.check(**{"stretch[1]": high})
 
 
-@jax.custom_jvp
-def _straight_through(hard, soft):
-    return hard
-
-
-@_straight_through.defjvp
-def _(primals, tangents):
-    return primals[0], tangents[1]
-
-
 def _noisy(logits, key, draw=jax.random.logistic):
     (logits,) = promote(logits)
     if key is not None:
@@ -295,7 +285,7 @@ def _logistic_gate(logits, key, temperature, *, hard):
     (logits, temperature), *_ = lie_alike(promote(logits, temperature))
     noisy = _noisy(logits, key)
     soft = lax.logistic(noisy / temperature)
-    return _straight_through((noisy > 0).astype(soft.dtype), soft) if hard else soft
+    return with_value(soft, (noisy > 0).astype(soft.dtype)) if hard else soft
 
 
 @jax.jit
@@ -364,4 +354,4 @@ def _top_k_gate(logits, key, temperature, *, k, axis, hard):
         lambda chosen: jnp.zeros(rows.shape[-1], rows.dtype).at[chosen].set(1),
         signature="(k)->(n)",
     )(chosen)
-    return _straight_through(jnp.moveaxis(opened, -1, axis), soft)
+    return with_value(soft, jnp.moveaxis(opened, -1, axis))
