@@ -107,7 +107,9 @@ def _shares(shape, elapsed, remaining, duration):
     if shape == "quarters":
         # Compared without the division, whose rounding would move a switch by a step.
         passed = [4 * elapsed >= k * duration for k in (3, 2, 1)]
-        return jnp.select(passed, [0.0, 0.33, 0.67], 1.0), jnp.select(passed, [1.0, 0.67, 0.33], 0.0)
+        return jnp.select(passed, [0.0, 0.33, 0.67], 1.0), jnp.select(
+            passed, [1.0, 0.67, 0.33], 0.0
+        )
     duration = jnp.where(duration > 0, duration, 1)
     v, u = (jnp.clip(steps / duration, 0, 1) for steps in (remaining, elapsed))
     match shape:
@@ -121,8 +123,9 @@ def _shares(shape, elapsed, remaining, duration):
 
 def _haversine(u, v):
     """(1 - cos(pi u)) / 2 for u = 1 - v, with the digits of whichever is small."""
-    near = jnp.square(jnp.sin(math.pi / 2 * jnp.minimum(u, v)))
-    return jnp.where(u < v, near, 1 - near)
+    below = u < v
+    small = jnp.square(jnp.sin(math.pi / 2 * jnp.where(below, u, v)))
+    return jnp.where(below, small, 1 - small)
 
 
 def _plain(*values: Any) -> bool:
@@ -142,9 +145,10 @@ def anneal(
 
     Up to `start` it is exactly `init`, from `end` on exactly `final`, also in float32; between, it
     never leaves the two and never turns back, however small or near to each other they are. With
-    start == end it is a step. Steps are told apart up to the largest integer of the count, but those
-    of a schedule that is an argument of `jax.jit`, or stacked, are float32: exact up to 2^24. It is an `optax.Schedule` and a pytree whose leaves are the four
-    numbers: changing them never recompiles, and schedules can be stacked and mapped.
+    start == end it is a step. It is an `optax.Schedule` and a pytree whose leaves are the four
+    numbers: changing them never recompiles, and schedules can be stacked and mapped. Of one that
+    is an argument of a compiled function, or stacked, they are float32: a step above 2^24 is then
+    rounded, unless it is given as an array of integers.
 
     Args:
         init, final: The values before and after.

@@ -15,6 +15,9 @@ from penalties_jax.functional.checks import standard_promotion
 
 Axis = int | tuple[int, ...]
 
+# Beyond the logarithms of all numbers, of float64 too.
+FAR = 1000.0
+
 
 def elementwise_derivatives(
     *partials: Callable[..., Array],
@@ -86,6 +89,18 @@ def _(primals, tangents):
 def absolute(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """|x|, with derivative 0 at 0."""
     return jnp.abs(x)
+
+
+@elementwise_derivatives(
+    lambda x, temperature: 1 / temperature,
+    lambda x, temperature: -over(x, temperature) / temperature,
+)
+def over(x: Float[Array, "..."], temperature: Float[Array, "..."]) -> Float[Array, "..."]:
+    """X / T, up to where its exponential is 0 or infinite.
+
+    So that where that has no slope any more, the derivative in T is no infinity times 0.
+    """
+    return jnp.clip(x / temperature, -FAR, FAR)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

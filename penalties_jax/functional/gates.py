@@ -19,7 +19,7 @@ from penalties_jax.functional.checks import (
     check_same_shape,
     public,
 )
-from penalties_jax.functional.derivatives import elementwise_derivatives, with_value
+from penalties_jax.functional.derivatives import elementwise_derivatives, over, with_value
 from penalties_jax.functional.reduction import lie_alike, promote
 
 __all__ = [
@@ -275,7 +275,7 @@ def _noisy(logits, key, draw=jax.random.logistic):
     (logits,) = promote(logits)
     if key is not None:
         logits = logits + draw(key, logits.shape, logits.dtype)
-    # Of a gate that is always open, or never, the derivative in the temperature is no inf times 0.
+    # Of two gates that are never open neither is further from it.
     largest = float(jnp.finfo(logits.dtype).max) ** 0.5
     return jnp.clip(logits, -largest, largest)
 
@@ -284,7 +284,7 @@ def _noisy(logits, key, draw=jax.random.logistic):
 def _logistic_gate(logits, key, temperature, *, hard):
     (logits, temperature), *_ = lie_alike(promote(logits, temperature))
     noisy = _noisy(logits, key)
-    soft = lax.logistic(noisy / temperature)
+    soft = lax.logistic(over(noisy, temperature))
     return with_value(soft, (noisy > 0).astype(soft.dtype)) if hard else soft
 
 
@@ -292,7 +292,7 @@ def _logistic_gate(logits, key, temperature, *, hard):
 def _hard_concrete_gate(logits, key, temperature, stretch):
     low, high = stretch
     # Without noise the temperature has no part in it: the gate's median would be at sigma(a / T).
-    scaled = promote(logits)[0] if key is None else _noisy(logits, key) / temperature
+    scaled = promote(logits)[0] if key is None else over(_noisy(logits, key), temperature)
     return jnp.clip(low + (high - low) * lax.logistic(scaled), 0, 1)
 
 
@@ -344,7 +344,9 @@ def _jump_relu(x, threshold, bandwidth):
 def _top_k_gate(logits, key, temperature, *, k, axis, hard):
     (logits, temperature), *_ = lie_alike(promote(logits, temperature))
     noisy = _noisy(logits, key, jax.random.gumbel)
-    soft = k * jax.nn.softmax(noisy / temperature, axis)
+    # Before the temperature divides them, which has no part in what equal logits are.
+    below = noisy - lax.stop_gradient(jnp.max(noisy, axis, keepdims=True))
+    soft = k * jax.nn.softmax(over(below, temperature), axis)
     if not hard:
         return soft
     rows = jnp.moveaxis(noisy, axis, -1)

@@ -9,6 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Real
 
@@ -31,6 +32,7 @@ from penalties_jax.functional.derivatives import (
     largest_singular_value,
     norm,
     normalized,
+    with_value,
 )
 from penalties_jax.functional.reduction import (
     AxisName,
@@ -458,8 +460,10 @@ def _log_slope(x, eps):
 
 
 def _log_eps_slope(x, eps):
-    magnitude = jnp.minimum(absolute(x), jnp.finfo(x.dtype).max / 2)
-    return -magnitude / (eps + magnitude) / eps
+    zero = x == 0
+    magnitude = jnp.where(zero, 1, absolute(x))
+    # No product of eps and a small magnitude, nor a quotient that XLA would divide by one.
+    return jnp.where(zero, 0, -1 / (eps * (1 + eps / magnitude)))
 
 
 @elementwise_derivatives(_log_slope, _log_eps_slope)
@@ -849,9 +853,14 @@ def _group_lasso(x, weights, *, axis, where, reduction, axis_name):
 @partial(jax.jit, static_argnames="axis")
 def _prox_group_lasso(v, t, *, axis):
     v, t = promote(v, t)
-    norms = norm(v, axis)
-    check_fits(norms.shape, t=t)
-    return normalized(v, axis) * jnp.expand_dims(jnp.maximum(norms - t, 0), axis)
+    groups = jax.eval_shape(partial(norm, axis=axis), v).shape
+    check_fits(groups, t=t)
+
+    def operator(v, t):
+        lengths = jnp.expand_dims(norm(v, axis), axis)
+        return normalized(v, axis) * jnp.maximum(lengths - t, 0)
+
+    return _moved(operator, v, jnp.expand_dims(jnp.broadcast_to(t, groups), axis))
 
 
 def _penalty(formula, x, weights, reduction, where, axis_name, **parameters):
@@ -868,4 +877,12 @@ def _proximal(operator, v, t, **parameters):
 def _at_point(operator, v, t, parameters):
     check_fits(jnp.shape(v), t=t, **parameters)
     (v, t, *numbers), *_ = lie_alike(promote(v, t, *parameters.values()))
-    return operator(v, t, **dict(zip(parameters, numbers, strict=True)))
+    return _moved(partial(operator, **dict(zip(parameters, numbers, strict=True))), v, t)
+
+
+def _moved(operator, v, t):
+    """What an operator makes of v; v to the bit, and with derivative 1, at a step of 0."""
+    still = t == 0
+    moved = operator(jnp.where(still, lax.stop_gradient(v), v), t)
+    # Of the first only the derivative is looked at, which in t is the operator's.
+    return with_value(moved + jnp.where(still, v, 0), jnp.where(still, v, moved))
