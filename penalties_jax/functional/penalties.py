@@ -608,7 +608,7 @@ def _firm_threshold(v, t, gamma, lam):
     convex = t < gamma
     # Of rounding, where the divisor is near 0, there is more than v itself.
     shrunk = _soft_threshold(v, t * lam) / jnp.where(convex, 1 - t / gamma, 1)
-    shrunk = jnp.clip(shrunk, -jnp.abs(v), jnp.abs(v))
+    shrunk = with_value(shrunk, jnp.clip(shrunk, -jnp.abs(v), jnp.abs(v)))
     kept = jnp.abs(v) > lam * jnp.where(convex, gamma, jnp.sqrt(t * gamma))
     return jnp.where(kept, v, jnp.where(convex, shrunk, 0))
 
@@ -688,9 +688,10 @@ def _shrink_or_keep(v, t, a, lam):
     line = soft + jnp.maximum(magnitude - lam * (1 + t), 0) * (
         width / jnp.where(convex, width - t, width)
     )
-    kept = magnitude > lam * jnp.where(t <= a + 1, (a + 1 + t) / 2, jnp.sqrt(t * (a + 1)))
-    jump = jnp.where(kept, magnitude, soft)
-    return jnp.sign(v) * jnp.where(convex, jnp.minimum(line, magnitude), jump)
+    line = with_value(line, jnp.minimum(line, magnitude))
+    edge = jnp.where(t <= a + 1, (a + 1 + t) / 2, jnp.sqrt(t * (a + 1)))
+    kept = magnitude > lam * jnp.where(convex, a, edge)
+    return jnp.sign(v) * jnp.where(kept, magnitude, jnp.where(convex, line, soft))
 
 
 def _scad_fall(x, a, lam):

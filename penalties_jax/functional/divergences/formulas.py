@@ -15,7 +15,7 @@ Direction = Literal["forward", "reverse", "symmetric"]
 
 # A log-ratio whose exponential still is a number, one that still may be multiplied, and one that
 # is of a probability of 0, also after it was divided by a temperature.
-LARGE, MOST, INFINITE = 60.0, 1e18, 1e33
+LARGE, MOST, INFINITE = 60.0, 1e18, 3e38
 
 # Divergences below which a third power of the log-ratio is below the rounding of normalisers.
 NEAR = 1e-6

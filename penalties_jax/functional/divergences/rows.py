@@ -350,7 +350,7 @@ def _statistics(formula, class_axis_name, wanted, rows, normalisers, slope_sums)
         # Through logits / T it is the sum of gradient x logit, of which a constant only counts
         # for what a shift of all logits changes.
         gradients = _gradients(formula, x, others, slope_sums)
-        logs = (jnp.maximum(log, -MOST) for log in x.logs)
+        logs = (jnp.where(log < -INFINITE, -MOST, log) for log in x.logs)
         along = sum(map(jnp.multiply, gradients, logs))
         if formula.of_normaliser:
             along += _through_normaliser(formula, x, others) * x.log_normaliser
