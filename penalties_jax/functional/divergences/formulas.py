@@ -221,7 +221,7 @@ def _log_mixture(d, b, c):
     # Where the former would overflow, or cancel: elsewhere the log of b may be too near to 0.
     far = (d > LARGE) | ((d < -1) & (c > 0.5))
     at_p, at_q = jnp.log(b), jnp.log(c) + jnp.minimum(d, MOST)
-    sum_of_both = jnp.maximum(at_p, at_q) + jnp.log1p(jnp.exp(-jnp.abs(at_p - at_q)))
+    sum_of_both = jnp.maximum(at_p, at_q) + jnp.log(1 + jnp.exp(-jnp.abs(at_p - at_q)))
     ratio = jnp.where((b == 0) & (d < -INFINITE), -jnp.inf, jnp.where(far, sum_of_both, near))
     return jnp.where(c == 0, 0, ratio)
 
