@@ -91,10 +91,11 @@ def absolute(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.abs(x)
 
 
-@elementwise_derivatives(
-    lambda x, temperature: 1 / temperature,
-    lambda x, temperature: -over(x, temperature) / temperature,
-)
+def _over_slope(x, temperature) -> Array:
+    return -over(x, temperature) / temperature
+
+
+@elementwise_derivatives(lambda x, temperature: 1 / temperature, _over_slope)
 def over(x: Float[Array, "..."], temperature: Float[Array, "..."]) -> Float[Array, "..."]:
     """X / T, up to where its exponential is 0 or infinite.
 

@@ -432,12 +432,7 @@ def _geman_mcclure_at_one_gamma_slope(x, gamma):
 
 @elementwise_derivatives(_geman_mcclure_at_one_slope, _geman_mcclure_at_one_gamma_slope)
 def _geman_mcclure_at_one(x, gamma):
-    # Over 1 or gamma^2, whichever is larger, so that no square of gamma overflows.
-    zero = x == 0
-    above, below = jnp.minimum(gamma, 1), 1 / jnp.maximum(gamma, 1)
-    squares = jnp.square(above), jnp.square(below)
-    inverse = above / jnp.where(zero, 1, x)
-    return jnp.where(zero, 0, (squares[0] + squares[1]) / (squares[1] + jnp.square(inverse)))
+    return (1 + jnp.square(gamma)) * _geman_mcclure(x, gamma)
 
 
 @public

@@ -110,12 +110,12 @@ def _ratio(square, scale):
     return square / scale / scale, scale
 
 
-def _gaussian_slope(square, scale):
+def _gaussian_slope(square, scale) -> Array:
     _, scale = _ratio(square, scale)
     return -_gaussian(square, scale) / scale / scale / 2
 
 
-def _gaussian_scale_slope(square, scale):
+def _gaussian_scale_slope(square, scale) -> Array:
     ratio, scale = _ratio(square, scale)
     return _gaussian(square, scale) * jnp.minimum(ratio, FAR) / scale
 
