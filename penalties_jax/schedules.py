@@ -1,8 +1,10 @@
 """Schedules: functions of the step that are pytrees, so that annealing never recompiles."""
 
 import math
+from functools import partial
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -10,11 +12,19 @@ from jaxtyping import Array, Float
 
 from penalties_jax._pytree import Pytree, Schedule, config, number, option
 from penalties_jax.functional.checks import PLAIN, public
+from penalties_jax.functional.derivatives import with_value
 from penalties_jax.functional.reduction import wide
 
 __all__ = ["anneal", "anneal_fraction"]
 
 Shape = Literal["linear", "cosine", "exponential", "cubic", "quarters"]
+
+# A step is high digits and low ones, each of which a float32 holds.
+BITS = 16
+BASE = 2**BITS
+
+# A step that is later than all there will be, so that infinity is one too.
+LATEST = 1e30
 
 
 @config
@@ -49,33 +59,73 @@ class Anneal(Pytree, Schedule):
     @public
     def __call__(self, count: ArrayLike) -> Float[Array, "..."]:
         """The value at step `count`."""
-        elapsed = jnp.asarray(count) - self.start
-        duration = self.end - self.start
-        u = jnp.clip(elapsed / jnp.where(duration > 0, duration, 1), 0, 1)
-        match self.shape:
-            case "exponential":
-                sizes = jnp.abs(self.init) ** (1 - u) * jnp.abs(self.final) ** u
-                value = jnp.sign(self.init) * sizes
-            case "quarters":
-                # Compared without the division, whose rounding would move a switch by a step.
-                switched = [4 * elapsed >= k * duration for k in (3, 2, 1)]
-                fraction = jnp.select(switched, [1.0, 0.67, 0.33], 0.0)
-                value = self.init + (self.final - self.init) * fraction
-            case shape:
-                value = self.init + (self.final - self.init) * _fraction(shape, u)
-        value = jnp.where(elapsed <= 0, self.init, value)
-        value = jnp.where(jnp.asarray(count) >= self.end, self.final, value)
+        numbers = count, self.init, self.final, self.start, self.end
+        dtype = wide(*numbers)
+        digits = [_digits(step, dtype) for step in (count, self.start, self.end)]
+        value = _between(self.init, self.final, *digits, shape=self.shape, dtype=dtype)
         return value.astype(wide(self.init, self.final))
 
 
-def _fraction(shape, u):
+def _digits(step, dtype):
+    """Its high and low digits, step = BASE high + low: a float32 may not hold all of them."""
+    array: Any = np if isinstance(step, PLAIN) else jnp
+    if array is jnp and jnp.issubdtype(step.dtype, jnp.integer):
+        step = step if step.dtype.itemsize > 2 else step.astype(jnp.int32)
+        return step >> BITS, step & (BASE - 1)
+    step = array.clip(array.asarray(step, np.float64 if array is np else dtype), -LATEST, LATEST)
+    high = array.floor(step / BASE)
+    return high, step - BASE * high
+
+
+@partial(jax.jit, static_argnames=("shape", "dtype"))
+def _between(init, final, count, start, end, *, shape, dtype):
+    init, final, count, start, end = jax.tree.map(
+        lambda x: jnp.asarray(x, dtype), (init, final, count, start, end)
+    )
+
+    def steps(a, b):
+        return BASE * (b[0] - a[0]) + (b[1] - a[1])
+
+    elapsed, remaining = steps(start, count), steps(count, end)
+    shares = _shares(shape, elapsed, remaining, steps(start, end))
+    # From the smaller endpoint, whose digits would be lost in the larger one.
+    falls = jnp.abs(init) > jnp.abs(final)
+    small, large = jnp.where(falls, final, init), jnp.where(falls, init, final)
+    share = jnp.where(falls, *shares)
+    if shape == "exponential":
+        log = jnp.log(jnp.abs(small))
+        value = jnp.sign(large) * jnp.exp(log + share * (jnp.log(jnp.abs(large)) - log))
+    else:
+        value = small + share * (large - small)
+    bounded = jnp.clip(value, jnp.minimum(init, final), jnp.maximum(init, final))
+    value = with_value(value, jnp.where(share < 1, bounded, large))
+    return jnp.where(remaining <= 0, final, jnp.where(elapsed <= 0, init, value))
+
+
+def _shares(shape, elapsed, remaining, duration):
+    """The parts that `init` and `final` have in the value, which add up to 1."""
+    if shape == "quarters":
+        # Compared without the division, whose rounding would move a switch by a step.
+        passed = [4 * elapsed >= k * duration for k in (3, 2, 1)]
+        return jnp.select(passed, [0.0, 0.33, 0.67], 1.0), jnp.select(
+            passed, [1.0, 0.67, 0.33], 0.0
+        )
+    duration = jnp.where(duration > 0, duration, 1)
+    v, u = (jnp.clip(steps / duration, 0, 1) for steps in (remaining, elapsed))
     match shape:
         case "cosine":
-            return (1 - jnp.cos(math.pi * u)) / 2
+            return _haversine(v, u), _haversine(u, v)
         case "cubic":
-            return 1 - (1 - u) ** 3
+            return v**3, 1 - v**3
         case _:
-            return u
+            return v, u
+
+
+def _haversine(u, v):
+    """(1 - cos(pi u)) / 2 for u = 1 - v, with the digits of whichever is small."""
+    below = u < v
+    small = jnp.square(jnp.sin(math.pi / 2 * jnp.where(below, u, v)))
+    return jnp.where(below, small, 1 - small)
 
 
 def _plain(*values: Any) -> bool:
@@ -89,13 +139,16 @@ def anneal(
 
     With $u = (\text{step} - \text{start}) / (\text{end} - \text{start})$ clipped to [0, 1]:
 
-    - "linear", "cosine", "cubic" and "quarters" are init + (final - init) s(u), where s is $u$,
+    - "linear", "cosine", "cubic" and "quarters" are init (1 - s(u)) + final s(u), where s is $u$,
       $(1 - \cos \pi u) / 2$, $1 - (1 - u)^3$, and 0, 0.33, 0.67, 1 on the four quarters;
     - "exponential" is $\text{init}\,(\text{final} / \text{init})^u$.
 
-    Up to `start` it is `init`; from `end` on it is exactly `final`, also in float32. With
+    Up to `start` it is exactly `init`, from `end` on exactly `final`, also in float32; between, it
+    never leaves the two and never turns back, however small or near to each other they are. With
     start == end it is a step. It is an `optax.Schedule` and a pytree whose leaves are the four
-    numbers: changing them never recompiles, and schedules can be stacked and mapped.
+    numbers: changing them never recompiles, and schedules can be stacked and mapped. Of one that
+    is an argument of a compiled function, or stacked, they are float32: a step above 2^24 is then
+    rounded, unless it is given as an array of integers.
 
     Args:
         init, final: The values before and after.

@@ -92,6 +92,77 @@ def test_late_steps_are_told_apart():
     assert_close(jax.jit(schedule)(start + np.arange(0, 9, 2)), [0, 0.25, 0.5, 0.75, 1])
 
 
+@pytest.mark.parametrize("first", [2**24, 2**31 - 4, -(2**31)])
+def test_steps_that_a_float32_does_not_hold(first):
+    """As plain numbers and as integers that are traced, whatever the count."""
+    expected = [1, 0.7, 0.4, 0.1]
+    counts = np.int32([first, first + 1, first + 2, first + 3])
+
+    def values(start, end, counts):
+        return pj.anneal(1.0, 0.1, start=start, end=end)(counts)
+
+    ends = first, first + 3
+    for found in (
+        values(*ends, counts),
+        jax.jit(partial(values, *ends))(counts),
+        jax.jit(values)(*map(jnp.int32, ends), counts),
+        [values(*ends, int(count)) for count in counts],
+    ):
+        assert_close(found, expected, rtol=1e-6)
+
+
+def test_the_whole_range_of_counts_and_no_end():
+    whole = pj.anneal(0.0, 1.0, start=-(2**31), end=2**31 - 1)
+    assert_close(jax.jit(whole)(np.int32([-(2**31), 0, 2**31 - 1])), [0, 0.5, 1])
+    unsigned = pj.anneal(0.0, 1.0, start=0, end=2**32 - 1)
+    assert_close(jax.jit(unsigned)(np.uint32([0, 2**31, 2**32 - 1])), [0, 0.5, 1])
+    for_ever = pj.anneal(0.5, 1.0, start=0, end=np.inf)
+    assert jax.jit(for_ever)(np.int32([0, 1, 2**31 - 1])).tolist() == [0.5] * 3
+
+
+@every_shape
+@pytest.mark.parametrize("final", [1.0, 0.9999999, 1e-8, 1e-30, 1e30])
+def test_never_leaves_its_ends_nor_turns_back(shape, final):
+    for ends in ((1.0, final), (final, 1.0)):
+        values = np.asarray(jax.jit(pj.anneal(*ends, start=0, end=1_000, shape=shape))(STEPS))
+        assert values[0] == np.float32(ends[0])
+        assert values[-1] == np.float32(ends[1])
+        assert np.all(np.diff(values) * np.sign(ends[1] - ends[0]) >= 0)
+        assert values.min() == np.float32(min(ends))
+        assert values.max() == np.float32(max(ends))
+
+
+@every_shape
+def test_what_must_not_be_0_is_not_on_the_way(shape):
+    gamma = pj.anneal(1.0, 1e-8, start=0, end=1_000, shape=shape)
+
+    @jax.jit
+    @jax.vmap
+    def losses(step):
+        return jax.value_and_grad(pj.SmoothL0(gamma=gamma).at(step))(jnp.array([0.0, 0.1, -3.0]))
+
+    values, slopes = losses(STEPS)
+    assert np.isfinite(values).all()
+    assert np.isfinite(slopes).all()
+    assert_close(values[-1], 2, rtol=1e-6)
+
+
+@every_shape
+def test_gradient_between_equal_ends(shape):
+    """Each has its part, though their order tells nothing."""
+
+    def value(init, final):
+        return pj.anneal(init, final, start=0, end=10, shape=shape)(3)
+
+    share = oracle("linear" if shape == "exponential" else shape, 0, 1, 0, 10, 3)
+    assert_close(jax.grad(value, (0, 1))(0.1, 0.1), [1 - share, share], rtol=1e-6)
+
+
+def test_a_call_is_one_small_program():
+    trace = jax.make_jaxpr(pj.anneal(1.0, 0.1, start=0, end=100))(jnp.int32(3))
+    assert len(trace.eqns) <= 3
+
+
 def test_arrays_as_endpoints():
     init, final = np.float32([0, 1, 2]), np.float32([1, 1, -2])
     schedule = pj.anneal(init, final, start=0, end=4)

@@ -15,6 +15,9 @@ from penalties_jax.functional.checks import standard_promotion
 
 Axis = int | tuple[int, ...]
 
+# Beyond the logarithms of all numbers, of float64 too.
+FAR = 1000.0
+
 
 def elementwise_derivatives(
     *partials: Callable[..., Array],
@@ -70,10 +73,35 @@ def differentiated_as(
     return declared
 
 
+@jax.custom_jvp
+def with_value(x: Float[Array, "..."], value: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Another value, with the derivative of x."""
+    del x  # only differentiated
+    return value
+
+
+@with_value.defjvp
+def _(primals, tangents):
+    return primals[1], tangents[0]
+
+
 @elementwise_derivatives(jnp.sign)
 def absolute(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """|x|, with derivative 0 at 0."""
     return jnp.abs(x)
+
+
+def _over_slope(x, temperature) -> Array:
+    return -over(x, temperature) / temperature
+
+
+@elementwise_derivatives(lambda x, temperature: 1 / temperature, _over_slope)
+def over(x: Float[Array, "..."], temperature: Float[Array, "..."]) -> Float[Array, "..."]:
+    """X / T, up to where its exponential is 0 or infinite.
+
+    So that where that has no slope any more, the derivative in T is no infinity times 0.
+    """
+    return jnp.clip(x / temperature, -FAR, FAR)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

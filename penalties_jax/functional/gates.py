@@ -19,7 +19,7 @@ from penalties_jax.functional.checks import (
     check_same_shape,
     public,
 )
-from penalties_jax.functional.derivatives import elementwise_derivatives
+from penalties_jax.functional.derivatives import elementwise_derivatives, over, with_value
 from penalties_jax.functional.reduction import lie_alike, promote
 
 __all__ = [
@@ -61,7 +61,7 @@ def straight_through(
         (1.0, 1.5)
     """
     check_same_shape(hard=hard, soft=soft)
-    return _meeting(_straight_through, hard, soft)
+    return _meeting(with_value, soft, hard)
 
 
 @public
@@ -271,21 +271,11 @@ def _check_stretch(stretch):
     ABOVE_ONE.check(**{"stretch[1]": high})
 
 
-@jax.custom_jvp
-def _straight_through(hard, soft):
-    return hard
-
-
-@_straight_through.defjvp
-def _(primals, tangents):
-    return primals[0], tangents[1]
-
-
 def _noisy(logits, key, draw=jax.random.logistic):
     (logits,) = promote(logits)
     if key is not None:
         logits = logits + draw(key, logits.shape, logits.dtype)
-    # Of a gate that is always open, or never, the derivative in the temperature is no inf times 0.
+    # Of two gates that are never open neither is further from it.
     largest = float(jnp.finfo(logits.dtype).max) ** 0.5
     return jnp.clip(logits, -largest, largest)
 
@@ -294,15 +284,15 @@ def _noisy(logits, key, draw=jax.random.logistic):
 def _logistic_gate(logits, key, temperature, *, hard):
     (logits, temperature), *_ = lie_alike(promote(logits, temperature))
     noisy = _noisy(logits, key)
-    soft = lax.logistic(noisy / temperature)
-    return _straight_through((noisy > 0).astype(soft.dtype), soft) if hard else soft
+    soft = lax.logistic(over(noisy, temperature))
+    return with_value(soft, (noisy > 0).astype(soft.dtype)) if hard else soft
 
 
 @jax.jit
 def _hard_concrete_gate(logits, key, temperature, stretch):
     low, high = stretch
     # Without noise the temperature has no part in it: the gate's median would be at sigma(a / T).
-    scaled = promote(logits)[0] if key is None else _noisy(logits, key) / temperature
+    scaled = promote(logits)[0] if key is None else over(_noisy(logits, key), temperature)
     return jnp.clip(low + (high - low) * lax.logistic(scaled), 0, 1)
 
 
@@ -354,7 +344,9 @@ def _jump_relu(x, threshold, bandwidth):
 def _top_k_gate(logits, key, temperature, *, k, axis, hard):
     (logits, temperature), *_ = lie_alike(promote(logits, temperature))
     noisy = _noisy(logits, key, jax.random.gumbel)
-    soft = k * jax.nn.softmax(noisy / temperature, axis)
+    # Before the temperature divides them, which has no part in what equal logits are.
+    below = noisy - lax.stop_gradient(jnp.max(noisy, axis, keepdims=True))
+    soft = k * jax.nn.softmax(over(below, temperature), axis)
     if not hard:
         return soft
     rows = jnp.moveaxis(noisy, axis, -1)
@@ -364,4 +356,4 @@ def _top_k_gate(logits, key, temperature, *, k, axis, hard):
         lambda chosen: jnp.zeros(rows.shape[-1], rows.dtype).at[chosen].set(1),
         signature="(k)->(n)",
     )(chosen)
-    return _straight_through(jnp.moveaxis(opened, -1, axis), soft)
+    return with_value(soft, jnp.moveaxis(opened, -1, axis))

@@ -9,6 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Real
 
@@ -31,6 +32,7 @@ from penalties_jax.functional.derivatives import (
     largest_singular_value,
     norm,
     normalized,
+    with_value,
 )
 from penalties_jax.functional.reduction import (
     AxisName,
@@ -418,6 +420,17 @@ def _geman_mcclure(x, gamma):
     return jnp.where(zero, 0, gamma / (gamma + gamma * jnp.square(inverse)))
 
 
+def _geman_mcclure_at_one_slope(x, gamma):
+    r = _geman_mcclure_ratio(x, gamma)
+    rest = 1 / (1 + jnp.square(r))
+    return 2 * (gamma + 1 / gamma) * (r * rest) * rest
+
+
+def _geman_mcclure_at_one_gamma_slope(x, gamma):
+    return 2 * gamma * jnp.square(_geman_mcclure(x, gamma)) + _geman_mcclure_gamma_slope(x, gamma)
+
+
+@elementwise_derivatives(_geman_mcclure_at_one_slope, _geman_mcclure_at_one_gamma_slope)
 def _geman_mcclure_at_one(x, gamma):
     return (1 + jnp.square(gamma)) * _geman_mcclure(x, gamma)
 
@@ -458,8 +471,10 @@ def _log_slope(x, eps):
 
 
 def _log_eps_slope(x, eps):
-    magnitude = jnp.minimum(absolute(x), jnp.finfo(x.dtype).max / 2)
-    return -magnitude / (eps + magnitude) / eps
+    zero = x == 0
+    magnitude = jnp.where(zero, 1, absolute(x))
+    # No product of eps and a small magnitude, nor a quotient that XLA would divide by one.
+    return jnp.where(zero, 0, -1 / (eps * (1 + eps / magnitude)))
 
 
 @elementwise_derivatives(_log_slope, _log_eps_slope)
@@ -604,7 +619,7 @@ def _firm_threshold(v, t, gamma, lam):
     convex = t < gamma
     # Of rounding, where the divisor is near 0, there is more than v itself.
     shrunk = _soft_threshold(v, t * lam) / jnp.where(convex, 1 - t / gamma, 1)
-    shrunk = jnp.clip(shrunk, -jnp.abs(v), jnp.abs(v))
+    shrunk = with_value(shrunk, jnp.clip(shrunk, -jnp.abs(v), jnp.abs(v)))
     kept = jnp.abs(v) > lam * jnp.where(convex, gamma, jnp.sqrt(t * gamma))
     return jnp.where(kept, v, jnp.where(convex, shrunk, 0))
 
@@ -684,9 +699,10 @@ def _shrink_or_keep(v, t, a, lam):
     line = soft + jnp.maximum(magnitude - lam * (1 + t), 0) * (
         width / jnp.where(convex, width - t, width)
     )
-    kept = magnitude > lam * jnp.where(t <= a + 1, (a + 1 + t) / 2, jnp.sqrt(t * (a + 1)))
-    jump = jnp.where(kept, magnitude, soft)
-    return jnp.sign(v) * jnp.where(convex, jnp.minimum(line, magnitude), jump)
+    line = with_value(line, jnp.minimum(line, magnitude))
+    edge = jnp.where(t <= a + 1, (a + 1 + t) / 2, jnp.sqrt(t * (a + 1)))
+    kept = magnitude > lam * jnp.where(convex, a, edge)
+    return jnp.sign(v) * jnp.where(kept, magnitude, jnp.where(convex, line, soft))
 
 
 def _scad_fall(x, a, lam):
@@ -849,9 +865,14 @@ def _group_lasso(x, weights, *, axis, where, reduction, axis_name):
 @partial(jax.jit, static_argnames="axis")
 def _prox_group_lasso(v, t, *, axis):
     v, t = promote(v, t)
-    norms = norm(v, axis)
-    check_fits(norms.shape, t=t)
-    return normalized(v, axis) * jnp.expand_dims(jnp.maximum(norms - t, 0), axis)
+    groups = jax.eval_shape(partial(norm, axis=axis), v).shape
+    check_fits(groups, t=t)
+
+    def operator(v, t):
+        lengths = jnp.expand_dims(norm(v, axis), axis)
+        return normalized(v, axis) * jnp.maximum(lengths - t, 0)
+
+    return _moved(operator, v, jnp.expand_dims(jnp.broadcast_to(t, groups), axis))
 
 
 def _penalty(formula, x, weights, reduction, where, axis_name, **parameters):
@@ -868,4 +889,12 @@ def _proximal(operator, v, t, **parameters):
 def _at_point(operator, v, t, parameters):
     check_fits(jnp.shape(v), t=t, **parameters)
     (v, t, *numbers), *_ = lie_alike(promote(v, t, *parameters.values()))
-    return operator(v, t, **dict(zip(parameters, numbers, strict=True)))
+    return _moved(partial(operator, **dict(zip(parameters, numbers, strict=True))), v, t)
+
+
+def _moved(operator, v, t):
+    """What an operator makes of v; v to the bit, and with derivative 1, at a step of 0."""
+    still = t == 0
+    moved = operator(jnp.where(still, lax.stop_gradient(v), v), t)
+    # Of the first only the derivative is looked at, which in t is the operator's.
+    return with_value(moved + jnp.where(still, v, 0), jnp.where(still, v, moved))

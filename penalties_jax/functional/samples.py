@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Real
 
 from penalties_jax.functional.checks import POSITIVE, public
+from penalties_jax.functional.derivatives import FAR, elementwise_derivatives
 from penalties_jax.functional.platform import by_platform
 from penalties_jax.functional.reduction import promote, vary_alike
 
@@ -89,7 +90,7 @@ def _mmd(x, y, scales, *, unbiased):
         """At a point, the mean kernel with its own sample less that with the other one."""
         products = jnp.matmul(points, points[i], precision=lax.Precision.HIGHEST)
         distances = jnp.maximum(squares + squares[i] - 2 * products, 0)
-        kernel = sum(jnp.exp(-distances / s / s / 2) for s in scales) / len(scales)
+        kernel = sum(_gaussian(distances, s) for s in scales) / len(scales)
         kernel = jnp.where(index == i, 0 if unbiased else 1, kernel)
         own = (index < n) == (i < n)
         size = jnp.where(index < n, n, m)
@@ -101,6 +102,28 @@ def _mmd(x, y, scales, *, unbiased):
 
     values = by_platform(each, index)
     return jnp.mean(values[:n]) + jnp.mean(values[n:])
+
+
+def _ratio(square, scale):
+    # Of a scale whose square is no number, as of one that is.
+    scale = jnp.maximum(scale, jnp.sqrt(jnp.finfo(scale.dtype).tiny))
+    return square / scale / scale, scale
+
+
+def _gaussian_slope(square, scale) -> Array:
+    _, scale = _ratio(square, scale)
+    return -_gaussian(square, scale) / scale / scale / 2
+
+
+def _gaussian_scale_slope(square, scale) -> Array:
+    ratio, scale = _ratio(square, scale)
+    return _gaussian(square, scale) * jnp.minimum(ratio, FAR) / scale
+
+
+@elementwise_derivatives(_gaussian_slope, _gaussian_scale_slope)
+def _gaussian(square, scale):
+    """The kernel of a squared distance, with derivative 0 where it is 0."""
+    return jnp.exp(-_ratio(square, scale)[0] / 2)
 
 
 def _replicated(x):

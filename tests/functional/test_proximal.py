@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
+import penalties_jax as pj
 import penalties_jax.functional as F  # noqa: N812
 from tests.catalogue import PROXIMAL, every, first_of_each, only
 from tests.oracles import as_float32, assert_close, lattice
@@ -180,3 +181,49 @@ def test_another_step_compiles_nothing(case):
 def test_prox_huber_does_not_cancel_at_large_steps():
     t = jnp.asarray([1e4, 1e6, 1e30])
     assert_close(F.prox_huber(jnp.full(3, 0.7), t), 0.7 / (1 + np.asarray(t, np.float64)))
+
+
+EXTREMES = np.float32([0.0, -0.0, 1e-45, -1e-40, 1e-30, -1e-8, 0.3, -1.0, 2.5, 1e30, -3e38, np.inf])
+
+
+def assert_same_bits(actual, desired):
+    assert actual.dtype == desired.dtype == np.float32
+    np.testing.assert_array_equal(np.asarray(actual).view(np.int32), desired.view(np.int32))
+
+
+@every(PROXIMAL)
+def test_a_step_or_a_weight_of_0_changes_no_bit(case):
+    """Of a function, of its config, of multiples and sums, also where only some weights are 0."""
+    v = np.stack([EXTREMES, -EXTREMES, np.roll(EXTREMES, 5)])
+    some = np.float32([[0], [1], [0]])[:, 0 if case.is_a("grouped") else slice(None)]
+    for t in (0, 0.0, np.zeros_like(some)):
+        assert_same_bits(case.prox(v, t), v)
+    kept = np.asarray(case.prox(v, some))
+    assert_same_bits(kept[::2], v[::2])
+    assert_same_bits(jax.jit(case.prox)(v, 0.0), v)
+
+    config = case.config()
+    of_sums = [config + pj.L2(center=1.0), config + pj.L1()]
+    for penalty in (config, case.config(reduction="mean"), 0.5 * config, *of_sums):
+        assert_same_bits(penalty.prox(v, 0.0), v)
+        assert_same_bits((0.0 * penalty).prox(v, 0.5), v)
+    assert_same_bits(case.config(weights=0.0).prox(v, 0.5), v)
+    assert_same_bits(np.asarray(case.config(weights=some).prox(v, 0.5))[::2], v[::2])
+
+
+@every_structure
+def test_the_derivatives_at_a_step_of_0(case):
+    """1 in the point, at 0 too, and in the step the negative slope of the penalty."""
+    v = np.float32([[0.0, -1e-30, 0.3, -1.1, 2.5, 1e30]])
+
+    def moved(v, t):
+        return case.prox(v, t)
+
+    slopes = jax.grad(lambda v: moved(v, 0.0).sum())(v)
+    assert np.all(np.asarray(slopes) == 1)
+    if case.is_a("separable"):
+        along = jax.jvp(lambda t: moved(v, t), (0.0,), (1.0,))[1]
+        inside = slice(2, 5)  # off the kinks
+        assert_close(
+            along[0, inside], -case.slopes(v.astype(float))[0, inside], rtol=1e-5, atol=1e-6
+        )

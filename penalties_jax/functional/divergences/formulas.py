@@ -15,7 +15,7 @@ Direction = Literal["forward", "reverse", "symmetric"]
 
 # A log-ratio whose exponential still is a number, one that still may be multiplied, and one that
 # is of a probability of 0, also after it was divided by a temperature.
-LARGE, MOST, INFINITE = 60.0, 1e18, 1e33
+LARGE, MOST, INFINITE = 60.0, 1e18, 3e38
 
 # Divergences below which a third power of the log-ratio is below the rounding of normalisers.
 NEAR = 1e-6
@@ -37,6 +37,10 @@ class Distributions(NamedTuple):
     ratio: Any = None
     label: Bool[Array, "*rows C"] | None = None
     log_normaliser: Float[Array, "*rows 1"] | None = None
+
+
+# What logits are scaled by, so that neither a difference of large ones nor a sum of many overflows.
+DOWN = 2.0**-24
 
 
 def log_ratio(log_p: Float[Array, "..."], log_q: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -204,25 +208,22 @@ def _mixture_share(d, b, c):
     return lax.logistic(d + jnp.log(c) - jnp.log(b))
 
 
-@elementwise_derivatives(
-    _mixture_share,
-    lambda d, b, c: _mixture_share(-d, c, b) / b,
-    lambda d, b, c: _mixture_share(d, b, c) / c,
-)
+def _over_mixture(d, b, c):
+    """P / m, which is p / q where the mixture is Q."""
+    none = b == 0
+    return jnp.where(none, jnp.exp(-d), _mixture_share(-d, c, b) / jnp.where(none, 1, b))
+
+
+@elementwise_derivatives(_mixture_share, _over_mixture, lambda d, b, c: _over_mixture(-d, c, b))
 def _log_mixture(d, b, c):
-    """Log m - log p, where d = log q - log p; inf where p = 0."""
-    far = d > LARGE
-    weight, rest = jnp.where(far, b, c), jnp.where(far, c, b)
-    ratio = _log_mean_exp(weight, rest, jnp.where(far, -d, d)) + jnp.where(far, d, 0)
+    """Log m - log p, where d = log q - log p."""
+    near = jnp.log1p(c * jnp.expm1(jnp.minimum(d, LARGE)))
+    # Where the former would overflow, or cancel: elsewhere the log of b may be too near to 0.
+    far = (d > LARGE) | ((d < -1) & (c > 0.5))
+    at_p, at_q = jnp.log(b), jnp.log(c) + jnp.minimum(d, MOST)
+    sum_of_both = jnp.maximum(at_p, at_q) + jnp.log(1 + jnp.exp(-jnp.abs(at_p - at_q)))
+    ratio = jnp.where((b == 0) & (d < -INFINITE), -jnp.inf, jnp.where(far, sum_of_both, near))
     return jnp.where(c == 0, 0, ratio)
-
-
-def _log_mean_exp(weight, rest, d):
-    """log(rest + weight e^d) for weight + rest = 1 and d <= LARGE."""
-    near = jnp.log1p(weight * jnp.expm1(jnp.minimum(d, LARGE)))
-    # Where log1p would cancel, and only there: elsewhere `rest` may be too near to 1.
-    far = (d < -1) & (weight > 0.5)
-    return jnp.where(far, jnp.log(rest + weight * jnp.exp(d)), near)
 
 
 def _js_term(x, b):
@@ -234,8 +235,8 @@ def _js_term(x, b):
 
 
 def _to_mixture(weight, p, d, b, c):
-    """Weight x p log(m / p), 0 at p = 0, where the ratio is infinite."""
-    return weight * p * _log_mixture(jnp.minimum(d, MOST), b, c)
+    """Weight x p log(m / p), 0 at p = 0, where the ratio may be infinite."""
+    return jnp.where(p > 0, weight * p * _log_mixture(d, b, c), 0)
 
 
 def _js_slope_p(x, b):

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jax.nn import log_softmax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Real
 
@@ -17,7 +16,7 @@ from penalties_jax.functional.checks import (
     check_same_shape,
     public,
 )
-from penalties_jax.functional.derivatives import elementwise_derivatives
+from penalties_jax.functional.derivatives import elementwise_derivatives, over
 from penalties_jax.functional.divergences.formulas import (
     ALPHA,
     ENTROPY,
@@ -110,7 +109,7 @@ def js_divergence(
     $b\,\mathrm{KL}(P \| M) + (1 - b)\,\mathrm{KL}(Q \| M)$ with $M = b P + (1 - b) Q$. It lies in
     [0, H(b)], with H the binary entropy (ln 2 at b = 1/2), which disjoint distributions reach; it
     is 0 at b = 0 and 1, and JS / b tends to KL(P||Q) as b tends to 0. The derivative through
-    `log_p` is $b\, p (\log p - \log m)$, 0 at p = 0.
+    `log_p` is $b\, p (\log p - \log m)$, 0 at p = 0, and that in b KL(P||M) - KL(Q||M).
 
     Args:
         log_p: Natural log-probabilities, normalised along `axis`, shape [..., C, ...].
@@ -209,9 +208,11 @@ def entropy_scale(classes: Size) -> float:
 
 
 def _tempered_entropy(log_p, temperature, axis):
-    supported = ~jnp.isneginf(log_p / lax.stop_gradient(temperature))
-    scaled = jnp.where(supported, jnp.where(supported, log_p, 0) / temperature, -jnp.inf)
-    log_pi = jnp.where(supported, log_softmax(scaled, axis), -jnp.inf)
+    peak = jnp.max(lax.stop_gradient(log_p), axis, keepdims=True)
+    scaled = over(log_ratio(peak, log_p), temperature)
+    log_pi = scaled - jnp.log(jnp.sum(jnp.exp(scaled), axis, keepdims=True))
+    # A row that is excluded as a whole has no peak, and an entropy of 0.
+    log_pi = jnp.where(jnp.isneginf(log_p), -jnp.inf, log_pi)
     return _SumOfTerms(ENTROPY)(log_pi, axis=axis)
 
 

@@ -30,16 +30,17 @@ from penalties_jax.functional.checks import (
     check_where,
     standard_promotion,
 )
-from penalties_jax.functional.derivatives import differentiated_as
+from penalties_jax.functional.derivatives import FAR, differentiated_as
 from penalties_jax.functional.divergences.blocks import map_rows
 from penalties_jax.functional.divergences.formulas import (
+    DOWN,
+    INFINITE,
     MOST,
     Distributions,
     Formula,
     Mean,
-    log_ratio,
 )
-from penalties_jax.functional.divergences.running import moments
+from penalties_jax.functional.divergences.running import difference, moments
 from penalties_jax.functional.divergences.softcap import capped
 from penalties_jax.functional.platform import apart, by_platform, rows_in_block
 from penalties_jax.functional.reduction import (
@@ -321,7 +322,9 @@ def _mean(x, normalisers, temperature):
     if x.lone is None:
         return Mean(weighted - jnp.log(x.total), 0)
     lone = x.lone / x.total
-    return Mean(weighted - (1 - lone) * _shift(normalisers, jnp.squeeze(temperature, -1)), lone)
+    ratio = _from_peaks(weighted, 1 - lone, normalisers, jnp.squeeze(temperature, -1))
+    infinite = jnp.abs(ratio) > INFINITE
+    return Mean(jnp.where(infinite, 0, ratio), jnp.where(infinite, 1, lone))
 
 
 def _slope_sums(formula, class_axis_name, wanted, rows, normalisers):
@@ -347,7 +350,7 @@ def _statistics(formula, class_axis_name, wanted, rows, normalisers, slope_sums)
         # Through logits / T it is the sum of gradient x logit, of which a constant only counts
         # for what a shift of all logits changes.
         gradients = _gradients(formula, x, others, slope_sums)
-        logs = (jnp.maximum(log, -MOST) for log in x.logs)
+        logs = (jnp.where(log < -INFINITE, -MOST, log) for log in x.logs)
         along = sum(map(jnp.multiply, gradients, logs))
         if formula.of_normaliser:
             along += _through_normaliser(formula, x, others) * x.log_normaliser
@@ -420,22 +423,28 @@ def _distributions(rows, class_axis_name, normalisers):
             label=_label(rows, class_axis_name),
             log_normaliser=_log_normaliser(normalisers[0], temperature),
         )
-    shift = _shift([Normaliser(*(x[..., None] for x in n)) for n in normalisers], temperature)
-    ratio = log_ratio(*logits) / temperature - shift
+    normalisers = [Normaliser(*(x[..., None] for x in n)) for n in normalisers]
+    ratio = _from_peaks(difference(*logits), 1, normalisers, temperature)
+    # A class of which both have nothing, unless one alone excludes it.
+    (z_p, z_q), (floor_p, floor_q) = logits, (n.peak - FAR * temperature for n in normalisers)
+    nowhere = (z_p < floor_p) & (z_q < floor_q) & (jnp.isneginf(z_p) == jnp.isneginf(z_q))
+    ratio = jnp.where(nowhere & (jnp.abs(ratio) > INFINITE), 0, ratio)
     return Distributions(probabilities, logs, ratio)
 
 
 def _log_normaliser(normaliser, temperature):
     peak, total = (x[..., None] for x in normaliser)
-    return peak / temperature + jnp.log(total)
+    largest = float(jnp.finfo(peak.dtype).max)
+    return jnp.clip(peak / temperature, -largest, largest) + jnp.log(total)
 
 
-def _shift(normalisers, temperature):
-    """What the log-ratio is below the difference of the logits over T."""
+def _from_peaks(ratio, share, normalisers, temperature):
+    """The log-ratio, or a share of it, of a difference of logits by `difference`."""
     # Of near logits that difference is exact, and so is that of the normalisers, but for rounding
-    # of its size.
+    # of its size. Before T divides it, since logits over T may be infinite, both of them.
     p, q = normalisers
-    return (q.peak - p.peak) / temperature + jnp.log(q.total / p.total)
+    above_peaks = ratio - share * difference(p.peak, q.peak)
+    return above_peaks / DOWN / temperature - share * jnp.log(q.total / p.total)
 
 
 def _label(rows, class_axis_name):

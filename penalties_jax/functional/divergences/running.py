@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from penalties_jax.functional.divergences.formulas import INFINITE, MOST, log_ratio
+from penalties_jax.functional.divergences.formulas import DOWN, MOST, log_ratio
 from penalties_jax.functional.reduction import AxisName
 
 
@@ -22,8 +22,8 @@ class Moments(NamedTuple):
     Attributes:
         peak: The largest logit.
         total: The sum of the weights w = exp((logit - peak) / T).
-        weighted: Of one of two distributions, the sum of w d where d, the difference of the logits
-            over T, is finite; of one alone, the sum of w (logit - peak) / T. None if not wanted.
+        weighted: Of one of two distributions, the sum of w d where d, the `difference` of the
+            logits, is finite; of one alone, the sum of w (logit - peak) / T. None if not wanted.
         lone: The sum of w where d is infinite; None of one alone.
     """
 
@@ -65,13 +65,18 @@ def _of_single_classes(logits, rate, weighted):
         return tuple(Moments(z, ones) for z in logits)
     if len(logits) == 1:
         return (Moments(logits[0], ones, jnp.zeros_like(rate)),)
-    ratio = log_ratio(*logits) * rate
-    finite = jnp.where(jnp.abs(ratio) > INFINITE, 0, ratio)
+    p, q = logits
+    finite = jnp.where(jnp.isneginf(p) | jnp.isneginf(q), 0, difference(p, q))
     # An expression of its own for each: XLA's GPU backend writes to memory what has many users.
     pairs = zip(logits, reversed(logits), strict=True)
     return tuple(
         Moments(z, ones, finite, jnp.where(other < _lowest(rate), ones, 0)) for z, other in pairs
     )
+
+
+def difference(p: Float[Array, "..."], q: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Scaled down, q - p of logits, 0 where both are -inf."""
+    return log_ratio(p * DOWN, q * DOWN)
 
 
 def _united(a, b):
