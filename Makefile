@@ -28,7 +28,7 @@ test-slow: $(VENV)/.test  ## the tests that take long: notebooks, whole runs, ma
 	$(BIN)/python -m pytest -m slow -n auto --dist loadfile $(ARGS)
 
 test-reliability: export PENALTIES_JAX_ATTACKS = hard
-test-reliability: $(VENV)/.test  ## what may go wrong, tried hard: kills, flipped bits, fuzzing; an hour
+test-reliability: $(VENV)/.test  ## what may go wrong, tried hard: kills, flipped bits, fuzzing; two hours
 	$(BIN)/python -m pytest tests/reliability -m 'not gpu' -n auto --dist worksteal $(ARGS)
 
 test-matrix: export CASES = all

@@ -15,7 +15,7 @@ import numpy as np
 import penalties_jax as pj
 from penalties_jax.recipes.memory import device_memory, host_memory, in_words
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 FLAGS = (
     "jax_enable_x64",
     "jax_default_matmul_precision",
