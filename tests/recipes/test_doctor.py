@@ -15,7 +15,7 @@ def test_ten_lines_for_a_bug_report(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 10
     report = dict(line.split(maxsplit=1) for line in lines)
-    for package in ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint"):
+    for package in ("jax", "jaxlib", "flax", "optax", "numpy"):
         assert f"{package} {doctor.version(package)}" in report["packages"]
     assert report["python"].startswith(sys.version.split()[0])
     assert "x cpu" in report["devices"]
