@@ -18,17 +18,24 @@ CALLED = {"eval", "exec", "compile", "__import__"}
 
 def what_may_run(source):
     """Names in a module's source that load what may run."""
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    refusing = {node.func for node in ast.walk(tree) if _refuses_pickle(node)}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = {alias.name.split(".")[0] for alias in node.names}
             yield from (names | {(getattr(node, "module", None) or "").split(".")[0]}) & RUN
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            if (node.value.id, node.attr) in LOADERS:
+            if (node.value.id, node.attr) in LOADERS and node not in refusing:
                 yield f"{node.value.id}.{node.attr}"
         elif isinstance(node, ast.Call):
-            yield from (word.arg for word in node.keywords if word.arg == "allow_pickle")
             if isinstance(node.func, ast.Name) and node.func.id in CALLED:
                 yield node.func.id
+
+
+def _refuses_pickle(node):
+    """Whether it is a call with allow_pickle=False."""
+    words = node.keywords if isinstance(node, ast.Call) else []
+    return any(word.arg == "allow_pickle" and ast.unparse(word.value) == "False" for word in words)
 
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -45,7 +52,7 @@ def test_nothing_that_is_read_may_run(path):
         "import pickle",
         "from joblib import load",
         "np.load(path)",
-        "f(path, allow_pickle=True)",
+        "np.load(path, allow_pickle=True)",
         "torch.load(path)",
         "yaml.load(text, yaml.Loader)",
         "eval(text)",
@@ -53,3 +60,7 @@ def test_nothing_that_is_read_may_run(path):
 )
 def test_what_would_run_is_found(line):
     assert list(what_may_run(line))
+
+
+def test_what_refuses_a_pickle_is_not():
+    assert not list(what_may_run("np.load(path, allow_pickle=False)"))
