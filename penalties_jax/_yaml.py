@@ -57,7 +57,7 @@ class Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         """A node, and its size."""
         event: Any = self.peek_event()
-        if getattr(event, "tag", None) not in (None, "!"):
+        if getattr(event, "tag", None) is not None:
             raise _refused("tags are not read", event)
         if self.depth > MAX_DEPTH:
             raise _refused(f"it {TOO_DEEP}", event)

@@ -312,7 +312,7 @@ def _array(items, dtype, shape=None):
     if not is_real(dtype):
         raise TypeError(f"dtype must be one of real numbers or booleans, got {dtype.name!r}")
     # Of objects first: strings side by side would each take the room of the longest.
-    if not all(isinstance(x, bool | int | float) for x in np.asarray(items, object).flat):
+    if not all(isinstance(x, bool | int | float) for x in np.asarray(items, object).ravel()):
         raise TypeError(f"must be a number, or lists of numbers of one length, got {items!r}")
     given = np.asarray(items)
     if not is_real(given.dtype):

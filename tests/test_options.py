@@ -120,6 +120,7 @@ def _may_be_an_input(value):
     return np.iscomplexobj(value) or isinstance(value, int)
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize("field", ["maximize", "normalize"])
 def test_what_numpy_has_for_a_bool(field):
     """A comparison of its numbers is one."""

@@ -217,6 +217,7 @@ FINITE = Range("finite", np.isfinite)
 ANY = Range("not NaN", lambda value: value == value)
 
 
+@functools.cache
 def option_of(annotation: Any) -> Callable[[str, Any], Any]:
     """From the name of an option and what is given to the option; an error names the option.
 
@@ -231,7 +232,7 @@ def option_of(annotation: Any) -> Callable[[str, Any], Any]:
 
     def check(name, value):
         value = _plain(value)
-        if isinstance(value, list):
+        if type(value) in (list, tuple):
             value = tuple(map(_plain, value))
         if is_valid(value):
             return value

@@ -25,7 +25,7 @@ from hypothesis import given
 import penalties_jax as pj
 from penalties_jax._pytree import TYPES
 from tests.catalogue import EXAMPLES, GATE_CONFIGS, saturating, squared_distance
-from tests.reliability.attacks import examples
+from tests.reliability.attacks import HARD, examples
 
 SECONDS = 1.0
 MEGABYTES = 100
@@ -199,10 +199,10 @@ DEEP = [
     )
 ]
 LARGE = [
-    *({"type": "L1", "weights": laughs(levels)} for levels in (2, 4, 5, 6, 9, 30)),
+    *({"type": "L1", "weights": laughs(levels)} for levels in (2, 4, 6, 9, 30)),
     *(
         {"type": "L1", "weights": {"array": laughs(levels), "dtype": "float32"}}
-        for levels in (2, 4, 5, 6, 9, 30)
+        for levels in (2, 4, 6, 9, 30)
     ),
     {"type": "Sum", "penalties": chain(9, lambda x: {"type": "Sum", "penalties": [x] * 10})},
     {"type": "L1", "weights": itself()},
@@ -335,7 +335,7 @@ def bounded():
         raise HangError
 
     before = signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, 5 * SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, 10 * SECONDS)
     try:
         yield
     finally:
@@ -345,7 +345,8 @@ def bounded():
 
 def outcome(read, given, meaning):
     """What comes of reading something: "right" and "refused" are well, all others are faults."""
-    tracemalloc.start()
+    if HARD:
+        tracemalloc.start()
     start = time.process_time()
     try:
         with bounded():
@@ -353,6 +354,7 @@ def outcome(read, given, meaning):
     except (ValueError, TypeError) as error:
         found = "refused" if _is_clear(error) else f"unclear: {error!s:.200}"
     except HangError:
+        tracemalloc.stop()
         return "hang"
     except Exception as error:
         found = f"escaped: {type(error).__name__}: {error!s:.100}"
@@ -362,7 +364,7 @@ def outcome(read, given, meaning):
     megabytes = tracemalloc.get_traced_memory()[1] / 1e6
     tracemalloc.stop()
     # Which take several times as long while memory is traced.
-    if seconds > 3 * SECONDS:
+    if seconds > (5 if HARD else 1) * SECONDS:
         return f"slow: {seconds:.1f} s"
     if megabytes > MEGABYTES:
         return f"large: {megabytes:.0f} MB"
@@ -379,7 +381,7 @@ def _is_clear(error):
 def _is_right(config, data):
     again = pj.from_dict(pj.to_dict(config), functions=FUNCTIONS)
     same = jax.tree.structure(again) == jax.tree.structure(config) and all(
-        np.array_equal(a, b, equal_nan=True)
+        a is b or np.array_equal(a, b, equal_nan=True)
         for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(config), strict=True)
     )
     return same and says(data, config)
@@ -503,6 +505,11 @@ TAILS = {
 }
 
 
+def _slow(given):
+    """Long texts, which take seconds to make and to compare."""
+    return pytest.mark.slow if isinstance(given, str) and len(given) > 150_000 else ()
+
+
 @pytest.mark.parametrize("attack", ATTACKS)
 @examples(little=100, hard=10_000)
 @given(data=st.data())
@@ -514,7 +521,7 @@ def test_what_is_read_is_right_or_refused(attack, data):
 @pytest.mark.parametrize(
     ("read", "meaning", "given"),
     [
-        pytest.param(read, meaning, given, id=f"{name}-{i}")
+        pytest.param(read, meaning, given, id=f"{name}-{i}", marks=_slow(given))
         for name, (read, meaning, all_given) in TAILS.items()
         for i, given in enumerate(all_given)
     ],
