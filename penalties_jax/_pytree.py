@@ -414,7 +414,7 @@ def _checked_number(label, value, field):
             valid.check_all(label, node, node.endpoints())
         elif callable(node) and not _is_config(node):
             node = BareSchedule(node, label)
-        elif is_numeric(node) and not np.iscomplexobj(node):
+        elif is_numeric(node) and not jnp.iscomplexobj(node):
             node, given = _as_float(label, node), node
             valid.check_all(label, given, (node,))
         else:

@@ -204,7 +204,7 @@ def _encode(value, label):
             return [_encode(item, f"{label}[{i}]") for i, item in enumerate(value)]
         case tuple() if type(value) is tuple:
             return {"tuple": _encode(list(value), label)}
-        case tuple() if hasattr(value, "_asdict"):
+        case _ if _is_named_tuple(type(value)):
             return {
                 "namedtuple": _name(type(value), label),
                 "fields": _encode(value._asdict(), label),
@@ -274,6 +274,9 @@ def _config(data, path, functions):
                     f"functions={{{value!r}: ...}}"
                 )
             values[field.name] = functions[value]
+        # JSON has no tuples, and options are no lists.
+        if isinstance(value, list) and "check" not in field.metadata:
+            values[field.name] = tuple(value)
     with _errors_at(path, kind):
         return TYPES[kind](**values)
 
@@ -332,12 +335,16 @@ def _array(items, dtype, shape=None):
     return array.reshape(shape)
 
 
-def _named_tuple(name, items, path):
+def _is_named_tuple(kind):
+    return isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")
+
+
+def _named_tuple(name, items, path) -> Any:
     """The class of a name, which items are the fields of."""
     module, _, attribute = name.partition(":")
     # As it is: a module may import what it is asked for.
-    kind = getattr(sys.modules.get(module), "__dict__", {}).get(attribute)
-    if not (isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")):
+    kind: Any = vars(sys.modules[module]).get(attribute) if module in sys.modules else None
+    if not _is_named_tuple(kind):
         raise TypeError(
             f"{path}: {name!r} is no NamedTuple of a module that is imported, and nothing is "
             "imported here"

@@ -268,9 +268,10 @@ def is_of(annotation: Any) -> Callable[[Any], bool]:
     if annotation in (int, float):
         number = numbers.Integral if annotation is int else numbers.Real
         return lambda value: isinstance(value, number) and not isinstance(value, bool)
-    kind = type(None) if annotation is None else kind or annotation
-    known = isinstance(kind, type) and kind is not Any
-    return lambda value: not known or isinstance(value, kind)
+    cls = type(None) if annotation is None else kind or annotation
+    if cls is Any or not isinstance(cls, type):
+        return lambda value: True
+    return lambda value: isinstance(value, cls)
 
 
 def check_same_shape(**arrays: Any) -> None:
