@@ -211,7 +211,7 @@ class AdaptiveSparsityScheduler(Controller):
 class Setpoint(Pytree):
     """A number or a schedule by the protocol of optax's stateful schedules."""
 
-    target: Any = number(valid=UNIT)
+    target: Any = number(valid=UNIT, single=True)
 
     def init(self) -> "CountState":
         """The state before the first step."""
@@ -278,7 +278,7 @@ class DualAscent(Controller):
         (0.5, 0.0295)
     """
 
-    target: Any = number(valid=UNIT)
+    target: Any = number(valid=UNIT, single=True)
     step_size: Any = number(default=0.01, valid=POSITIVE)
     tolerance: Any = number(default=0.005, valid=NONNEGATIVE, kw_only=True)
     initial_weight: Any = number(default=0.0, valid=NONNEGATIVE, kw_only=True)
