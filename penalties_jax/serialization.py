@@ -178,6 +178,8 @@ def _encode_config(config):
         value = getattr(config, field.name)
         if field.metadata.get("option") and isinstance(value, tuple):
             value = list(value)
+        if isinstance(value, Partial) and not (value.args or value.keywords):
+            value = value.func
         label = f"{name}.{field.name}"
         function = _function_of(value) if _takes_function(field) else None
         values[field.name] = _encode(value, label) if function is None else _name(function, label)
@@ -228,10 +230,7 @@ def _takes_function(field):
 
 def _function_of(value):
     """The function that a field holds; None if it holds none."""
-    bare = (
-        value.func if isinstance(value, Partial) and not (value.args or value.keywords) else value
-    )
-    return bare if callable(bare) and not isinstance(bare, Pytree) else None
+    return value if callable(value) and not isinstance(value, Pytree) else None
 
 
 def _name(function, label):

@@ -46,6 +46,7 @@ CONFIGS = (
             center=Pair(np.float32([0.5]), {"b": Pair(1.0, (2.0, optax.EmptyState()))})
         ),
         "a list that is bound": pj.Consistency().against([0.5, (np.ones(2), None)]),
+        "a function that is a config": pj.GradientPenalty(pj.Huber()),
         "term": pj.Term(pj.L1(), on=("x", "y"), where="mask", weight=0.5),
         "objective": pj.Objective(
             terms={
