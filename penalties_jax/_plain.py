@@ -52,8 +52,18 @@ def check_length(text: Any, most: int = MAX_CHARACTERS) -> None:
 
 
 def number(kind: Callable[[str], Any], digits: str) -> Any:
-    """The number that digits are; the digits, which no number is, if it is beyond floats."""
-    return kind(digits) if math.isfinite(float(digits)) else digits
+    """The number that digits are; if it is beyond floats, what no field takes."""
+    return kind(digits) if math.isfinite(float(digits)) else BeyondFloats(digits)
+
+
+class BeyondFloats:
+    """A number that floats don't reach, for the error of the field that it is in."""
+
+    def __init__(self, digits: str):
+        self.digits = digits
+
+    def __repr__(self):
+        return f"{self.digits:.40}"
 
 
 def repeated(keys: Iterable[str]) -> list[str]:

@@ -358,6 +358,16 @@ def test_numbers_of_yaml(text, weights):
         assert pj.from_yaml(f"{{type: L1, weights: {text}}}").weights == weights
 
 
+@pytest.mark.parametrize("digits", ["1e999", "-" + "9" * 5000])
+def test_numbers_that_floats_do_not_reach(digits):
+    for field in ("weights", "axis_name", "reduction"):
+        for read in (pj.from_json, pj.from_yaml):
+            with pytest.raises(
+                (TypeError, ValueError), match=rf"^L1\.{field} must .* {digits[:40]}$"
+            ):
+                read(f'{{"type": "L1", "{field}": {digits}}}')
+
+
 def test_aliases_and_merges_of_yaml():
     text = "{type: Sum, penalties: [&a {type: L1, weights: &w [1, 2]}, {<<: *a, weights: [3, *w]}]}"
     assert pj.from_yaml(text) == pj.L1(weights=[1, 2]) + pj.L1(weights=[3, [1, 2]])

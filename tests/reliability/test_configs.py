@@ -478,7 +478,7 @@ def _word(text):
         return text.lower() == "true"
     if text.lower() in (".inf", "+.inf", "-.inf", ".nan"):
         return float(text.replace(".", ""))
-    if text[:2] in ("0x", "0o"):
+    if re.fullmatch(r"0x[0-9a-fA-F]+|0o[0-7]+", text):
         return int(text, 0)
     digits = re.fullmatch(r"[-+.0-9eE]+", text)
     try:
