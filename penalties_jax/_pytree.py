@@ -387,8 +387,10 @@ def _checked_option(label, value, field):
 
 def checked(label: str, value: Any, annotation: Any) -> Any:
     """A value as a field of an annotated type holds it; an error names the item that is of none."""
-    kind, parameters = get_origin(annotation), get_args(annotation)
     value = tuple(value) if isinstance(value, list) else value
+    if not isinstance(value, tuple | Mapping):
+        return option_of(annotation)(label, value)
+    kind, parameters = get_origin(annotation), get_args(annotation)
     if isinstance(value, tuple) and kind is tuple and parameters[1:] == (...,):
         return tuple(checked(f"{label}[{i}]", item, parameters[0]) for i, item in enumerate(value))
     if isinstance(value, Mapping) and kind is Mapping:
@@ -414,7 +416,7 @@ def _checked_number(label, value, field):
             valid.check_all(label, node, node.endpoints())
         elif callable(node) and not _is_config(node):
             node = BareSchedule(node, label)
-        elif is_numeric(node) and not jnp.iscomplexobj(node):
+        elif isinstance(node, float) or (is_numeric(node) and not jnp.iscomplexobj(node)):
             node, given = _as_float(label, node), node
             valid.check_all(label, given, (node,))
         else:
