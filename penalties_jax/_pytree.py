@@ -2,17 +2,23 @@
 
 import dataclasses
 import numbers
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import UnionType
-from typing import Any, TypeVar, Union, dataclass_transform, get_args, get_origin
+from typing import Any, TypeVar, dataclass_transform, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from penalties_jax.functional.checks import ANY, Range, as_number, bare, check_choice, let_in
+from penalties_jax.functional.checks import (
+    ANY,
+    Range,
+    as_number,
+    bare,
+    is_numeric,
+    let_in,
+    option_of,
+)
 
 __all__ = ["Range", "config", "number", "option", "stack"]
 
@@ -69,6 +75,7 @@ def option(
     *,
     default: Any = dataclasses.MISSING,
     choices: Any = None,
+    valid: Range = ANY,
     kw_only: bool = False,
 ) -> Any:
     """A field of a config that is structure: changing it changes the program.
@@ -77,6 +84,7 @@ def option(
         default: What it is if it is not given.
         choices: A `Literal` of what it may be, else it is a ValueError; without one, what is not of
             the annotated type is a TypeError.
+        valid: The `pj.Range` that a number has to be in, else it is a ValueError.
         kw_only: Whether it is given by name only.
 
     Examples:
@@ -87,7 +95,7 @@ def option(
         >>> float(Power(4)(jnp.array([1.0, 2.0])))
         17.0
     """
-    metadata = {"option": True, "choices": choices}
+    metadata = {"option": True, "choices": choices, "range": valid}
     return dataclasses.field(default=default, kw_only=kw_only, metadata=metadata)
 
 
@@ -99,7 +107,7 @@ def numbers_by_name() -> Any:
 
 def arrays() -> Any:
     """A field that is a pytree of arrays."""
-    return dataclasses.field(metadata={"check": lambda label, value, field: let_in(label, value)})
+    return dataclasses.field(metadata={"check": _checked_arrays})
 
 
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(number, option))
@@ -278,6 +286,13 @@ def resolve(tree: Tree, step: Any) -> Tree:
     )
 
 
+def refuse_schedules(node: Pytree, *names: str) -> None:
+    """Raises TypeError for a schedule in a field where there can't be one."""
+    for name in names:
+        if has_schedule(getattr(node, name)):
+            raise TypeError(f"{type(node).__name__}.{name} can't be a schedule")
+
+
 def with_learned(node: Tree, make: Callable[[str, Any], Any]) -> Tree:
     """A config with `make(name, value)` in the place of numbers that are learned."""
     if not isinstance(node, Pytree):
@@ -364,61 +379,77 @@ def _check_same_options(a, b, label):
 
 
 def _checked_option(label, value, field):
-    value = tuple(value) if isinstance(value, list) else value
-    if field.metadata.get("choices") is not None:
-        check_choice(label, value, field.metadata["choices"])
-    elif not _is_of(value, field.type):
-        name = str(field.type) if get_args(field.type) else field.type.__name__
-        expected = re.sub(r"\b(\w+\.)+", "", name)
-        raise TypeError(f"{label} must be of type {expected}, got {value!r}")
+    value = checked(label, value, field.metadata.get("choices") or field.type)
+    if isinstance(value, numbers.Real):
+        field.metadata.get("range", ANY).check(**{label: value})
     return value
 
 
-def _is_of(value, annotation):
-    """Whether a value is of an annotated type, as far as can be told without its parameters."""
+def checked(label: str, value: Any, annotation: Any) -> Any:
+    """A value as a field of an annotated type holds it; an error names the item that is of none."""
+    value = tuple(value) if isinstance(value, list) else value
+    if not isinstance(value, tuple | Mapping):
+        return option_of(annotation)(label, value)
     kind, parameters = get_origin(annotation), get_args(annotation)
-    if kind in (Union, UnionType):
-        return any(_is_of(value, parameter) for parameter in parameters)
-    if kind is tuple and parameters[1:] == (...,):
-        return isinstance(value, tuple) and all(_is_of(item, parameters[0]) for item in value)
-    if annotation in (int, float):
-        kind = numbers.Integral if annotation is int else numbers.Real
-        return isinstance(value, kind) and not isinstance(value, bool)
-    kind = type(None) if annotation is None else kind or annotation
-    return not isinstance(kind, type) or isinstance(value, kind)
+    if isinstance(value, tuple) and kind is tuple and parameters[1:] == (...,):
+        return tuple(checked(f"{label}[{i}]", item, parameters[0]) for i, item in enumerate(value))
+    if isinstance(value, Mapping) and kind is Mapping:
+        of_name, of_item = parameters
+        return {
+            checked(f"{label}: a name", name, of_name): checked(f"{label}[{name!r}]", x, of_item)
+            for name, x in value.items()
+        }
+    return option_of(annotation)(label, value)
 
 
 def _checked_number(label, value, field):
     # A number is what a variable holds now: it does not move along with a model.
     value = bare(value)
-    if isinstance(value, str) and field.metadata["choices"]:
-        check_choice(label, value, field.metadata["choices"])
+    choices, valid = field.metadata["choices"], field.metadata["valid"]
+    if isinstance(value, str) and choices:
+        return checked(label, value, choices)
+    if value is None and field.default is None:
         return value
-    if (
-        (isinstance(value, Pytree) and not is_schedule(value))
-        or isinstance(value, str | complex)
-        or (value is None and field.default is not None)
-        or (field.metadata["single"] and isinstance(value, list | tuple | dict))
-    ):
-        raise TypeError(f"{label} must be a number, an array or a schedule, got {value!r}")
-    valid = field.metadata["valid"]
 
-    def check(number):
-        ends = number.endpoints() if is_schedule(number) else (number,)
-        valid.check_all(label, number, ends)
-        if isinstance(number, str):
+    def check(node):
+        if is_schedule(node):
+            valid.check_all(label, node, node.endpoints())
+        elif callable(node) and not _is_config(node):
+            node = BareSchedule(node, label)
+        elif isinstance(node, float) or (is_numeric(node) and not jnp.iscomplexobj(node)):
+            node, given = _as_float(label, node), node
+            valid.check_all(label, given, (node,))
+        else:
             raise TypeError(f"{label} must be a number, an array or a schedule, got {value!r}")
-        if isinstance(number, numbers.Integral):
-            return float(number)
-        if callable(number) and not is_schedule(number):
-            return BareSchedule(number, label)
-        return as_number(number)
+        return node
 
-    return jax.tree.map(check, value, is_leaf=is_schedule)
+    if value is None or field.metadata["single"]:
+        return check(value)
+    return jax.tree.map(check, value, is_leaf=_is_config)
+
+
+def _is_config(node):
+    return isinstance(node, Pytree | Schedule)
+
+
+def _as_float(label, number):
+    if not isinstance(number, numbers.Integral):
+        return as_number(number)
+    try:
+        return float(number)
+    except OverflowError as error:
+        raise ValueError(f"{label} must be a number that floats reach, got a larger one") from error
+
+
+def _checked_arrays(label, value, field):
+    for node in jax.tree.leaves(value, is_leaf=_is_config):
+        if _is_config(node):
+            raise TypeError(f"{label} must be arrays, got {node!r}")
+    return let_in(label, value)
 
 
 def _checked_numbers(label, value, field):
-    of_one = number()
+    named = checked(label, value, field.type)
     return {
-        name: _checked_number(f"{label}[{name!r}]", item, of_one) for name, item in value.items()
+        name: _checked_number(f"{label}[{name!r}]", item, number()) for name, item in named.items()
     }

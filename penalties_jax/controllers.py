@@ -1,7 +1,7 @@
 """Controllers: rules that react to a measurement, pytrees with explicit state."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import optax
@@ -12,10 +12,10 @@ from penalties_jax._pytree import (
     Pytree,
     config,
     fields,
-    has_schedule,
     is_schedule,
     number,
     option,
+    refuse_schedules,
 )
 from penalties_jax.functional.checks import NONNEGATIVE, POSITIVE, UNIT, check_fits, public
 from penalties_jax.schedules import Shape, anneal
@@ -50,9 +50,7 @@ class Controller(Pytree):
 
     def __post_init__(self):
         super().__post_init__()
-        for field in fields(self):
-            if field.name != "target" and has_schedule(getattr(self, field.name)):
-                raise TypeError(f"{type(self).__name__}.{field.name} can't be a schedule")
+        refuse_schedules(self, *(field.name for field in fields(self) if field.name != "target"))
 
     def init(self) -> Any:
         """The state before the first step."""
@@ -79,7 +77,7 @@ class View(Pytree):
     """One number of a controller, by the protocol of optax's stateful schedules."""
 
     controller: Controller
-    name: str = option()
+    name: Literal["target", "weight"] = option()
 
     def init(self) -> Any:
         """The controller's state before the first step."""
@@ -213,7 +211,7 @@ class AdaptiveSparsityScheduler(Controller):
 class Setpoint(Pytree):
     """A number or a schedule by the protocol of optax's stateful schedules."""
 
-    target: Any = number(valid=UNIT)
+    target: Any = number(valid=UNIT, single=True)
 
     def init(self) -> "CountState":
         """The state before the first step."""
@@ -280,7 +278,7 @@ class DualAscent(Controller):
         (0.5, 0.0295)
     """
 
-    target: Any = number(valid=UNIT)
+    target: Any = number(valid=UNIT, single=True)
     step_size: Any = number(default=0.01, valid=POSITIVE)
     tolerance: Any = number(default=0.005, valid=NONNEGATIVE, kw_only=True)
     initial_weight: Any = number(default=0.0, valid=NONNEGATIVE, kw_only=True)

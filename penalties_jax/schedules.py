@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from penalties_jax._pytree import Pytree, Schedule, config, number, option
+from penalties_jax._pytree import Pytree, Schedule, config, number, option, refuse_schedules
 from penalties_jax.functional.checks import PLAIN, public
 from penalties_jax.functional.derivatives import with_value
 from penalties_jax.functional.reduction import wide
@@ -39,6 +39,7 @@ class Anneal(Pytree, Schedule):
 
     def __post_init__(self):
         super().__post_init__()
+        refuse_schedules(self, "init", "final", "start", "end")
         if _plain(self.start, self.end) and not np.all(self.start <= self.end):
             raise ValueError(f"start must be at most end, got start={self.start}, end={self.end}")
         known = self.shape == "exponential" and _plain(self.init, self.final)

@@ -4,10 +4,11 @@ import contextlib
 import functools
 import inspect
 import numbers
+import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, repeat
 from types import UnionType
-from typing import Any, NamedTuple, ParamSpec, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, Union, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,9 @@ R = TypeVar("R")
 
 # An integer, or what jax.export has for one that is open.
 Size = Any
+
+# What an option is annotated as, beside words to choose from and tuples.
+OPTIONS = (bool, int, float, str, type(None))
 
 # What is read, where a number is checked.
 PLAIN: Any = (np.ndarray, np.generic, bool, int, float, complex)
@@ -49,7 +53,7 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     """Lets in what the annotations of a function say, and has it mean the same in every mode.
 
     Where they say an array, a number, or a pytree of such, what holds an array is replaced by it,
-    and what is none is a TypeError.
+    and what is none is a TypeError. Options are what `option_of` lets in.
     """
     body: Callable[..., R] = function
     parameters = inspect.signature(function).parameters
@@ -75,7 +79,8 @@ def _door(name, annotation):
     if any(isinstance(kind, type(PyTree)) for kind in kinds) or any(map(_is_of_arrays, held)):
         return functools.partial(let_in, name)
     if not _is_of_arrays(annotation):
-        return _as_it_is
+        of_options = all(kind in OPTIONS or get_origin(kind) in (tuple, Literal) for kind in kinds)
+        return functools.partial(option_of(annotation), name) if of_options else _as_it_is
     types = [kind for kind in kinds if isinstance(kind, type)]
     words = [type(word) for kind in kinds for word in get_args(kind)]
     of_numbers = float in types and not any(issubclass(kind, AbstractArray) for kind in types)
@@ -102,12 +107,23 @@ def _array(name, others, x):
         return x
     if holds_array(x):
         x = x.__jax_array__()
-    numeric = not isinstance(x, (np.ndarray, np.generic)) or x.dtype.kind not in "OSUMm"
-    if not (numeric and isinstance(x, (jax.Array, *PLAIN, *others))):
+    if not (is_numeric(x) or isinstance(x, others)):
         if callable(x):
             raise TypeError(f"{name} is a schedule, {x!r}: pass its value at the step")
         raise TypeError(f"{name} must be an array, got a {type(x).__name__}: {x!r}")
     return x
+
+
+def is_numeric(x: Any) -> bool:
+    """Whether something is a number or an array of numbers."""
+    if isinstance(x, (jax.Array, np.ndarray, np.generic)):
+        return is_real(x.dtype) or jnp.issubdtype(x.dtype, jnp.complexfloating)
+    return isinstance(x, PLAIN)
+
+
+def is_real(dtype: Any) -> bool:
+    """Whether a dtype is one of real numbers or of booleans."""
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
 
 
 def _number(name, others, x):
@@ -192,6 +208,7 @@ BELOW_ZERO = Range("below 0", lambda value: value < 0)
 ABOVE_ONE = Range("above 1", lambda value: value > 1)
 ABOVE_TWO = Range("above 2", lambda value: value > 2)
 AT_LEAST_ONE = Range("at least 1", lambda value: value >= 1)
+ORDER = Range("at least 1, and finite", lambda value: (value >= 1) & (value < np.inf))
 UNIT = Range("in [0, 1]", lambda value: (value >= 0) & (value <= 1))
 ASCENDING = Range(
     "ascending", lambda value: np.array_equal(np.sort(np.atleast_1d(value)), np.atleast_1d(value))
@@ -200,25 +217,61 @@ FINITE = Range("finite", np.isfinite)
 ANY = Range("not NaN", lambda value: value == value)
 
 
-def check_choice(name: str, value: Any, choices: Any) -> None:
-    """Raises ValueError that lists the valid values of an option, those of a `Literal`."""
-    valid = get_args(choices)
-    if value not in valid:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, valid))}, got {value!r}")
+@functools.cache
+def option_of(annotation: Any) -> Callable[[str, Any], Any]:
+    """From the name of an option and what is given to the option; an error names the option.
+
+    Lists become tuples, NumPy's scalars Python's.
+
+    Args:
+        annotation: The type. What it is not of is a TypeError; for a `Literal` a ValueError that
+            lists the valid values.
+    """
+    is_valid = is_of(annotation)
+    choices = get_origin(annotation) is Literal
+
+    def check(name, value):
+        value = _plain(value)
+        if type(value) in (list, tuple):
+            value = tuple(map(_plain, value))
+        if is_valid(value):
+            return value
+        if choices:
+            valid = ", ".join(map(repr, get_args(annotation)))
+            raise ValueError(f"{name} must be one of {valid}, got {value!r}")
+        raise TypeError(f"{name} must be of type {_in_words(annotation)}, got {value!r}")
+
+    return check
 
 
-def check_block_size(block_size: Any, name: str = "block_size") -> None:
-    """Raises ValueError for a block size that is not an integer of at least 1."""
-    if block_size is not None and not (isinstance(block_size, int) and block_size >= 1):
-        raise ValueError(f"{name} must be an integer of at least 1, got {block_size!r}")
+def _plain(value):
+    return value.item() if isinstance(value, np.generic) else value
 
 
-def check_order(order: Any, name: str = "order") -> None:
-    """Raises unless an exponent that is structure is a plain number of at least 1."""
-    if not isinstance(order, numbers.Real) or isinstance(order, bool):
-        raise TypeError(f"{name} must be a plain number, got a {type(order).__name__}: {order!r}")
-    AT_LEAST_ONE.check(**{name: order})
-    FINITE.check(**{name: order})
+def _in_words(annotation):
+    name = str(annotation) if get_args(annotation) else annotation.__name__
+    return re.sub(r"\b(\w+\.)+", "", name)
+
+
+def is_of(annotation: Any) -> Callable[[Any], bool]:
+    """Whether a value is of an annotated type, as far as can be told without its parameters."""
+    kind, parameters = get_origin(annotation), get_args(annotation)
+    if kind in (Union, UnionType):
+        kinds = [is_of(parameter) for parameter in parameters]
+        return lambda value: any(is_kind(value) for is_kind in kinds)
+    if kind is Literal:
+        types = tuple(map(type, parameters))
+        return lambda value: isinstance(value, types) and value in parameters
+    if kind is tuple and parameters[1:] == (...,):
+        is_item = is_of(parameters[0])
+        return lambda value: isinstance(value, tuple) and all(map(is_item, value))
+    if annotation in (int, float):
+        number = numbers.Integral if annotation is int else numbers.Real
+        return lambda value: isinstance(value, number) and not isinstance(value, bool)
+    cls = type(None) if annotation is None else kind or annotation
+    if cls is Any or not isinstance(cls, type):
+        return lambda value: True
+    return lambda value: isinstance(value, cls)
 
 
 def check_same_shape(**arrays: Any) -> None:

@@ -14,7 +14,6 @@ from jaxtyping import Array, Bool, Float, Real
 
 from penalties_jax.functional.checks import (
     FINITE,
-    check_choice,
     check_fits,
     check_same_shape,
     check_where,
@@ -83,8 +82,6 @@ def orthogonality(
         >>> float(pj.orthogonality(jnp.ones((2, 4))))
         2.0
     """
-    check_choice("mode", mode, Mode)
-    check_choice("axis", axis, Rows)
     if jnp.ndim(x) < 2:
         raise ValueError(f"x must have at least two axes, got shape {jnp.shape(x)}")
     return _orthogonality(x, mode=mode, normalize=normalize, axis=axis)
@@ -152,7 +149,6 @@ def consistency(
         >>> float(pj.consistency(a, b)), float(pj.consistency(a, b, metric="cosine"))
         (1.0, 1.0)
     """
-    check_choice("metric", metric, Metric)
     check_same_shape(a=a, b=b)
     if metric == "kl":
         return kl_divergence(
@@ -261,7 +257,6 @@ def output_magnitude(
         >>> round(float(pj.output_magnitude(jnp.array([3.0, -3.0]))), 4)
         4.0
     """
-    check_choice("reduction", reduction, Reduction)
     FINITE.check(target=target)
     return _output_magnitude(
         x, target, axis=axis, reduction=reduction, where=where, axis_name=axis_name

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Real
 
-from penalties_jax.functional.checks import check_choice, check_same_shape, public
+from penalties_jax.functional.checks import check_same_shape, public
 from penalties_jax.functional.divergences.formulas import expm1_minus
 from penalties_jax.functional.reduction import AxisName, Reduction, evaluate
 
@@ -53,7 +53,6 @@ def kl_estimate(
         >>> round(float(pj.kl_estimate(log_p, log_q)), 4)
         0.25
     """
-    check_choice("estimator", estimator, Estimator)
     check_same_shape(log_p=log_p, log_q=log_q)
     return evaluate(_FORMULAS[estimator], (log_p, log_q), {}, reduction, where, axis_name)
 

@@ -20,9 +20,9 @@ from penalties_jax.functional.checks import (
     NONNEGATIVE,
     POSITIVE,
     UNIT,
-    check_choice,
     check_fits,
     check_where,
+    option_of,
     public,
 )
 from penalties_jax.functional.derivatives import (
@@ -172,8 +172,7 @@ def l2(
     POSITIVE.check(clip=clip)
     if isinstance(center, str):
         NONNEGATIVE.check(weights=weights)
-        check_choice("reduction", reduction, Reduction)
-        check_choice("center", center, Literal["mean"])
+        option_of(Literal["mean"])("center", center)
         return _about_mean(x, clip, weights, reduction, where, axis_name)
     ANY.check(center=center)
     return _penalty(
@@ -758,7 +757,6 @@ def group_lasso(
         >>> float(pj.group_lasso(jnp.array([[3.0, 4.0], [0.0, 0.0]]), axis=1))
         5.0
     """
-    check_choice("reduction", reduction, Reduction)
     NONNEGATIVE.check(weights=weights)
     return _group_lasso(
         x, weights, axis=axis, where=where, reduction=reduction, axis_name=axis_name
@@ -824,7 +822,6 @@ def spectral_norm(
         >>> float(pj.spectral_norm(jnp.array([[3.0, 0.0], [0.0, -4.0], [0.0, 0.0]])))
         4.0
     """
-    check_choice("reduction", reduction, Reduction)
     NONNEGATIVE.check(weights=weights)
     if jnp.ndim(x) < 2:
         raise ValueError(

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 from numpy.lib.array_utils import normalize_axis_index, normalize_axis_tuple
 
-from penalties_jax.functional.checks import Size, check_choice, check_fits, check_where
+from penalties_jax.functional.checks import Size, check_fits, check_where
 from penalties_jax.functional.derivatives import Axis
 from penalties_jax.functional.platform import recomputed
 
@@ -279,7 +279,6 @@ def evaluate(
         fill: What the formula is given of the inputs where an entry is excluded.
         cached: Whether the formula is its value: what a user's function closes over may change.
     """
-    check_choice("reduction", reduction, Reduction)
     run: Any = _evaluate if cached else inspect.unwrap(_evaluate)
     return run(formula, inputs, parameters, reduction, where, axis_name, weights, axis, fill)
 

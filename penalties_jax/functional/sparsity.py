@@ -12,7 +12,6 @@ from penalties_jax.functional.checks import (
     NONNEGATIVE,
     POSITIVE,
     UNIT,
-    check_choice,
     check_fits,
     check_where,
     public,
@@ -137,8 +136,6 @@ def sparsity_target_loss(
         >>> float(pj.sparsity_target_loss(jnp.array(0.25), 0.75))
         0.25
     """
-    check_choice("kind", kind, Kind)
-    check_choice("reduction", reduction, Reduction)
     POSITIVE.check(delta=delta)
     rates, structure = jax.tree.flatten(rate)
 

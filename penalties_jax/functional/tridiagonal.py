@@ -9,7 +9,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Complex, Real
 
-from penalties_jax.functional.checks import check_choice, public
+from penalties_jax.functional.checks import public
 from penalties_jax.functional.reduction import lie_alike, promote
 
 __all__ = ["resolvent_diagonal"]
@@ -61,7 +61,6 @@ def resolvent_diagonal(
         >>> diagonal[0] == 1 / (1 - 1j)
         Array(True, dtype=bool)
     """
-    check_choice("method", method, Method)
     if not jnp.iscomplexobj(z) or (isinstance(z, complex) and z.imag == 0):
         raise ValueError(f"z must be a complex number off the real axis, got {z!r}")
     return _resolvent_diagonal(diagonal, couplings, z, causal=causal, method=method)

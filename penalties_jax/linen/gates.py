@@ -5,7 +5,7 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from penalties_jax._pytree import in_range, resolve, with_learned
+from penalties_jax._pytree import checked, in_range, resolve, with_learned
 from penalties_jax.controllers import SparsityControl
 from penalties_jax.functional.checks import NONNEGATIVE, UNIT
 from penalties_jax.functional.sparsity import Kind
@@ -47,6 +47,7 @@ class SparsityGate(nn.Module):
             check_plain(name, getattr(self, name))
         check_plain("gate", default_gate(self.gate, self.temperature))
         SparsityTarget(self.target, self.kind)
+        checked("deterministic", self.deterministic, bool)
         super().__post_init__()
 
     @nn.compact

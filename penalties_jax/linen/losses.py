@@ -12,7 +12,7 @@ from flax.traverse_util import path_aware_map
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from penalties_jax._pytree import has_schedule, resolve
+from penalties_jax._pytree import checked, has_schedule, resolve
 from penalties_jax.objective import Metrics, Objective, Outputs, check_scalar
 from penalties_jax.terms.base import Penalty, check_one_input
 
@@ -102,7 +102,7 @@ class Loss(nn.Module):
     objective: Objective
 
     def __post_init__(self):
-        check_plain("objective", self.objective)
+        check_plain("objective", checked("objective", self.objective, Objective))
         super().__post_init__()
 
     @nn.compact

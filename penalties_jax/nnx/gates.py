@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from penalties_jax._pytree import in_range
 from penalties_jax.controllers import SparsityControl
-from penalties_jax.functional.checks import NONNEGATIVE
+from penalties_jax.functional.checks import NONNEGATIVE, public
 from penalties_jax.functional.sparsity import Kind
 from penalties_jax.nnx.base import Configured, field_of, held
 from penalties_jax.nnx.losses import PenaltyValue
@@ -76,6 +76,7 @@ class SparsityGate(Configured):
     gate = held("gate", check_gate)
     weight = held("weight", in_range("weight", NONNEGATIVE))
 
+    @public
     def __init__(
         self,
         features: int,

@@ -1,5 +1,6 @@
 """Objectives, penalties on activations and penalties on parameters, for Flax NNX."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from penalties_jax._pytree import in_range
+from penalties_jax._pytree import checked, in_range
 from penalties_jax.functional.checks import ANY
 from penalties_jax.nnx.base import Configured, held
 from penalties_jax.objective import Metrics, Objective, Outputs, check_scalar
@@ -52,7 +53,7 @@ class Loss(Configured):
         2.0
     """
 
-    objective = held("objective")
+    objective = held("objective", partial(checked, "objective", annotation=Objective))
 
     def __init__(self, objective: Objective):
         super().__init__()

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from penalties_jax._pytree import in_range
-from penalties_jax.functional.checks import NONNEGATIVE, POSITIVE
+from penalties_jax.functional.checks import NONNEGATIVE, POSITIVE, public
 from penalties_jax.functional.gates import logistic_gate, top_k_gate
 from penalties_jax.functional.reduction import promote
 from penalties_jax.functional.sparsity import Kind, balanced_loss, sparsity_rate
@@ -57,6 +57,7 @@ class SparseBKCore(nnx.Module):
         (2, 6, 2)
     """
 
+    @public
     def __init__(self, n_seq: int, *, causal: bool = False, rngs: nnx.Rngs):
         if n_seq < 1:
             raise ValueError(f"n_seq must be at least 1, got {n_seq}")
@@ -168,6 +169,7 @@ class SparseMoEResNetBKLayer(Configured):
     )
     temperature = held("temperature", in_range("temperature", POSITIVE))
 
+    @public
     def __init__(
         self,
         d_model: int,

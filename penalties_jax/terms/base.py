@@ -20,6 +20,7 @@ from penalties_jax._pytree import (
     Schedule,
     Tree,
     arrays,
+    checked,
     config,
     fields,
     has_schedule,
@@ -332,7 +333,8 @@ class Penalty(Config):
 
 
 def check_one_input(label: str, penalty: Penalty) -> None:
-    """Raises TypeError for a penalty that compares two inputs, where there is only one."""
+    """Raises TypeError for what is no penalty, or one that compares two inputs, of which is one."""
+    checked(f"the penalty of {label}", penalty, Penalty)
     for node in penalty.summands:
         if 1 not in node.takes:
             raise TypeError(
@@ -453,6 +455,11 @@ class Sum(Penalty):
     """A sum of penalties on the same inputs."""
 
     penalties: tuple[Penalty, ...]
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.penalties:
+            raise ValueError("Sum.penalties must be at least one penalty, got none")
 
     @property
     def summands(self) -> tuple[Penalty, ...]:

@@ -12,12 +12,12 @@ from penalties_jax import functional
 from penalties_jax._pytree import abstract, config, fields, number, option
 from penalties_jax.functional.checks import (
     ASCENDING,
+    AT_LEAST_ONE,
     FINITE,
     NONNEGATIVE,
+    ORDER,
     POSITIVE,
     UNIT,
-    check_block_size,
-    check_order,
 )
 from penalties_jax.functional.divergences.formulas import Direction
 from penalties_jax.functional.estimators import Estimator
@@ -59,7 +59,7 @@ class OfClasses(Reduced):
     temperature: Numeric | None = number(default=None, valid=POSITIVE, kw_only=True)
     softcap: Numeric | None = number(default=None, valid=POSITIVE, kw_only=True)
     weights: Numeric = number(default=1.0, valid=FINITE, kw_only=True)
-    block_size: int | None = option(default=None, kw_only=True)
+    block_size: int | None = option(default=None, valid=AT_LEAST_ONE, kw_only=True)
     class_axis_name: AxisName | None = option(default=None, kw_only=True)
     reduction: Reduction = option(default="mean", choices=Reduction, kw_only=True)
 
@@ -68,7 +68,6 @@ class OfClasses(Reduced):
     def __post_init__(self):
         super().__post_init__()
         name = type(self).__name__
-        check_block_size(self.block_size, f"{name}.block_size")
         takers = {kind: parameters_of(function) for kind, function in self._functions.items()}
         for field in fields(self):
             kinds = [kind for kind, taken in takers.items() if field.name in taken]
@@ -343,17 +342,13 @@ class Wasserstein(Reduced):
     """
 
     positions: Numeric | None = number(default=None, valid=ASCENDING, kw_only=True)
-    order: float = option(default=1, kw_only=True)
+    order: float = option(default=1, valid=ORDER, kw_only=True)
     axis: int = option(default=-1, kw_only=True)
     reduction: Reduction = option(default="mean", choices=Reduction, kw_only=True)
 
     _function = staticmethod(functional.wasserstein)
     _inputs = 2
     measured_as = "wasserstein"
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_order(self.order, "Wasserstein.order")
 
     @property
     def class_axis(self) -> int:
@@ -375,17 +370,13 @@ class ZLoss(Reduced):
         1.2069
     """
 
-    block_size: int | None = option(default=None, kw_only=True)
+    block_size: int | None = option(default=None, valid=AT_LEAST_ONE, kw_only=True)
     class_axis_name: AxisName | None = option(default=None, kw_only=True)
     weights: Numeric = number(default=1.0, valid=FINITE, kw_only=True)
     reduction: Reduction = option(default="mean", choices=Reduction, kw_only=True)
 
     _function = staticmethod(functional.z_loss)
     measured_as = "z_loss"
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_block_size(self.block_size, "ZLoss.block_size")
 
     @property
     def class_axis(self) -> int:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Real
 
 from penalties_jax import functional
 from penalties_jax._pytree import abstract, config, number, option
-from penalties_jax.functional.checks import ABOVE_ONE, ANY, BELOW_ZERO, POSITIVE
+from penalties_jax.functional.checks import ABOVE_ONE, ANY, AT_LEAST_ONE, BELOW_ZERO, POSITIVE
 from penalties_jax.functional.reduction import evaluate
 from penalties_jax.terms.base import Config, Numeric
 from penalties_jax.terms.reduced import Separable
@@ -153,7 +153,7 @@ class TopKGate(Gate):
         [0.0, 1.0, 0.0, 1.0]
     """
 
-    k: int = option()
+    k: int = option(valid=AT_LEAST_ONE)
     temperature: Numeric = number(default=1.0, valid=POSITIVE, kw_only=True)
     axis: int = option(default=-1, kw_only=True)
     hard: bool = option(default=True, kw_only=True)

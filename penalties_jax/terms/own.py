@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from penalties_jax._pytree import Schedule, abstract, config, numbers_by_name, option
+from penalties_jax._pytree import Schedule, abstract, checked, config, numbers_by_name, option
 from penalties_jax.functional.reduction import AxisName, Reduction, promote, spread
 from penalties_jax.terms.base import Numeric, Penalty
 from penalties_jax.terms.reduced import PerValue, Separable
@@ -84,7 +84,7 @@ class Elementwise(OfFunction, Separable):
         **named: Numeric,
     ):
         own = {"fill": fill, "weights": weights, "reduction": reduction, "axis_name": axis_name}
-        _construct(self, function, numbers or {}, named, **own)
+        _construct(self, function, numbers, named, **own)
 
     def _per_value(self) -> tuple[PerValue, Mapping[str, Any], float]:
         return PerValue(self.function), self.numbers, self.fill
@@ -127,7 +127,7 @@ class Function(OfFunction):
         numbers: Mapping[str, Numeric] | None = None,
         **named: Numeric,
     ):
-        _construct(self, function, numbers or {}, named)
+        _construct(self, function, numbers, named)
 
     @property
     def takes(self) -> range:
@@ -156,6 +156,7 @@ class Function(OfFunction):
 def _construct(penalty, function, numbers, named, **own):
     """What the generated constructor does, of a penalty that takes numbers by any name."""
     kind = type(penalty).__name__
+    numbers = checked(f"{kind}.numbers", {} if numbers is None else numbers, Mapping[str, Any])
     if not callable(function):
         raise TypeError(f"{kind}.function must be a function, got {function!r}")
     try:

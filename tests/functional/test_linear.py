@@ -597,7 +597,7 @@ HIDDEN, KERNEL = np.ones((2, 3), np.float32), np.ones((3, 4), np.float32)
         ({"hidden_q": np.ones((3, 3))}, r"got shapes \(2, 3\) and \(3, 3\)"),
         ({"kernel_q": np.ones((3, 5))}, r"got shapes \(3, 4\) and \(3, 5\)"),
         ({"bias_p": np.ones(3)}, r"bias_p must have shape \(4,\), got \(3,\)"),
-        ({"block_size": 0}, "block_size must be an integer of at least 1, got 0"),
+        ({"block_size": 0}, "block_size must be at least 1, got 0"),
         ({"temperature": 0}, "temperature must be above 0, got 0"),
         ({"direction": "up"}, "'forward', 'reverse', 'symmetric', got 'up'"),
         ({"reduction": "avg"}, "'sum', 'mean', 'none', got 'avg'"),

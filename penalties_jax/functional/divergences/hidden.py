@@ -7,7 +7,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Real
 
-from penalties_jax.functional.checks import FINITE, check_choice, check_fits, public
+from penalties_jax.functional.checks import FINITE, check_fits, public
 from penalties_jax.functional.divergences.formulas import (
     ALPHA,
     CROSS_ENTROPY,
@@ -144,7 +144,6 @@ def linear_kl(
         >>> round(float(pj.linear_kl(jnp.ones((3, 1)), kernel, jnp.zeros((3, 1)), kernel)), 4)
         0.1109
     """
-    check_choice("direction", direction, Direction)
     heads = capped_by(softcap, Head(hidden_p, kernel_p, bias_p), Head(hidden_q, kernel_q, bias_q))
     options = Options(block_size, reduction, where, axis_name, class_axis_name, weights)
     return divergence_of_heads(KL[direction], heads, options, temperature=temperature)
@@ -339,7 +338,6 @@ def linear_distillation(
         >>> round(float(loss.total), 4)
         0.4242
     """
-    check_choice("direction", direction, Direction)
     weights = {"kl_weight": kl_weight, "cross_entropy_weight": cross_entropy_weight}
     FINITE.check(**weights)
     check_fits(jnp.shape(labels) if reduction == "none" else (), **weights)

@@ -5,7 +5,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Real
 
-from penalties_jax.functional.checks import check_choice, check_classes, public
+from penalties_jax.functional.checks import check_classes, public
 from penalties_jax.functional.divergences.formulas import (
     ALPHA,
     CROSS_ENTROPY,
@@ -83,7 +83,6 @@ def kl_from_logits(
         >>> round(float(pj.kl_from_logits(jnp.array([[0.0, 1.0]]), jnp.array([[3.0, 3.0]]))), 4)
         0.1109
     """
-    check_choice("direction", direction, Direction)
     options = Options(block_size, reduction, where, axis_name, class_axis_name, weights)
     return divergence_of_logits(
         KL[direction], (logits_p, logits_q), options, temperature=temperature

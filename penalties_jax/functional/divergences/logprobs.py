@@ -12,7 +12,6 @@ from penalties_jax.functional.checks import (
     FINITE,
     POSITIVE,
     Size,
-    check_choice,
     check_same_shape,
     public,
 )
@@ -88,7 +87,6 @@ def kl_divergence(
         >>> round(float(pj.kl_divergence(log_p, log_q)), 4)
         0.1109
     """
-    check_choice("direction", direction, Direction)
     return _of_pair(KL[direction], log_p, log_q, axis, weights, reduction, where, axis_name)
 
 

@@ -18,11 +18,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from penalties_jax.functional.checks import (
+    AT_LEAST_ONE,
     FINITE,
     POSITIVE,
     Size,
-    check_block_size,
-    check_choice,
     check_classes,
     check_fits,
     check_labels,
@@ -69,8 +68,8 @@ class Options(NamedTuple):
     def check(self) -> None:
         """Raises ValueError for a bad option."""
         FINITE.check(weights=self.weights)
-        check_choice("reduction", self.reduction, Reduction)
-        check_block_size(self.block_size)
+        if self.block_size is not None:
+            AT_LEAST_ONE.check(block_size=self.block_size)
 
 
 class Walk(NamedTuple):

@@ -8,7 +8,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Real
 
-from penalties_jax.functional.checks import ASCENDING, check_order, check_same_shape, public
+from penalties_jax.functional.checks import ASCENDING, ORDER, check_same_shape, public
 from penalties_jax.functional.derivatives import absolute, elementwise_derivatives
 from penalties_jax.functional.divergences.formulas import log_ratio
 from penalties_jax.functional.reduction import AxisName, Reduction, evaluate
@@ -54,7 +54,7 @@ def wasserstein(
         (1.5, 2.5)
     """
     check_same_shape(log_p=log_p, log_q=log_q)
-    check_order(order)
+    ORDER.check(order=order)
     ASCENDING.check(positions=positions)
     log_p, log_q = (jnp.moveaxis(x, axis, -1) for x in (log_p, log_q))
     classes = log_p.shape[-1]
