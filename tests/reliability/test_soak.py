@@ -24,7 +24,7 @@ from tests.reliability.attacks import HARD
 STEPS = 100_000 if HARD else 300
 LARGEST = 2**31 - 1
 PARAMS = {name: np.float32(lattice(seed, *SHAPE)) for seed, name in enumerate(("a", "b"))}
-FEATURES = SHAPE[-1]
+X, FEATURES = jnp.asarray(PARAMS["a"]), SHAPE[-1]
 
 
 def annealed(first, last):
@@ -126,7 +126,7 @@ def start():
             "ascent": ASCENT.init(),
             "stats": pj.ImportanceStats.empty(PARAMS),
             "nnx": nnx.split(Model())[1],
-            "linen": LINEN.init(rngs, PARAMS["a"]),
+            "linen": LINEN.init(rngs, X),
         },
     )
 
@@ -263,18 +263,16 @@ def test_nnx_modules_count_up_to_the_end():
     model = Model()
     pj.nnx.set_step(model, LARGEST - 2)
     for _ in range(4):
-        assert is_finite(model(PARAMS["a"]))
+        assert is_finite(model(X))
         pj.nnx.advance(model)
     assert_at_the_end(nnx.state(model, pj.nnx.Step))
 
 
 def test_linen_modules_count_up_to_the_end():
     rngs = {"params": jax.random.key(0), "gate": jax.random.key(1)}
-    variables = pj.linen.set_step(LINEN.init(rngs, PARAMS["a"]), LARGEST - 2)
+    variables = pj.linen.set_step(LINEN.init(rngs, X), LARGEST - 2)
     for _ in range(4):
-        total, changed = LINEN.apply(
-            variables, PARAMS["a"], rngs=rngs, mutable=["penalties", "schedule"]
-        )
+        total, changed = LINEN.apply(variables, X, rngs=rngs, mutable=["penalties", "schedule"])
         assert is_finite((total, changed))
         variables |= pj.linen.advance(changed)
     assert_at_the_end(variables["schedule"])
