@@ -104,7 +104,7 @@ def _lattice(*shape, seed=0):
     return np.float32(oracles.lattice(seed, *shape))
 
 
-def _of_case(case):
+def of_case(case):
     """A case with a mask and weights, of fewer axes where they may have."""
     arrays = dict(
         zip(arrays_of(case.function), map(np.float32, case.data(shape=case.shape)), strict=True)
@@ -219,7 +219,7 @@ OTHERS = [
 
 def _calls():
     cases = first_of_each(lambda case: (case.function, case.by_row), CASES | GATE_CASES)
-    calls = [(name, _of_case(case)) for name, case in cases.items()]
+    calls = [(name, of_case(case)) for name, case in cases.items()]
     for entry in PENALTIES:
         name = f"prox_{entry.function.__name__}"
         if name in PUBLIC:

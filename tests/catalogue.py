@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin
 
 import jax
+import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
@@ -847,3 +848,13 @@ EXAMPLES = {name: case.config() for name, case in CONFIGS.items()} | {
     "SampledEntropy": pj.SampledEntropy(maximize=True),
     "SparsityTarget": pj.SparsityTarget(target=0.5, kind="huber", delta=0.2),
 }
+
+
+def inputs_of(config):
+    """What an example may be called with."""
+    case = next((case for case in CONFIGS.values() if case.config() == config), None)
+    if case is None:
+        values = jnp.abs(jnp.float32(oracles.lattice(0, *SHAPE)))
+        labels = jnp.arange(values[..., 0].size).reshape(values.shape[:-1]) % values.shape[-1]
+        return (values, labels)[: config.takes[0]]
+    return tuple(jax.nn.log_softmax(jnp.float32(x)) for x in case.data(shape=case.shape))

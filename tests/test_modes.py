@@ -17,8 +17,7 @@ from jax.experimental import checkify
 import penalties_jax as pj
 from penalties_jax.schedules import Shape
 from tests.calls import CALLS, PUBLIC, is_floating
-from tests.catalogue import CONFIGS, EXAMPLES, SHAPE, every
-from tests.oracles import lattice
+from tests.catalogue import EXAMPLES, every, inputs_of
 from tests.programs import operations, quick_jit
 
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
@@ -97,15 +96,6 @@ def test_a_config_under_strict_promotion(config):
     usual = operations(everything, inputs)
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         assert operations(everything, inputs) == usual
-
-
-def inputs_of(config):
-    case = next((case for case in CONFIGS.values() if case.config() == config), None)
-    if case is None:
-        values = jnp.abs(jnp.float32(lattice(0, *SHAPE)))
-        labels = jnp.arange(values[..., 0].size).reshape(values.shape[:-1]) % values.shape[-1]
-        return (values, labels)[: config.takes[0]]
-    return tuple(jax.nn.log_softmax(jnp.float32(x)) for x in case.data(shape=case.shape))
 
 
 def _anneal(count, shape):

@@ -226,6 +226,8 @@ def interpolated_gradient_penalty(
     """
     check_same_shape(a=a, b=b)
     a, b = promote(a, b)
+    if not a.ndim:
+        raise ValueError("a and b must have a batch axis, got shape ()")
     e = jax.random.uniform(key, (a.shape[0],) + (1,) * (a.ndim - 1), a.dtype)
     return gradient_penalty(f, e * a + (1 - e) * b, target_norm=target_norm)
 

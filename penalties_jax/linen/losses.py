@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 from flax.linen.module import _context
 from flax.traverse_util import path_aware_map
@@ -120,7 +121,7 @@ class Loss(nn.Module):
         count = step_of(self)
         result = self.objective(outputs, step=count.value, detail=detail)
         if advance and not self.is_initializing():
-            count.value = count.value + 1
+            count.value = jnp.asarray(optax.safe_increment(count.value))
         return result
 
 
@@ -193,7 +194,7 @@ def advance(variables: Mapping[str, Any]) -> dict[str, Any]:
         >>> int(variables["schedule"]["a"]["step"])
         3
     """
-    return _map_steps(lambda held: held + 1, variables)
+    return _map_steps(optax.safe_increment, variables)
 
 
 def _map_steps(function, variables):

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
@@ -93,6 +94,11 @@ def write(variable: nnx.Variable[Array], value: ArrayLike) -> None:
     variable[...] = variable[...].at[...].set(value)
 
 
+def count(step: Step) -> None:
+    """Moves a step on by one; at the largest integer it stays."""
+    step[...] = jnp.asarray(optax.safe_increment(step[...]))
+
+
 def held(name: str, check: Callable[[Any], Any] = lambda value: value) -> Any:
     """A property: what a module holds by this name, and how it comes in."""
 
@@ -164,7 +170,7 @@ def advance(model: nnx.Module) -> None:
         1
     """
     for variable in _steps(model):
-        variable[...] += 1
+        count(variable)
 
 
 def _steps(model):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from penalties_jax._pytree import checked, in_range
 from penalties_jax.functional.checks import ANY
-from penalties_jax.nnx.base import Configured, held
+from penalties_jax.nnx.base import Configured, count, held
 from penalties_jax.objective import Metrics, Objective, Outputs, check_scalar
 from penalties_jax.terms.base import Numeric, Penalty, check_one_input
 
@@ -78,7 +78,7 @@ class Loss(Configured):
         step_now = self.step[...] if step is None else step
         result = self.objective(outputs, step=step_now, detail=detail)
         if step is None and advance and not self.deterministic:
-            self.step[...] += 1
+            count(self.step)
         return result
 
 

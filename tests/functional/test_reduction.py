@@ -6,12 +6,10 @@ import pickle
 import re
 from functools import partial
 
-import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import strategies as st
 from scipy import special
 
 import penalties_jax.functional as F  # noqa: N812
@@ -33,10 +31,8 @@ from tests.oracles import assert_close, gradient, lattice
 from tests.programs import quick_jit
 
 every_case = every(STRUCTURES)
-every_function = every(FUNCTIONS)
 KINDS = first_of_each(lambda case: (type(case.entry), case.by_row, case.inputs), FUNCTIONS)
 every_weighted = every(only(lambda case: "weights" in case.parameters, STRUCTURES))
-properties = hypothesis.settings(deadline=None, max_examples=10, derandomize=True, database=None)
 
 
 def poisoned(case, inputs, mask):
@@ -111,24 +107,6 @@ def test_nothing_included_is_exactly_zero(case):
 
     for result in jax.tree.leaves(everything(*arguments)):
         assert np.all(np.asarray(result) == 0)
-
-
-@every_function
-def test_no_entries_at_all_is_zero(case):
-    inputs = tuple(jnp.zeros((0, *SHAPE[1:])) for _ in range(case.inputs))
-
-    @quick_jit
-    def everything(*inputs):
-        return (
-            case.raw(*inputs, reduction="none"),
-            case.raw(*inputs, reduction="sum"),
-            jax.value_and_grad(lambda *x: case.raw(*x, reduction="mean"))(*inputs),
-        )
-
-    entries, total, (mean, slope) = everything(*inputs)
-    assert total == mean == 0
-    assert entries.size == 0
-    assert slope.shape == inputs[0].shape
 
 
 @every(KINDS)
@@ -297,38 +275,6 @@ def test_composes_with_transformations(case, x64):
     close = {"rtol": 1e-5, "atol": 1e-8}
     assert_close(forward_over_reverse, (ahead - behind) / 2e-5, **close)
     assert_close(reverse_over_reverse, (ahead - behind) / 2e-5, **close)
-
-
-@every_function
-def test_masking_is_dropping(case):
-    """Property: an excluded leading row may as well not be there; and order does not matter."""
-    inputs = tuple(x.astype(np.float32) for x in case.data(5))
-
-    @quick_jit
-    def masked(keep, order):
-        column = keep[:, None, None]
-        rows = column[(...,) + (0,) * (3 - len(case.mask_shape))]
-        mask = jnp.broadcast_to(rows, case.mask_shape)
-        arrays = tuple(jnp.where(column, case.prepare(x), jnp.nan)[order] for x in inputs)
-        where = case.where(mask[order])
-        return (
-            case.raw(*arrays, reduction="sum", where=where),
-            case.raw(*arrays, reduction="mean", where=where),
-        )
-
-    @properties
-    @hypothesis.given(st.lists(st.booleans(), min_size=8, max_size=8), st.permutations(range(8)))
-    def holds(keep, order):
-        keep = np.array(keep)
-        rows = np.zeros(case.mask_shape, bool)
-        rows[keep] = True
-        sum_, mean = masked(keep, np.array(order))
-        data = tuple(x.astype(np.float64) for x in inputs)
-        for actual, reduction in ((sum_, "sum"), (mean, "mean")):
-            dropped = case.reduced_entries(*data, reduction=reduction, where=rows)
-            assert_close(actual, dropped, rtol=1e-5, atol=1e-6)
-
-    holds()
 
 
 @every_case
