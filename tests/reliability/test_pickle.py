@@ -27,9 +27,8 @@ def what_may_run(source):
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             if (node.value.id, node.attr) in LOADERS and node not in refusing:
                 yield f"{node.value.id}.{node.attr}"
-        elif isinstance(node, ast.Call):
-            if isinstance(node.func, ast.Name) and node.func.id in CALLED:
-                yield node.func.id
+        elif isinstance(node, ast.Name) and node.id in CALLED:
+            yield node.id
 
 
 def _refuses_pickle(node):
