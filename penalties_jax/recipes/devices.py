@@ -89,12 +89,13 @@ def to_every_device(tree: Tree, mesh: Mesh) -> Tree:
     """Have each device of a mesh hold all of a pytree, which every process has."""
     placement = NamedSharding(mesh, P())
 
+    # device_put would compare what the processes have, and finds NaN different from NaN.
     def place(leaf: Any) -> Array:
-        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.device_put(leaf, placement)
-        # Keys are not put on devices of other processes, but their data are.
-        data = jax.device_put(jax.random.key_data(leaf), placement)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = place(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, placement, lambda index: host[index])
 
     return jax.tree.map(place, tree)
 
