@@ -602,7 +602,7 @@ def test_names_that_are_taken(name):
 
 
 def test_terms_must_be_terms():
-    with pytest.raises(TypeError, match=r"'l1' must be a pj\.Term"):
+    with pytest.raises(TypeError, match=r"terms\['l1'\] must be of type Term"):
         pj.Objective(terms={"l1": pj.L1()})
 
 

@@ -40,6 +40,7 @@ ENDS = {
     "above 1": ([ABOVE(1, 2), INF], [1.0, 0.0, NAN]),
     "above 2": ([ABOVE(2, 3), INF], [2.0, 0.0, NAN]),
     "at least 1": ([1.0, INF], [ABOVE(1, 0), NAN]),
+    "at least 1, and finite": ([1.0, 1e300], [ABOVE(1, 0), INF, NAN]),
     "in [0, 1]": ([0.0, 0.5, 1.0], [-LEAST, ABOVE(1, 2), -INF, INF, NAN]),
     "ascending": ([[1.0], [0.0, 0.0, 1.0]], [[1.0, 0.0], [0.0, 2.0, 1.0], [0.0, NAN, 1.0]]),
     "finite": ([0.0, -1e300, 1e300], [INF, -INF, NAN]),
@@ -105,7 +106,7 @@ def test_proximal_operators_have_the_ranges_of_their_penalties(case):
 
 
 # Within the numbers of a float32 that hardware does not take for 0.
-ENDS = np.float32([0.0, 1e-30, 1e-20, 1.0, 1.5, 2.5, 1e10])
+SIZES = np.float32([0.0, 1e-30, 1e-20, 1.0, 1.5, 2.5, 1e10])
 VALUES = np.float32([0.0, 1e-20, 0.5, -0.75, 3.0])
 
 
@@ -126,7 +127,7 @@ def test_derivatives_in_a_number_at_the_ends_of_its_range(case):
         def of_each(number, x, name=name):
             return jax.value_and_grad(lambda number: case.raw(x, **{name: number}))(number)
 
-        ends = np.array([end for end in ENDS if valid.contains(end)])
+        ends = np.array([end for end in SIZES if valid.contains(end)])
         for end, *found in zip(ends, *of_each(ends, VALUES), strict=True):
             side = 1 if end == 0 else -1 if name == "l1_ratio" and end == 1 else 0
             exact = case.slopes(VALUES.astype(float), name, side=side, **{name: float(end)})
