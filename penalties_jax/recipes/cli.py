@@ -16,7 +16,7 @@ from penalties_jax.recipes.files import PROGRAM, tell
 from penalties_jax.recipes.finetune import FinetuneConfig, finetune
 from penalties_jax.recipes.options import RunError, UsageError
 from penalties_jax.recipes.sparsify import SparsifyConfig, sparsify
-from penalties_jax.recipes.stopping import StoppedError, stoppable
+from penalties_jax.recipes.stopping import StoppedError, ignore_signals, stoppable
 
 # Of the words of a command together.
 MOST_CHARACTERS = 20_000
@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         what = ": ".join(map(str, filter(None, (error.filename, error.strerror or error))))
         _end(f"{what}; what was saved is whole, and --resume continues this run", 1)
     except StoppedError as stopped:
+        if arguments is None:
+            ignore_signals()
         _end(f"stopped by {stopped}; --resume continues this run", 128 + stopped.number)
 
 

@@ -38,7 +38,8 @@ class Options:
     """Continue the run in that folder, made with the same options, from its last checkpoint."""
 
     overwrite: bool = False
-    """Start over in that folder: what an earlier run of this job wrote there is removed."""
+    """Start over in that folder: what an earlier run of this job wrote there is removed, but for
+    the model before the job, which would be the same."""
 
     seed: int = 0
     """The seed of the initial parameters and of the batches."""

@@ -89,7 +89,8 @@ def pareto(
             front = _pareto_front(points)
             plot.plot(*zip(*front, strict=True), color=colour, label=name)
         plot.set(xlabel=axes[0], ylabel=axes[1], yscale="log")
-        plot.legend(frameon=False)
+        if plot.has_data():
+            plot.legend(frameon=False)
         return _png(figure)
 
 
@@ -142,7 +143,9 @@ def curves(
             for colour, member in zip(_colours(len(members)), members, strict=True):
                 own = [record for record in records if record[by] == member]
                 steps, values = ([record[name] for record in own] for name in ("step", metric))
-                plot.plot(steps, values, color=colour, label=_label(member))
+                # Of one step there is no line to see.
+                marker = "o" if len(steps) == 1 else ""
+                plot.plot(steps, values, marker, color=colour, label=_label(member))
             plot.set(title=label)
         plots[-1].set(xlabel="step")
         lines = plots[0].get_legend_handles_labels()

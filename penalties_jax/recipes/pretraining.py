@@ -68,7 +68,7 @@ def pretrained(
         batches(corpus, options.seed),
         mesh=make_mesh(options),
         steps=steps,
-        every=max(1, steps // 20),
+        every=options.log_every,
         members=[{}],
         title="pretrain",
     )

@@ -87,7 +87,7 @@ def _with_steps(table: Table, diverged: Mapping[int, int]) -> Table:
     headers, rows = table
     if not diverged:
         return table
-    ends = [f"at step {diverged[i]}" if i in diverged else "" for i in range(len(rows))]
+    ends = [f"by step {diverged[i]}" if i in diverged else "" for i in range(len(rows))]
     return (*headers, "diverged"), [[*row, end] for row, end in zip(rows, ends, strict=True)]
 
 

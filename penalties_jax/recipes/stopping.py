@@ -42,6 +42,12 @@ def stoppable() -> Iterator[None]:
         _asked = 0
 
 
+def ignore_signals() -> None:
+    """Hear no more signals: the process is about to end."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def stop_if_asked() -> None:
     """Stop here if any process of the run was asked to.
 

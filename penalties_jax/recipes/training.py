@@ -79,7 +79,7 @@ class Trained(NamedTuple):
         state: The state after the last step, on the host.
         step: The number of steps that were done: all, unless every member has diverged.
         log: The log, with a line for each member that was still training.
-        diverged: The step at which the loss of a member, by its number, was no finite number.
+        diverged: The step by which the loss of a member, by its number, was no finite number.
     """
 
     state: Any
@@ -103,8 +103,8 @@ def train(
     """Train from the last checkpoint in a folder on, or else from the first step.
 
     A chunk of `every` steps at most is logged, then saved, and then the run may be stopped. A
-    member whose loss is no finite number has diverged: it has no further lines, and when all have,
-    training ends.
+    member whose "loss" or "total" is no finite number has diverged: it has no further lines, and
+    when all have, training ends.
 
     Args:
         folder: Where log and checkpoints are.
@@ -143,10 +143,10 @@ def train(
                 | {name: values[i] for name, values in metrics.items()}
                 for i in training
             )
-            for i in training:
-                if not math.isfinite(metrics["loss"][i]):
+            for i, record in zip(training, log.records[-len(training) :], strict=True):
+                if not _is_finite(record):
                     diverged[i] = end
-                    tell(f"{_words(title, members[i])}: diverged, no finite loss at step {end}")
+                    tell(f"{_words(title, members[i])}: diverged, no finite loss by step {end}")
             checkpoints.save(end, state, log.content)
             progress.set_postfix(loss=f"{np.mean(metrics['loss']):.3f}", refresh=False)
             progress.update(end - done)
@@ -159,14 +159,20 @@ def _diverged(log: Log, members: Sequence[Mapping[str, Any]]) -> dict[int, int]:
     return {
         i: record["step"]
         for record in log.records
-        if not math.isfinite(record["loss"])
+        if not _is_finite(record)
         for i, member in enumerate(members)
         if member.items() <= record.items()
     }
 
 
+def _is_finite(record: Mapping[str, Any]) -> bool:
+    """Whether a loss is, and what is minimised, where that is more."""
+    return all(math.isfinite(record.get(name, 0)) for name in ("loss", "total"))
+
+
 def _words(title: str, member: Mapping[str, Any]) -> str:
-    return ", ".join([title, *(f"{name} {value}" for name, value in member.items())])
+    label = member.get("member") or ", ".join(f"{name} {x}" for name, x in member.items())
+    return ", ".join(filter(None, (title, label)))
 
 
 def adam(learning_rate: float, steps: int) -> optax.GradientTransformation:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -50,11 +50,11 @@ def test_a_mesh_that_cannot_be_is_refused():
 def test_a_batch_is_split_where_it_can_be():
     mesh = make_mesh(Options(mesh="data=4"))
     with jax.set_mesh(mesh):
-        placed = jax.jit(split_over_devices)(np.zeros((8, 3)))
-        whole = jax.jit(split_over_devices)(np.zeros((6, 3)))
+        placed = jax.jit(split_over_devices)(jnp.zeros((8, 3)))
+        whole = jax.jit(split_over_devices)(jnp.zeros((6, 3)))
     assert placed.sharding.is_equivalent_to(jax.NamedSharding(mesh, P("data")), 2)
     assert whole.shape == (6, 3)
-    assert split_over_devices(np.zeros((8, 3))).shape == (8, 3)
+    assert split_over_devices(jnp.zeros((8, 3))).shape == (8, 3)
 
 
 @pytest.mark.parametrize("missing", ["JAX_NUM_PROCESSES", "JAX_PROCESS_ID"])

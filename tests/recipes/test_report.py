@@ -73,13 +73,13 @@ def test_who_has_diverged_is_said_everywhere(diverged, tmp_path, capsys):
     ]
     printed = capsys.readouterr()
     assert [line.split() for line in printed.out.splitlines()[2:5]] == [
-        ["a"], ["b", "at", "step", "3"], ["c"],
+        ["a"], ["b", "by", "step", "3"], ["c"],
     ]  # fmt: skip
     advice = "1 of 3 members diverged: lower --learning-rate"
     assert printed.err == f"penalties-jax: {advice}\n"
     html = (tmp_path / "report.html").read_text()
     assert advice in html
-    assert "<td>at step 3</td>" in html
+    assert "<td>by step 3</td>" in html
 
 
 def test_a_run_of_which_all_members_have_diverged_has_failed(diverged, tmp_path):

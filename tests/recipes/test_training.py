@@ -69,9 +69,18 @@ def test_a_member_that_diverges_has_no_more_lines_and_the_others_go_on(tmp_path,
     assert [(r["step"], r["name"], r["loss"]) for r in read_log(tmp_path)] == [
         (3, "a", 1), (3, "b", 1), (6, "a", 4), (6, "b", None), (7, "a", 6),
     ]  # fmt: skip
-    told = "penalties-jax: train, name b: diverged, no finite loss at step 6"
+    told = "penalties-jax: train, name b: diverged, no finite loss by step 6"
     assert [line for line in capsys.readouterr().err.splitlines() if "diverged" in line] == [told]
     assert trained(tmp_path, fails=(100, 4)).diverged == {1: 6}
+
+
+def test_a_total_that_is_no_finite_number_is_a_divergence_too(tmp_path):
+    def overflows(state, data, index):
+        return state, {"loss": jnp.ones(1), "total": jnp.where(index < 4, 1, jnp.inf)[None]}
+
+    settings = {"mesh": MESH, "steps": 9, "every": 3, "members": [{}]}
+    end = train(tmp_path, overflows, jnp.zeros(1), jnp.zeros(1), **settings)
+    assert (end.step, end.diverged) == (6, {0: 6})
 
 
 def test_without_a_member_left_training_ends(tmp_path):

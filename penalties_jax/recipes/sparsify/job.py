@@ -95,7 +95,8 @@ def _evaluate(
 ) -> tuple[list[Result], Shown]:
     losses, masks, probabilities = map(np.asarray, evaluate(parameters, shared, windows))
     loss = losses.mean(axis=0)
-    rate = 1 - masks.mean(axis=(0, 2, 3))
+    # The gates of a member that has diverged say nothing.
+    rate = np.where(np.isfinite(loss), 1 - masks.mean(axis=(0, 2, 3)), np.nan)
     spread = probabilities.std(axis=(0, 3)).mean(axis=1)
     columns = (rate, loss, loss - loss[0], spread)
     results = [
