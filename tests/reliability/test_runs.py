@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.parametrize("job", ["finetune", "sparsify", "decompose"]),
 ]
 seeds = pytest.mark.parametrize("seed", SEEDS)
+fewer_seeds = pytest.mark.parametrize("seed", SEEDS[::2])
 
 SIZES = "--width=16 --layers=1 --heads=2 --context=16 --batch-size=2 --pretrain-steps=6"
 OPTIONS = {
@@ -170,7 +171,7 @@ def test_a_full_disk(runs, job, seed, whole):
     assert contents(runs) == expected
 
 
-@seeds
+@fewer_seeds
 def test_a_folder_that_goes_away(runs, job, seed, whole):
     draw = random.Random(f"{job} {seed}")
     expected, _ = whole(job)
@@ -239,7 +240,7 @@ def test_damaged(runs, job, seed, damage, whole, interrupted):
         assert any(path.name in line for line in lines), lines
 
 
-@seeds
+@fewer_seeds
 def test_damaged_settings(runs, job, seed, interrupted):
     """A run whose settings can't be told is refused, and stays as it is."""
     draw = random.Random(f"{job} {seed}")
