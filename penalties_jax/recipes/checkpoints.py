@@ -1,4 +1,4 @@
-"""Checkpoints: a file of arrays each, named by its step and by a checksum of all its bytes."""
+"""Checkpoints: a file of arrays each, named by its step and a checksum of all that it is."""
 
 import hashlib
 import io
@@ -20,14 +20,15 @@ NAME = re.compile(r"(\d{1,18})-([0-9a-f]{16})\.npz")
 
 
 class Checkpoints:
-    """The checkpoints in a folder: the two latest are kept.
+    """The checkpoints of a training in a folder: the two latest are kept.
 
-    A file that doesn't have the checksum in its name is damaged, and never used; what else is in
-    the folder is left alone.
+    A file that doesn't have the checksum in its name is damaged, or of another step or training,
+    and never used; what else is in the folder is left alone.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, training: str):
         self.folder = folder
+        self.training = training
 
     def save(self, step: int, tree: Any, log: bytes = b"") -> None:
         """Save arrays and a log as what there is after `step`: whole, or not at all."""
@@ -37,7 +38,7 @@ class Checkpoints:
         buffer = io.BytesIO()
         np.savez(buffer, *leaves, log=np.frombuffer(log, np.uint8))
         data = buffer.getvalue()
-        path = self.folder / f"{step}-{_checksum(data)}.npz"
+        path = self.folder / f"{step}-{self._checksum(step, data)}.npz"
         self.folder.mkdir(exist_ok=True)
         write_file(path, data)
         earlier = [other for at, _, other in self._files() if at < step]
@@ -56,7 +57,7 @@ class Checkpoints:
         leaves, structure = jax.tree.flatten(like)
         for step, checksum, path in self._files():
             data = path.read_bytes()
-            if _checksum(data) != checksum:
+            if self._checksum(step, data) != checksum:
                 tell(f"{path} is damaged, and not used")
                 continue
             with np.load(io.BytesIO(data), allow_pickle=False) as saved:
@@ -74,14 +75,14 @@ class Checkpoints:
 
         def found() -> Iterator[tuple[int, str, Path]]:
             for path in self.folder.iterdir() if self.folder.is_dir() else ():
-                if match := NAME.fullmatch(path.name):
+                if (match := NAME.fullmatch(path.name)) and path.is_file():
                     yield int(match[1]), match[2], path
 
         return sorted(found(), reverse=True)
 
-
-def _checksum(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
+    def _checksum(self, step: int, data: bytes) -> str:
+        of = f"{self.training} {step}\n".encode()
+        return hashlib.sha256(of + data).hexdigest()[:16]
 
 
 def _layout(array: Any) -> tuple[tuple[int, ...], int]:

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _end(str(error), 1)
     except OSError as error:
         what = ": ".join(map(str, filter(None, (error.filename, error.strerror or error))))
-        _end(f"{what}; what was saved is whole, and --resume continues this run", 1)
+        _end(f"{what}; what is saved is whole: mend it, and --resume continues this run", 1)
     except StoppedError as stopped:
         if arguments is None:
             ignore_signals()

@@ -1,6 +1,7 @@
 """The devices of a run: those that share a batch, and the processes that they belong to."""
 
 import dataclasses
+import hashlib
 import os
 import re
 from typing import Any, TypeVar
@@ -28,32 +29,52 @@ def connect() -> None:
     By JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or under `srun` or `mpirun`.
 
     Raises:
-        UsageError: If the number of processes or that of this one is missing or no number.
+        UsageError: If one of these is missing, no number, or not what jax can start with.
     """
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        count, number = map(_number, ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-        jax.distributed.initialize(num_processes=count, process_id=number)
-    elif any(int(os.environ.get(name, 1)) > 1 for name in LAUNCHERS):
-        jax.distributed.initialize()
+    try:
+        if "JAX_COORDINATOR_ADDRESS" in os.environ:
+            count, number = map(_number, ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+            jax.distributed.initialize(num_processes=count, process_id=number)
+        elif any(_number(name) > 1 for name in LAUNCHERS if name in os.environ):
+            jax.distributed.initialize()
+    # What jax raises for addresses and numbers that it can't read, and where nobody answers.
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"can't join the other processes: {error}") from error
 
 
 def _number(name: str) -> int:
     value = os.environ.get(name, "")
     if not value.isdecimal():
-        raise UsageError(f"JAX_COORDINATOR_ADDRESS needs a number in {name}, not {value!r}")
+        raise UsageError(f"several processes need a number in {name}, not {value!r}")
     return int(value)
 
 
 def is_main() -> bool:
     """Whether this is the process that writes and prints."""
-    return jax.process_index() == 0
+    return not _several() or jax.process_index() == 0
 
 
 def any_process(flag: int) -> int:
     """Return the largest flag of all processes, which meet here."""
-    if jax.process_count() == 1:
-        return flag
-    return int(multihost_utils.process_allgather(np.int32(flag)).max())
+    return int(multihost_utils.process_allgather(np.int32(flag)).max()) if _several() else flag
+
+
+def agree(name: str, value: Any) -> None:
+    """Make sure that all processes, which meet here, have the same.
+
+    Raises:
+        UsageError: If not.
+    """
+    if _several():
+        digest = np.frombuffer(hashlib.sha256(repr(value).encode("utf-8")).digest(), np.uint8)
+        everyone = multihost_utils.process_allgather(digest)
+        if (everyone != everyone[0]).any():
+            raise UsageError(f"the processes differ in {name}")
+
+
+def _several() -> bool:
+    # Without asking for devices, of which there may be none.
+    return jax.distributed.is_initialized()
 
 
 def choose_mesh(options: AnyOptions, batch_size: int) -> AnyOptions:

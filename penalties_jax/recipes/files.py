@@ -17,10 +17,11 @@ LONGEST_LINE = 600
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a whole file or nothing: readers see the old content or the new, never a part."""
     data = content.encode("utf-8") if isinstance(content, str) else content
-    # One name in a folder, so that what a kill leaves is overwritten, and never piles up.
-    new = path.with_name(".new")
+    # One name in a folder, so that what a kill leaves goes, and never piles up.
+    new = path.with_name(f".{PROGRAM}.new")
+    new.unlink(missing_ok=True)
     try:
-        with open(new, "wb") as file:
+        with open(new, "xb") as file:
             file.write(data)
             sync(file)
         new.replace(path)

@@ -1,17 +1,17 @@
 """Pretrain a language model, once: the same settings and text find the same checkpoint."""
 
-import hashlib
-import json
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
 from penalties_jax.recipes.devices import make_mesh
 from penalties_jax.recipes.language_model import LanguageModel, mean_loss
 from penalties_jax.recipes.options import Options, RunError
+from penalties_jax.recipes.runs import Run, fingerprint, numeric_modes
 from penalties_jax.recipes.text import Batches, Corpus, batches
 from penalties_jax.recipes.training import Metrics, State, adam, descend, train
 
@@ -40,7 +40,8 @@ def pretrained(
     sizes = {name: getattr(options, name) for name in ("width", "layers", "heads", "context")}
     steps, learning_rate = options.pretrain_steps, options.pretrain_learning_rate
     training = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
-    settings = {"seed": options.seed, **sizes, **training}
+    settings = {"seed": options.seed, **sizes, **training, "text": corpus.describe()}
+    settings["modes"] = numeric_modes()
 
     @nnx.jit
     def make() -> Model:
@@ -62,7 +63,7 @@ def pretrained(
         return descend(optimizer, state, gradient), {"loss": value[None]}
 
     trained = train(
-        options.out / "pretrained" / fingerprint(settings, corpus),
+        Run(options.out / "pretrained" / fingerprint(settings), settings),
         step,
         State(parameters, optimizer.init(parameters)),
         batches(corpus, options.seed),
@@ -72,12 +73,7 @@ def pretrained(
         members=[{}],
         title="pretrain",
     )
-    if trained.diverged:
+    leaves = jax.tree.leaves(trained.state.parameters)
+    if trained.diverged or not all(np.isfinite(leaf).all() for leaf in leaves):
         raise RunError("pretraining has diverged: lower --pretrain-learning-rate")
     return nnx.merge(graph, jax.tree.map(jnp.asarray, trained.state.parameters), rest)
-
-
-def fingerprint(settings: dict[str, float], corpus: Corpus) -> str:
-    """Return 16 hexadecimal digits that change with any of the settings or bytes."""
-    content = json.dumps([settings, corpus.describe()])
-    return hashlib.sha256(content.encode("utf-8")).hexdigest()[:16]

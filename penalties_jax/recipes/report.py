@@ -43,7 +43,8 @@ def write_results(
         StoppedError: If a signal asked for it before anything was written.
     """
     stop_if_asked()
-    diverged = trained.diverged
+    diverged = {i: trained.step for i, result in enumerate(results) if not _is_finite(result)}
+    diverged |= trained.diverged
     trained.log.append(
         {"kind": "evaluation", "step": trained.step, **result._asdict()}
         | ({"diverged": diverged[i]} if i in diverged else {})
@@ -59,6 +60,10 @@ def write_results(
         raise RunError(advice)
     if diverged:
         tell(advice)
+
+
+def _is_finite(result: Sequence[Any]) -> bool:
+    return all(math.isfinite(value) for value in result if isinstance(value, float))
 
 
 def _write(run: Run, table: Table, report: Report, advice: str) -> None:

@@ -2,19 +2,22 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import yaml
 from filelock import FileLock, Timeout
 
 from penalties_jax import _yaml
-from penalties_jax.recipes.devices import any_process, is_main
+from penalties_jax.recipes.devices import agree, any_process, is_main
 from penalties_jax.recipes.files import sync, tell, write_file
 from penalties_jax.recipes.options import Options, UsageError, flag
 
@@ -22,6 +25,7 @@ SETTINGS = "config.yaml"
 LOG = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
+MODES = ("jax_enable_x64", "jax_default_prng_impl", "jax_default_matmul_precision")
 # The last file that a run writes: with it, a run is finished.
 REPORT = "report.html"
 
@@ -56,6 +60,8 @@ def open_run(options: Options, images: Iterable[str], **texts: str) -> Iterator[
         for name, value in (dataclasses.asdict(options) | texts).items()
         if name not in ("out", "resume", "overwrite")
     }
+    settings["modes"] = numeric_modes()
+    agree("their options, texts or modes", settings)
     with contextlib.ExitStack() as held:
         refusal = None
         if is_main():
@@ -71,26 +77,53 @@ def open_run(options: Options, images: Iterable[str], **texts: str) -> Iterator[
 def _open(
     options: Options, settings: dict[str, Any], images: Iterable[str], held: contextlib.ExitStack
 ) -> None:
+    folder = options.out
+    # Before the lock, which is a file too, and again, when no other run can change the folder.
+    _check(options, settings, images)
+    held.enter_context(_locked(folder))
+    taken = _check(options, settings, images)
+    if options.resume:
+        # It is no finished run until it is one again.
+        (folder / REPORT).unlink(missing_ok=True)
+    else:
+        _start(folder, settings, taken)
+
+
+def _check(options: Options, settings: dict[str, Any], images: Iterable[str]) -> list[str]:
+    """Refuse a folder that can't be taken, or return which files of a run it has."""
     folder, earlier = options.out, _read_settings(options.out)
     files = (SETTINGS, REPORT, CHECKPOINTS, LOG, *images)
-    taken = [name for name in files if (folder / name).exists()]
-    if taken and earlier.keys() != settings.keys():
+    taken = [name for name in files if os.path.lexists(folder / name)]
+    strange = [name for name in taken if not _is_of_a_run(folder / name)]
+    if strange or (taken and earlier.keys() != settings.keys()):
         raise UsageError(
-            f"{folder} holds a {taken[0]} that is not from a run of this kind: neither --resume "
-            "nor --overwrite touches it; choose another --out"
+            f"{folder} holds a {[*strange, *taken][0]} that is not from a run of this kind: "
+            "neither --resume nor --overwrite touches it; choose another --out"
         )
     if options.resume:
         _check_resumable(folder, earlier, settings)
-        held.enter_context(_locked(folder))
     elif taken and not options.overwrite:
         finished = "a finished" if REPORT in taken else "an unfinished"
         raise UsageError(
             f"{folder} holds {finished} run: --resume continues it where the options are the same, "
             "--overwrite removes it and starts over"
         )
-    else:
-        held.enter_context(_locked(folder))
-        _start(folder, settings, taken)
+    return taken
+
+
+def _is_of_a_run(path: Path) -> bool:
+    is_there = path.is_dir if path.name == CHECKPOINTS else path.is_file
+    return is_there() and not path.is_symlink()
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """Return 16 hexadecimal digits that change with any of the settings."""
+    return hashlib.sha256(json.dumps(settings).encode("utf-8")).hexdigest()[:16]
+
+
+def numeric_modes() -> str:
+    """Return the settings of jax that change which numbers a run computes."""
+    return ", ".join(f"{name.removeprefix('jax_')} {getattr(jax.config, name)}" for name in MODES)
 
 
 @contextmanager
@@ -116,7 +149,7 @@ def _check_resumable(folder: Path, earlier: dict[str, Any], settings: dict[str, 
     if not earlier:
         raise UsageError(f"nothing to resume: no settings of a run in {folder / SETTINGS}")
     different = [
-        f"{flag(name)} {earlier[name]}, not {value}"
+        f"{'the modes' if name == 'modes' else flag(name)} {earlier[name]}, not {value}"
         for name, value in settings.items()
         if earlier[name] != value
     ]
@@ -139,7 +172,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     """Return the settings of the run in `folder`; none if there is no readable run."""
     try:
         found = _yaml.load((folder / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        str(found)  # A ValueError for an integer that is too long to be shown.
+    except (OSError, ValueError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -149,7 +183,9 @@ def _errors_of(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UsageError(f"can't write to the folder {folder}: {error.strerror}") from error
+        raise UsageError(
+            f"can't write to the folder {folder}: {error.strerror or error}"
+        ) from error
 
 
 class Log:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,17 +30,35 @@ def stoppable() -> Iterator[None]:
 
     def note(number: int, _: object) -> None:
         global _asked
-        if _asked:
-            os._exit(128 + number)
-        _asked = number
+        _asked = _asked or number
 
+    # What Python calls on a signal waits for a compiled program to end: a thread does not.
+    heard, hear = os.pipe()
+    os.set_blocking(hear, False)
+    listener = threading.Thread(target=_end_at_the_second, args=(heard,), daemon=True)
     earlier = {number: signal.signal(number, note) for number in SIGNALS}
+    wakes = signal.set_wakeup_fd(hear, warn_on_full_buffer=False)
+    listener.start()
     try:
         yield
     finally:
+        signal.set_wakeup_fd(wakes)
         for number, handler in earlier.items():
             signal.signal(number, handler)
+        os.close(hear)
+        listener.join()
+        os.close(heard)
         _asked = 0
+
+
+def _end_at_the_second(heard: int) -> None:
+    """Read the numbers of signals from a pipe, until it is closed or it has heard two to stop."""
+    asked = False
+    while number := os.read(heard, 1):
+        if number[0] in SIGNALS:
+            if asked:
+                os._exit(128 + number[0])
+            asked = True
 
 
 def ignore_signals() -> None:

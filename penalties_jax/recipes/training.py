@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,9 +13,9 @@ from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
 from penalties_jax.recipes.checkpoints import Checkpoints
-from penalties_jax.recipes.devices import is_main, kept_on_every_device, to_every_device
+from penalties_jax.recipes.devices import agree, is_main, kept_on_every_device, to_every_device
 from penalties_jax.recipes.files import tell
-from penalties_jax.recipes.runs import CHECKPOINTS, Log
+from penalties_jax.recipes.runs import CHECKPOINTS, Log, Run, fingerprint
 from penalties_jax.recipes.stopping import stop_if_asked
 
 Metrics = dict[str, Array]
@@ -89,7 +88,7 @@ class Trained(NamedTuple):
 
 
 def train(
-    folder: Path,
+    run: Run,
     step: Step,
     state: Any,
     data: PyTree,
@@ -107,7 +106,7 @@ def train(
     when all have, training ends.
 
     Args:
-        folder: Where log and checkpoints are.
+        run: Where log and checkpoints are, and what tells this training from others.
         step: As of `compile_chunk`; each of its metrics has one value for each member.
         state: The state before the first step.
         data: What the steps read.
@@ -121,10 +120,12 @@ def train(
         StoppedError: If a signal asked for it.
     """
     if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-    checkpoints, log = Checkpoints(folder / CHECKPOINTS), Log(folder)
+        run.folder.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(run.folder / CHECKPOINTS, fingerprint(run.settings))
+    log = Log(run.folder)
     state = jax.tree.map(np.asarray, state)
     done, state, content = checkpoints.latest(state)
+    agree("the checkpoint that they find", (done, content))
     log.restore(content)
     # Both ways from the host to devices by name: else resuming would be another program.
     state, data = to_every_device((state, data), mesh)

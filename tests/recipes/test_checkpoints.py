@@ -28,7 +28,7 @@ def same(ours, theirs):
 
 @pytest.fixture
 def saved(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints = Checkpoints(tmp_path / "checkpoints", "a run")
     for step in (3, 6, 9):
         checkpoints.save(step, tree(step), f"log to {step}\n".encode())
     return checkpoints
@@ -51,7 +51,7 @@ def test_the_two_latest_are_kept(saved):
 
 
 def test_without_any_it_is_what_was_given(tmp_path):
-    assert latest(Checkpoints(tmp_path / "checkpoints")) == 0
+    assert latest(Checkpoints(tmp_path / "checkpoints", "a run")) == 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -103,9 +103,18 @@ def test_what_else_is_there_is_left_alone(saved):
     (saved.folder / "99" / "data").touch()
     (saved.folder / "100-0123.npz").touch()
     (saved.folder / "300.npz").touch()
+    (saved.folder / "13-0123456789abcdef.npz").mkdir()
     assert latest(saved) == 6
     saved.save(9, tree(9), b"log to 9\n")
-    assert len(list(saved.folder.iterdir())) == 6
+    assert len(list(saved.folder.iterdir())) == 7
+
+
+def test_one_of_another_step_or_run_is_damaged(saved, capsys):
+    path = newest(saved)
+    path.rename(path.with_name(path.name.replace("9-", "12-", 1)))
+    assert latest(saved) == 6
+    assert latest(Checkpoints(saved.folder, "another run")) == 0
+    assert len(capsys.readouterr().err.splitlines()) == 3
 
 
 def test_other_arrays_are_refused(saved):

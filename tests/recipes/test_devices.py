@@ -63,7 +63,26 @@ def test_an_incomplete_environment_is_one_line(monkeypatch, missing):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     monkeypatch.setenv("JAX_PROCESS_ID", "0")
     monkeypatch.setenv(missing, "two")
-    with pytest.raises(UsageError, match=f"needs a number in {missing}, not 'two'"):
+    with pytest.raises(UsageError, match=f"need a number in {missing}, not 'two'"):
+        connect()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"JAX_COORDINATOR_ADDRESS": "", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
+        {"JAX_COORDINATOR_ADDRESS": "nowhere", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
+        {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "5"},
+        {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "9" * 20, "JAX_PROCESS_ID": "0"},
+        {"SLURM_STEP_NUM_TASKS": "many"},
+        {"OMPI_COMM_WORLD_SIZE": ""},
+        {"OMPI_COMM_WORLD_SIZE": "2"},
+    ],
+)
+def test_an_environment_that_tells_nonsense_is_one_line(monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError):
         connect()
 
 
@@ -87,11 +106,12 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run_in_two_processes(arguments):
+def run_in_two_processes(arguments, other=()):
+    """Output, errors and exit code of each; the second one is given other words besides."""
     address = f"localhost:{free_port()}"
     processes = [
         started(
-            arguments,
+            [*arguments, *(other if number else ())],
             devices=2,
             JAX_COORDINATOR_ADDRESS=address,
             JAX_NUM_PROCESSES="2",
@@ -152,6 +172,15 @@ def test_what_is_refused_is_refused_once(tmp_path):
     assert (main[2], other[2]) == (2, 2)
     assert "not from a run of this kind" in main[1].splitlines()[-1]
     assert "not from a run of this kind" not in other[1]
+
+
+@pytest.mark.slow
+def test_processes_that_differ_are_refused(tmp_path):
+    arguments = ["finetune", *SMALL["finetune"].split(), f"--out={tmp_path / 'run'}"]
+    main, other = run_in_two_processes(arguments, ["--seed=1"])
+    assert (main[2], other[2]) == (2, 2)
+    assert "the processes differ in their options" in main[1].splitlines()[-1]
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_mesh_is_a_setting(tmp_path):

@@ -18,8 +18,8 @@ def test_write_file_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch, ste
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "old")]
 
 
-def test_what_a_kill_left_half_written_is_overwritten(tmp_path):
-    (tmp_path / ".new").write_bytes(b"half")
+def test_what_lies_where_a_file_is_first_written_is_not_written_through(tmp_path):
+    (tmp_path / ".penalties-jax.new").symlink_to(tmp_path / "file")
     files.write_file(tmp_path / "file", "whole")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "whole")]
 

@@ -50,9 +50,9 @@ def test_pretraining_learns_and_its_checkpoint_is_reused(tmp_path, monkeypatch):
 def test_other_settings_or_text_have_a_folder_of_their_own(tmp_path, monkeypatch, other):
     started = []
 
-    def train(folder, step, state, data, *, members, **_):
+    def train(run, step, state, data, *, members, **_):
         """As if it had been done."""
-        started.append(folder)
+        started.append(run.folder)
         return Trained(state, 0, None, {})
 
     monkeypatch.setattr(pretraining, "train", train)
@@ -66,3 +66,6 @@ def test_a_model_that_diverges_is_one_line(tmp_path):
     for _ in range(2):
         with pytest.raises(RunError, match="diverged: lower --pretrain-learning-rate"):
             pretrained(tmp_path, options)
+    last = dataclasses.replace(options, pretrain_steps=1)
+    with pytest.raises(RunError, match="diverged"):
+        pretrained(tmp_path, last)

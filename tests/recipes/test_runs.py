@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from penalties_jax.recipes import runs
@@ -134,6 +135,43 @@ def test_resuming_names_everything_that_differs(folder):
     )
     with pytest.raises(UsageError, match="with --text a text, not another"):
         opened(Job(out=folder, resume=True), text="another")
+
+
+def test_what_a_run_does_not_write_so_is_refused(folder):
+    """Nothing is removed, neither what could be."""
+    (folder / "metrics.jsonl").unlink()
+    (folder / "metrics.jsonl").mkdir()
+    for option in ({"overwrite": True}, {"resume": True}):
+        assert "a metrics.jsonl that is not" in refused(Job(out=folder, **option))
+    (folder / "metrics.jsonl").rmdir()
+    (folder / "checkpoints").rename(folder / "elsewhere")
+    (folder / "checkpoints").symlink_to(folder / "elsewhere")
+    assert "a checkpoints that is not" in refused(Job(out=folder, overwrite=True))
+
+
+def test_a_finished_run_that_is_resumed_is_none_until_it_ends(folder):
+    opened(Job(out=folder, resume=True), text="a text")
+    assert not (folder / "report.html").exists()
+
+
+def test_what_another_run_does_before_the_lock_is_seen(tmp_path, monkeypatch):
+    locked = runs._locked
+
+    def other_first(folder):
+        monkeypatch.setattr(runs, "_locked", locked)
+        opened(Job(out=folder, seed=1))
+        return locked(folder)
+
+    monkeypatch.setattr(runs, "_locked", other_first)
+    with pytest.raises(UsageError, match="holds an unfinished run"):
+        opened(Job(out=tmp_path))
+
+
+def test_numbers_of_other_modes_are_not_mixed(tmp_path, x64):
+    with jax.enable_x64(False):
+        opened(Job(out=tmp_path))
+    with pytest.raises(UsageError, match="the modes enable_x64 False.*, not enable_x64 True"):
+        opened(Job(out=tmp_path, resume=True))
 
 
 def test_a_folder_has_one_run_at_a_time(tmp_path):

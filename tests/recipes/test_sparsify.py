@@ -91,6 +91,7 @@ def test_an_interrupted_run_continues_to_the_same_end(folders):
     [
         (["--targets", "0.2", "1.5"], "--targets and --warmup-fraction must be at most 1"),
         (["--targets", "0.5", "0.5"], "all different"),
+        (["--targets", "0.5", "0.50000001"], "--targets must differ in their first six digits"),
         (["--targets", "-0.1"], "--targets must be a finite number 0 or above"),
         (["--kind", "l3"], "kind"),
         (["--width", "1", "--heads", "1"], "--width must be at least 2"),

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from penalties_jax.recipes import training
+from penalties_jax.recipes.runs import Run
 from penalties_jax.recipes.stopping import StoppedError, stoppable
 from penalties_jax.recipes.training import adam, compile_chunk, train
 from tests.recipes.logs import read_log
@@ -25,7 +26,7 @@ def step(state, data, index):
 
 def trained(folder, *, fails=(100, 100), steps=7):
     return train(
-        folder,
+        Run(folder, {}),
         step,
         jnp.zeros(2),
         jnp.array(fails),
@@ -79,7 +80,7 @@ def test_a_total_that_is_no_finite_number_is_a_divergence_too(tmp_path):
         return state, {"loss": jnp.ones(1), "total": jnp.where(index < 4, 1, jnp.inf)[None]}
 
     settings = {"mesh": MESH, "steps": 9, "every": 3, "members": [{}]}
-    end = train(tmp_path, overflows, jnp.zeros(1), jnp.zeros(1), **settings)
+    end = train(Run(tmp_path, {}), overflows, jnp.zeros(1), jnp.zeros(1), **settings)
     assert (end.step, end.diverged) == (6, {0: 6})
 
 
@@ -115,6 +116,24 @@ def test_a_signal_stops_once_the_chunk_is_saved(tmp_path, monkeypatch, number):
     assert read_log(tmp_path / "run") == read_log(tmp_path / "whole")
 
 
+def test_a_second_signal_is_heard_while_a_program_runs():
+    program = """
+import jax, os, signal, threading, time
+from penalties_jax.recipes.stopping import stoppable
+forever = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 1, lambda x: x, x)).lower(0.0).compile()
+def ask():
+    for _ in range(2):
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+with stoppable():
+    threading.Thread(target=ask).start()
+    forever(0.0).block_until_ready()
+"""
+    assert (
+        subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 143
+    )
+
+
 def test_handlers_are_those_of_before_afterwards():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with stoppable():
@@ -126,11 +145,13 @@ def test_handlers_are_those_of_before_afterwards():
 def test_a_second_signal_ends_at_once(second, code):
     program = f"""
 import signal
+import time
+from penalties_jax.recipes.runs import Run
 from penalties_jax.recipes.stopping import stoppable
 with stoppable():
     signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.{second})
-    print("not reached")
+    time.sleep(60)
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False

@@ -42,7 +42,7 @@ def decompose(config: DecomposeConfig) -> list[Result]:
     if config.target == "lm":
         check_length(text, batch_size=size.batch_size, context=config.context)
     with open_run(config, IMAGES, text=text.describe()) as run:
-        trained, shared = train_sweep(config, run.folder, _target(config, text))
+        trained, shared = train_sweep(config, run, _target(config, text))
         scores, found = evaluate(config, trained.state.parameters, shared)
         results = [
             Result(

@@ -2,7 +2,6 @@
 
 import functools
 from collections import Counter
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ from penalties_jax.recipes.decompose.components import Scores, Sites, losses, re
 from penalties_jax.recipes.decompose.config import LP, SMOOTH_L0, DecomposeConfig, members, size_of
 from penalties_jax.recipes.decompose.targets import Target, ToyModel
 from penalties_jax.recipes.devices import make_mesh, split_over_devices
+from penalties_jax.recipes.runs import Run
 from penalties_jax.recipes.training import (
     Metrics,
     State,
@@ -51,7 +51,7 @@ def penalties(config: DecomposeConfig) -> dict[str, pj.ImportanceMinimality]:
     }
 
 
-def train_sweep(config: DecomposeConfig, folder: Path, target: Target) -> tuple[Trained, Shared]:
+def train_sweep(config: DecomposeConfig, run: Run, target: Target) -> tuple[Trained, Shared]:
     """Train all members; return that, and what they shared."""
     size, everyone, plain = size_of(config), members(config), penalties(config)
     weighted = {
@@ -71,7 +71,7 @@ def train_sweep(config: DecomposeConfig, folder: Path, target: Target) -> tuple[
         return jax.vmap(one)(shared.keys)
 
     trained = train(
-        folder,
+        run,
         sweep_step(config, optimizer),
         begin(shared),
         shared,

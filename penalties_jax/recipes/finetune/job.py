@@ -1,7 +1,6 @@
 """Fine-tuning from beginning to end."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 from jaxtyping import Array
@@ -15,7 +14,7 @@ from penalties_jax.recipes.finetune.sweep import evaluate, start_sweep, sweep_st
 from penalties_jax.recipes.language_model import LanguageModel, mean_loss
 from penalties_jax.recipes.pretraining import pretrained
 from penalties_jax.recipes.report import likely_cause, write_results
-from penalties_jax.recipes.runs import open_run
+from penalties_jax.recipes.runs import Run, open_run
 from penalties_jax.recipes.training import Trained, adam, train
 
 
@@ -35,7 +34,7 @@ def finetune(config: FinetuneConfig) -> list[Result]:
     text.check_length(target, batch_size=config.batch_size, context=config.context)
     texts = {"base_text": base.describe(), "target_text": target.describe()}
     with open_run(config, IMAGES, **texts) as run:
-        trained, results = _train_and_evaluate(config, run.folder, base, target)
+        trained, results = _train_and_evaluate(config, run, base, target)
         shown = report(results, trained.log.records, base)
         write_results(run, trained, results, shown, _cause(config, trained))
     return results
@@ -81,7 +80,7 @@ def _cause(config: FinetuneConfig, trained: Trained) -> str:
 
 
 def _train_and_evaluate(
-    config: FinetuneConfig, folder: Path, base_text: text.Corpus, target_text: text.Corpus
+    config: FinetuneConfig, run: Run, base_text: text.Corpus, target_text: text.Corpus
 ) -> tuple[Trained, list[Result]]:
     base_model = pretrained(
         LanguageModel,
@@ -100,7 +99,7 @@ def _train_and_evaluate(
         seed=config.seed,
     )
     trained = train(
-        folder,
+        run,
         sweep_step(optimizer, batch_size=config.batch_size, length=config.context + 1),
         members,
         shared,

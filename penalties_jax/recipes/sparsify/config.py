@@ -64,6 +64,8 @@ def check(config: SparsifyConfig) -> None:
         raise UsageError(f"--kind must be one of {', '.join(get_args(Kind))}, not {config.kind}")
     if config.width < 2:
         raise UsageError(f"--width must be at least 2, not {config.width}")
+    if len({f"{target:g}" for target in config.targets}) < len(config.targets):
+        raise UsageError(f"--targets must differ in their first six digits, not {config.targets}")
     if max(config.targets) > 1 or config.warmup_fraction > 1:
         raise UsageError("--targets and --warmup-fraction must be at most 1")
     check_memory(config, numbers)

@@ -1,6 +1,5 @@
 """Learning to skip from beginning to end."""
 
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from penalties_jax.recipes import text
 from penalties_jax.recipes.devices import choose_mesh, make_mesh
 from penalties_jax.recipes.pretraining import pretrained
 from penalties_jax.recipes.report import likely_cause, write_results
-from penalties_jax.recipes.runs import open_run
+from penalties_jax.recipes.runs import Run, open_run
 from penalties_jax.recipes.sparsify.config import (
     DENSE,
     DUAL,
@@ -42,7 +41,7 @@ def sparsify(config: SparsifyConfig) -> list[Result]:
     corpus = text.read_text(config.text, text.help_topics)
     text.check_length(corpus, batch_size=config.batch_size, context=config.context)
     with open_run(config, IMAGES, text=corpus.describe()) as run:
-        trained, shared = _train(config, run.folder, corpus)
+        trained, shared = _train(config, run, corpus)
         windows = text.spread_windows(
             corpus.held_out, count=config.evaluation_windows, length=config.context + 1
         )
@@ -63,7 +62,7 @@ def _cause(config: SparsifyConfig, trained: Trained) -> str:
     return likely_cause(config, SparsifyConfig(), names, swept, trained.diverged)
 
 
-def _train(config: SparsifyConfig, folder: Path, corpus: text.Corpus) -> tuple[Trained, Shared]:
+def _train(config: SparsifyConfig, run: Run, corpus: text.Corpus) -> tuple[Trained, Shared]:
     model = pretrained(
         SparseLanguageModel,
         config,
@@ -78,7 +77,7 @@ def _train(config: SparsifyConfig, folder: Path, corpus: text.Corpus) -> tuple[T
     state, shared = start_sweep(config, model, text.batches(corpus, config.seed), optimizer)
     labels = [{"member": f"{name} {target:g}"} for name, target in members(config)]
     trained = train(
-        folder,
+        run,
         sweep_step(config, optimizer),
         state,
         shared,
