@@ -170,7 +170,7 @@ def test_what_another_run_does_before_the_lock_is_seen(tmp_path, monkeypatch):
 def test_numbers_of_other_modes_are_not_mixed(tmp_path, x64):
     with jax.enable_x64(False):
         opened(Job(out=tmp_path))
-    with pytest.raises(UsageError, match="the modes enable_x64 False.*, not enable_x64 True"):
+    with pytest.raises(UsageError, match=r"the modes enable_x64 False.*, not enable_x64 True"):
         opened(Job(out=tmp_path, resume=True))
 
 

@@ -120,18 +120,19 @@ def test_a_second_signal_is_heard_while_a_program_runs():
     program = """
 import jax, os, signal, threading, time
 from penalties_jax.recipes.stopping import stoppable
-forever = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 1, lambda x: x, x)).lower(0.0).compile()
+jnp = jax.numpy
+loop = jax.jit(lambda x: jax.lax.fori_loop(0, 2**31 - 1, lambda i, x: jnp.sin(x), x))
+long = loop.lower(1.0).compile()
 def ask():
     for _ in range(2):
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
 with stoppable():
     threading.Thread(target=ask).start()
-    forever(0.0).block_until_ready()
+    long(1.0).block_until_ready()
 """
-    assert (
-        subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 143
-    )
+    done = subprocess.run([sys.executable, "-c", program], check=False, timeout=60)
+    assert done.returncode == 143
 
 
 def test_handlers_are_those_of_before_afterwards():
