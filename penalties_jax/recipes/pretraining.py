@@ -4,7 +4,6 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
@@ -73,7 +72,6 @@ def pretrained(
         members=[{}],
         title="pretrain",
     )
-    leaves = jax.tree.leaves(trained.state.parameters)
-    if trained.diverged or not all(np.isfinite(leaf).all() for leaf in leaves):
+    if trained.diverged:
         raise RunError("pretraining has diverged: lower --pretrain-learning-rate")
     return nnx.merge(graph, jax.tree.map(jnp.asarray, trained.state.parameters), rest)
