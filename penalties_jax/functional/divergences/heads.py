@@ -422,6 +422,7 @@ def _parts(platform, formulas, walk, wanted, inputs):
 
 def _as_factor(x):
     """What is narrower than half precision in it, which holds the same numbers."""
+    x = jnp.asarray(x)
     if x.dtype.itemsize == 1:
         return x.astype(jnp.bfloat16)
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)

@@ -12,6 +12,7 @@ from penalties_jax.functional.checks import (
     FINITE,
     POSITIVE,
     Size,
+    check_classes,
     check_same_shape,
     public,
 )
@@ -194,6 +195,8 @@ def entropy(
     POSITIVE.check(temperature=temperature)
     FINITE.check(weights=weights)
     if normalize:
+        if not jnp.ndim(log_p):
+            check_classes(log_p=log_p)
         weights = weights * entropy_scale(jnp.shape(log_p)[axis])
     options = {"reduction": reduction, "where": where, "axis_name": axis_name}
     parameters = {"temperature": temperature}
