@@ -29,7 +29,7 @@ from penalties_jax.functional.checks import (
     check_where,
     standard_promotion,
 )
-from penalties_jax.functional.derivatives import FAR, differentiated_as
+from penalties_jax.functional.derivatives import differentiated_as
 from penalties_jax.functional.divergences.blocks import map_rows
 from penalties_jax.functional.divergences.formulas import (
     DOWN,
@@ -425,8 +425,8 @@ def _distributions(rows, class_axis_name, normalisers):
     normalisers = [Normaliser(*(x[..., None] for x in n)) for n in normalisers]
     ratio = _from_peaks(difference(*logits), 1, normalisers, temperature)
     # A class of which both have nothing, unless one alone excludes it.
-    (z_p, z_q), (floor_p, floor_q) = logits, (n.peak - FAR * temperature for n in normalisers)
-    nowhere = (z_p < floor_p) & (z_q < floor_q) & (jnp.isneginf(z_p) == jnp.isneginf(z_q))
+    (z_p, z_q), (p, q) = logits, probabilities
+    nowhere = (p == 0) & (q == 0) & (jnp.isneginf(z_p) == jnp.isneginf(z_q))
     ratio = jnp.where(nowhere & (jnp.abs(ratio) > INFINITE), 0, ratio)
     return Distributions(probabilities, logs, ratio)
 
