@@ -97,4 +97,6 @@ def recomputed(function: Callable[..., T]) -> Callable[..., T]:
     def placed(*arguments):
         return by_platform(on, *arguments)
 
+    # Around both platforms, so that what is kept is an argument itself: out of a choice between
+    # them it would be a copy, which a call outside jit would make.
     return jax.checkpoint(placed, prevent_cse=False)

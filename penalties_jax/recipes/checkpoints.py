@@ -32,9 +32,9 @@ class Checkpoints:
 
     def save(self, step: int, tree: Any, log: bytes = b"") -> None:
         """Save arrays and a log as what there is after `step`: whole, or not at all."""
-        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
         if not is_main():
             return
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
         buffer = io.BytesIO()
         np.savez(buffer, *leaves, log=np.frombuffer(log, np.uint8))
         data = buffer.getvalue()
@@ -81,8 +81,9 @@ class Checkpoints:
         return sorted(found(), reverse=True)
 
     def _checksum(self, step: int, data: bytes) -> str:
-        of = f"{self.training} {step}\n".encode()
-        return hashlib.sha256(of + data).hexdigest()[:16]
+        digest = hashlib.sha256(f"{self.training} {step}\n".encode())
+        digest.update(data)
+        return digest.hexdigest()[:16]
 
 
 def _layout(array: Any) -> tuple[tuple[int, ...], int]:
