@@ -18,20 +18,21 @@ help:  ## show what there is to make
 demo: $(VENV)/.recipes  ## set up, and fine-tune on real text with a KL penalty: plots and a report in runs/finetune
 	$(BIN)/penalties-jax finetune --out $(RUNS)/finetune --overwrite $(ARGS)
 
-# Of a test with many cases two thirds on the oldest Python and jax, and the others on the newest.
-CASES ?= two-thirds
-
+# Of a test with many cases one third on the oldest Python and jax, and another on the newest: all of
+# them, which make test-matrix has, take half an hour for each.
+test: CASES ?= 1
 test: $(VENV)/.test  ## set up, and run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --cases $(CASES) $(ARGS)
 
+test-slow: CASES ?= 123
 test-slow: $(VENV)/.test  ## the tests that take long: notebooks, whole runs, many compiled programs
-	$(BIN)/python -m pytest -m slow -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m slow -n auto --dist loadfile --cases $(CASES) $(ARGS)
 
 test-reliability: export PENALTIES_JAX_ATTACKS = hard
 test-reliability: $(VENV)/.test  ## what may go wrong, tried hard: kills, flipped bits, fuzzing; two hours
 	$(BIN)/python -m pytest tests/reliability -m 'not gpu' -n auto --dist worksteal $(ARGS)
 
-test-matrix: export CASES = all
+test-matrix: export CASES = 123
 test-matrix: $(PYTHONS:%=test-%)  ## all cases on the oldest and on the newest Python and jax
 
 # Where pyenv is, its python3.13 is there only for who asks for that version.
@@ -51,8 +52,8 @@ mutation: $(VENV)/.mutation  ## which small faults in the package no test notice
 # An int is a float, as PEP 484 has it.
 TYPES := penalties_jax,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 
-test-types:  ## the other cases on the newest Python and jax, while every annotation is checked
-	$(MAKE) test-3.13 CASES=third ARGS='"--jaxtyping-packages=$(TYPES)" $(ARGS)'
+test-types:  ## other cases on the newest Python and jax, while every annotation is checked
+	$(MAKE) test-3.13 CASES=2 ARGS='"--jaxtyping-packages=$(TYPES)" $(ARGS)'
 
 # Compiling is most of it: the programs are too small to be worth optimising.
 test-tunix: export XLA_FLAGS += --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
