@@ -16,6 +16,7 @@ from penalties_jax._pytree import Pytree, config, has_schedule, number, option, 
 from penalties_jax.functional.checks import bare, standard_promotion
 from penalties_jax.functional.derivatives import norm
 from penalties_jax.functional.reduction import promote
+from penalties_jax.terms.averages import Aggregate
 from penalties_jax.terms.base import Numeric, Penalty, distinct
 
 __all__ = ["Objective", "Term"]
@@ -42,11 +43,28 @@ class Term(Pytree):
             the term adds exactly 0, whatever its value.
         enabled: False or 0 for a term that counts as one of weight 0; it keeps its weight, and
             its value is still reported.
+        aggregate: A `pj.Aggregate`, which averages the penalty's values of positions [batch, time]
+            in place of its own reduction: what `where` excludes counts in neither.
+        segments: The key of the segment ids, or a function of the outputs that returns them.
+        normalizer: The key of a number that comes with the batch, or a function as before: it
+            stands for that of `aggregate`, as the count of a global batch of which this is a part.
+
+    Raises:
+        TypeError: If the penalty is no config, or a field is of another type.
+        ValueError: If `segments` or `normalizer` is there without an `aggregate`, or both it and
+            that have a normalizer. In an objective, if `aggregate` meets a penalty without a value
+            for each position [batch, time], which names the term.
 
     Examples:
         >>> term = pj.Term(pj.KLDivergence(), on=("logprobs", "reference"), weight=0.1)
         >>> term.weight
         0.1
+        >>> average = pj.Aggregate(sequences="tokens")
+        >>> term = pj.Term(pj.L2(), on="x", where="mask", aggregate=average, normalizer="tokens")
+        >>> outputs = {"x": jnp.array([[1.0, 3.0]]), "mask": jnp.array([[True, False]])}
+        >>> total, _ = pj.Objective(terms={"l2": term})(outputs | {"tokens": jnp.array(4)})
+        >>> float(total)
+        0.25
     """
 
     penalty: Penalty
@@ -54,11 +72,21 @@ class Term(Pytree):
     where: str | Callable[[Outputs], Any] | None = option(default=None)
     weight: Numeric = number(default=1.0, single=True)
     enabled: ArrayLike = number(default=1.0, single=True)
+    aggregate: Aggregate | None = dataclasses.field(default=None, kw_only=True)
+    segments: str | Callable[[Outputs], Any] | None = option(default=None, kw_only=True)
+    normalizer: str | Callable[[Outputs], Any] | None = option(default=None, kw_only=True)
 
     def __post_init__(self):
         if not isinstance(self.penalty, Penalty):
             raise TypeError(f"Term.penalty must be a config such as pj.L1(), got {self.penalty!r}")
         super().__post_init__()
+        for name in ("segments", "normalizer"):
+            key = getattr(self, name)
+            if key is not None and self.aggregate is None:
+                raise ValueError(f"Term.{name} needs Term.aggregate, got {key!r}")
+        average = self.aggregate
+        if average and average.normalizer is not None and self.normalizer is not None:
+            raise ValueError(f"Term.normalizer is {self.normalizer!r}, and its aggregate has one")
 
     def _weight(self, name):
         weight = jnp.where(self.enabled, self.weight, 0)
@@ -82,13 +110,20 @@ class Term(Pytree):
         weight = self._weight(name)
         gate = partial(_gate, weight)
         outputs = replace_named(outputs, jax.tree.map(gate, named(outputs)))
-        inputs = pick_inputs(f"term {name!r}", outputs, self.on)
-        if self.where is None or callable(self.where):
-            mask = self.where and self.where(outputs)
+        label = f"term {name!r}"
+        inputs = pick_inputs(label, outputs, self.on)
+        mask = _pick_optional(label, outputs, self.where)
+        penalty, average = jax.tree.map(gate, (self.penalty, self.aggregate))
+        if average is None:
+            value = penalty(*inputs, where=mask)
         else:
-            mask = pick(f"term {name!r}", outputs, self.where)
-        penalty = jax.tree.map(gate, self.penalty)
-        value = check_scalar(f"term {name!r}", penalty(*inputs, where=mask))
+            values = _by_position(label, penalty, inputs, mask)
+            if self.normalizer is not None:
+                normalizer = _pick_optional(label, outputs, self.normalizer)
+                average = average._with(normalizer=normalizer)
+            segment_ids = _pick_optional(label, outputs, self.segments)
+            value = average(values, where=mask, segment_ids=segment_ids)
+        value = check_scalar(label, value)
         counted = jnp.where((weight != 0) | jnp.isfinite(value), value, 0)
         if detail:
             measured = penalty.metrics(*inputs, where=mask)
@@ -407,6 +442,26 @@ def pick_inputs(label: str, outputs: Outputs, on: Any) -> tuple[Any, ...]:
         picked = on(outputs)
         return picked if isinstance(picked, tuple) else (picked,)
     return tuple(pick(label, outputs, key) for key in ((on,) if isinstance(on, str) else on))
+
+
+def _pick_optional(label, outputs, key):
+    """What a key stands for, or a function of the outputs returns; None for None."""
+    return key(outputs) if callable(key) else key and pick(label, outputs, key)
+
+
+def _by_position(label, penalty, inputs, mask):
+    """The values of a penalty, which have to be [batch, time]; an error names the term."""
+    try:
+        unreduced = penalty.unreduced()
+    except ValueError as error:
+        raise ValueError(f"{label} can't be aggregated: {error}") from error
+    values = unreduced(*inputs, where=mask)
+    if not isinstance(values, jax.Array) or values.ndim != 2:
+        raise ValueError(
+            f"{label} can't be aggregated: {penalty!r} has values of shape "
+            f"{jax.tree.map(jnp.shape, values)}, not one for each position [batch, time]"
+        )
+    return values
 
 
 def check_scalar(label: str, value: Any) -> Array:

@@ -159,6 +159,12 @@ X, RATES = _lattice(4, 6), np.float32([0.2, 0.4, 0.9])
 IMPORTANCES = {"first": np.abs(X), "second": np.abs(_lattice(4, 2, seed=1))}
 
 OTHERS = [
+    _given(
+        F.aggregate,
+        arrays={"values": X, "where": X < 1, "segment_ids": np.arange(24).reshape(4, 6) % 3},
+        numbers={"length": 5.0, "normalizer": 7.0},
+        num_segments=2,
+    ),
     _given(F.sparsity_rate, arrays={"mask": np.float32(X > 0), "where": X < 1}, axis=-1),
     _given(
         F.sparsity_target_loss,

@@ -627,16 +627,24 @@ def _orthogonality(x, mode, normalize, axis):
     )
 
 
+def _estimate(log_p, log_q, estimator, log_ratio_clip):
+    r = log_q - log_p
+    if log_ratio_clip is not None:
+        r = np.clip(r, -log_ratio_clip, log_ratio_clip)
+    return {
+        "k1": lambda: -r,
+        "k2": lambda: r**2 / 2,
+        "k3": lambda: expm1(r) - r,
+    }[estimator]()
+
+
 CONSTRAINTS = [
     Constraint(
         F.kl_estimate,
         pj.KLEstimate,
-        lambda log_p, log_q, estimator: {
-            "k1": lambda r: -r,
-            "k2": lambda r: r**2 / 2,
-            "k3": lambda r: expm1(r) - r,
-        }[estimator](log_q - log_p),
-        variants={name: {"estimator": name} for name in ("k3", "k1", "k2")},
+        _estimate,
+        variants={name: {"estimator": name} for name in ("k3", "k1", "k2")}
+        | {"clipped": {"estimator": "k3", "log_ratio_clip": 0.77}},
     ),
     Constraint(
         F.consistency,
@@ -738,6 +746,7 @@ GATES = [
 
 # Public functions and configs that are none of these: the file that tests each, and why.
 OTHERS = {
+    "aggregate": ("functional/test_averages.py", "it averages what others compute"),
     "cross_entropy_from_logits": ("functional/test_streaming.py", "it takes labels"),
     "balanced_loss": ("functional/test_sparsity.py", "two losses, weighted"),
     "gradient_penalty": ("functional/test_constraints.py", "it takes a callable"),
@@ -755,6 +764,7 @@ OTHERS = {
     "Elementwise": ("test_own.py", "it takes a function"),
     "Function": ("test_own.py", "it takes a function"),
     "Separable": ("test_own.py", "a base"),
+    "Aggregate": ("test_aggregates.py", "made for terms"),
     "AdaptiveSparsityScheduler": ("test_controllers.py", "a controller"),
     "CrossEntropy": ("test_terms.py", "it takes labels"),
     "DualAscent": ("test_controllers.py", "a controller"),

@@ -96,7 +96,8 @@ def test_an_oracle_takes_hyperparameters_of_the_function(entry):
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.function.__name__)
 def test_variants_have_every_option(entry):
     for name, words in choices_of(entry.function).items():
-        if name != "reduction":
+        # The gradient of an estimate may be another than that of its value: test_estimators.py.
+        if name not in ("reduction", "gradient"):
             settings = [case.parameters[name].default for case in entry.cases()]
             settings += [case.settings.get(name) for case in entry.cases()]
             missing = {*words} - {*settings}

@@ -28,6 +28,7 @@ OTHERS = [
     pj.L1() + pj.L2(),
     pj.GradientPenalty(jnp.sum),
     pj.InterpolatedGradientPenalty(jnp.sum),
+    pj.Aggregate(),
     pj.Term(pj.L1(), on="x"),
     pj.Objective(terms={"a": pj.Term(pj.L1(), on="x")}),
     pj.AdaptiveSparsityScheduler(),

@@ -17,6 +17,8 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import penalties_jax as pj
+
 pytestmark = [
     pytest.mark.skipif(find_spec("tunix") is None, reason="google-tunix isn't installed"),
     # Of Tunix, of its qwix, and of what Tunix calls and asks to be called.
@@ -200,3 +202,50 @@ def test_a_policy_loss_with_our_estimate_is_tunix_own(guide, estimator, mode, ag
         np.testing.assert_allclose(metrics[name], their_metrics[name], rtol=1e-6)
     assert 0 < metrics["pg_clipfrac"] < 1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), slope, their_slope)
+
+
+@pytest.mark.parametrize(
+    ("mode", "ours", "norm"),
+    [
+        ("token-mean", {"sequences": "tokens"}, None),
+        ("sequence-mean-token-mean", {}, None),
+        ("sequence-mean-token-scale", {"length": 6}, None),
+        ("sequence-mean-token-scale", {"length": 4.5}, 4.5),
+        ("seq-mean-token-sum", {"tokens": "sum"}, None),
+        ("sequence-mean-token-sum-norm", {"tokens": "sum"}, None),
+        ("sequence-mean-token-sum-norm", {"tokens": "sum", "normalizer": 4.5}, 4.5),
+    ],
+)
+@pytest.mark.parametrize("batch", ["full", "with an empty sequence", "empty"])
+def test_aggregate_is_tunix_own(mode, ours, norm, batch):
+    """In all of its modes; value and gradient, in half precision too."""
+    from tunix.rl.common import aggregate_loss
+
+    mask = np.arange(6) < RNG.integers(1, 6, (4, 1))
+    mask[2:] &= batch == "full"
+    mask &= batch != "empty"
+    kwargs = {} if norm is None else {"norm": norm}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        values = jnp.asarray(RNG.normal(size=(4, 6)), dtype)
+        (value, slope), (expected, their_slope) = (
+            jax.value_and_grad(average)(values)
+            for average in (
+                lambda x: pj.aggregate(x, where=mask, **ours),
+                lambda x: aggregate_loss(x, mask.astype(np.int32), mode, **kwargs),
+            )
+        )
+        np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-7)
+        precision = 1e-6 if dtype == jnp.float32 else 1e-2
+        np.testing.assert_allclose(
+            np.float32(slope), np.float32(their_slope), rtol=precision, atol=1e-7
+        )
+
+
+def test_aggregate_knows_every_mode_of_tunix():
+    from tunix.rl.common import aggregate_loss
+
+    with pytest.raises(ValueError, match="Supported modes") as error:
+        aggregate_loss(jnp.ones((1, 2)), jnp.ones((1, 2)), "other")
+    modes = set(re.findall(r"'([a-z-]+)'", str(error.value)))
+    assert len(modes) == 5
+    assert {mode for mode in modes if f"| {mode} |" in pj.aggregate.__doc__} == modes

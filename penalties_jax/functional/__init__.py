@@ -1,6 +1,7 @@
 """Pure functions: arrays in, arrays out."""
 
 from penalties_jax.functional import (
+    averages,
     constraints,
     divergences,
     estimators,
@@ -11,6 +12,7 @@ from penalties_jax.functional import (
     sparsity,
     tridiagonal,
 )
+from penalties_jax.functional.averages import *
 from penalties_jax.functional.constraints import *
 from penalties_jax.functional.divergences import *
 from penalties_jax.functional.estimators import *
@@ -22,6 +24,7 @@ from penalties_jax.functional.sparsity import *
 from penalties_jax.functional.tridiagonal import *
 
 __all__ = []
+__all__ += averages.__all__
 __all__ += constraints.__all__
 __all__ += divergences.__all__
 __all__ += estimators.__all__

@@ -1,6 +1,7 @@
 """The penalties as configs: what a penalty is, apart from what it is applied to."""
 
 from penalties_jax.terms import (
+    averages,
     base,
     constraints,
     divergences,
@@ -12,6 +13,7 @@ from penalties_jax.terms import (
     samples,
     sparsity,
 )
+from penalties_jax.terms.averages import *
 from penalties_jax.terms.base import *
 from penalties_jax.terms.constraints import *
 from penalties_jax.terms.divergences import *
@@ -24,6 +26,7 @@ from penalties_jax.terms.samples import *
 from penalties_jax.terms.sparsity import *
 
 __all__ = []
+__all__ += averages.__all__
 __all__ += base.__all__
 __all__ += constraints.__all__
 __all__ += divergences.__all__

@@ -125,6 +125,11 @@ class Penalty(Config):
         return True
 
     @property
+    def has_reduction(self) -> bool:
+        """Whether it is a reduction, which can be left out, of values that it has."""
+        return False
+
+    @property
     def summands(self) -> tuple["Penalty", ...]:
         """The penalties that it is a sum, or a multiple, of."""
         return (self,)
@@ -287,6 +292,13 @@ class Penalty(Config):
             Scaled(penalty=SmoothL0(gamma=0.5), scale=0.1)
         """
         return _replaced(self, hyperparameters)
+
+    def unreduced(self) -> "Penalty":
+        """The same with its values as they are, if all parts have a reduction; else ValueError."""
+        for node in self.summands:
+            if not node.has_reduction:
+                raise ValueError(f"{node!r} is one number, and has no values by position")
+        return _with_those_it_has(self, {"reduction": "none"})
 
     @property
     def label(self) -> str:
@@ -510,6 +522,10 @@ class Against(Penalty):
     @property
     def takes_where(self) -> bool:
         return all(node.takes_where for node in self.penalty.summands)
+
+    @property
+    def has_reduction(self) -> bool:
+        return all(node.has_reduction for node in self.penalty.summands)
 
     def estimate(self) -> Penalty:
         return self._with(penalty=self.penalty.estimate())

@@ -20,7 +20,7 @@ from penalties_jax.functional.checks import (
     UNIT,
 )
 from penalties_jax.functional.divergences.formulas import Direction
-from penalties_jax.functional.estimators import Estimator
+from penalties_jax.functional.estimators import EstimateGradient, Estimator
 from penalties_jax.functional.reduction import AxisName, Reduction, evaluate
 from penalties_jax.terms.base import Numeric, Penalty
 from penalties_jax.terms.reduced import Reduced, parameters_of
@@ -284,8 +284,10 @@ class CrossEntropy(OfClasses):
 class KLEstimate(Reduced):
     """KL(P||Q) estimated from sampled tokens: `pj.kl_estimate` as a config.
 
+    Of inputs (log_p, log_q), and `importance` as a third where another policy sampled.
+
     Attributes:
-        estimator, reduction, axis_name: As in `pj.kl_estimate`.
+        estimator, gradient, log_ratio_clip, reduction, axis_name: As in `pj.kl_estimate`.
 
     Examples:
         >>> log_p, log_q = jnp.log(jnp.array([0.5, 0.2])), jnp.log(jnp.array([0.25, 0.4]))
@@ -294,12 +296,23 @@ class KLEstimate(Reduced):
     """
 
     estimator: Estimator = option(default="k3", choices=Estimator)
+    gradient: EstimateGradient = option(default="own", choices=EstimateGradient, kw_only=True)
+    log_ratio_clip: Numeric | None = number(default=None, valid=POSITIVE, kw_only=True)
     reduction: Reduction = option(default="mean", choices=Reduction, kw_only=True)
 
     _function = staticmethod(functional.kl_estimate)
-    _inputs = 2
     of_samples = True
     measured_as = "kl"
+
+    @property
+    def takes(self) -> range:
+        return range(2, 4)
+
+    def _call(self, function, row, options):
+        log_p, log_q, *importance = row
+        return function(
+            log_p, log_q, **dict(zip(["importance"], importance, strict=False)), **options
+        )
 
 
 def _surprise(log_p, *, maximize, reduction, where, axis_name):

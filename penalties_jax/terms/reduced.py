@@ -37,6 +37,10 @@ class Reduced(Penalty):
 
     _function: ClassVar[Callable[..., Any]]
 
+    @property
+    def has_reduction(self) -> bool:
+        return True
+
     def _pure(self) -> Callable[..., Any]:
         """The function."""
         return type(self)._function
