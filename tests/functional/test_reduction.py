@@ -347,13 +347,14 @@ def test_signatures(case):
 
 @every(first_of_each(lambda case: case.function, only(lambda case: case.entry.config, CASES)))
 def test_a_config_has_what_its_functions_take(case):
-    """By the same names, in the same order, with the same defaults."""
+    """By the same names, in the same order, with the same defaults; inputs are those of a call."""
     fields = {field.name: field for field in dataclasses.fields(case.entry.config)}
-    options = list(case.parameters)[case.inputs :]
-    assert {*options} - {*fields} <= {"where"}
+    inputs = {"where", "importance"}
+    options = [name for name in list(case.parameters)[case.inputs :] if name not in inputs]
+    assert {*options} <= {*fields}
     positional = [name for name, field in fields.items() if not field.kw_only]
     assert [name for name in options if name in positional] == positional
-    for name in set(options) - {"where"}:
+    for name in options:
         ours, theirs = fields[name].default, case.parameters[name].default
         unset = inspect.Parameter.empty if ours is dataclasses.MISSING else ours
         # A config of log-probabilities has None for an option of logits.
