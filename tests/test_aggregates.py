@@ -16,7 +16,7 @@ import penalties_jax.functional as F  # noqa: N812
 from tests.catalogue import CASES, EXAMPLES, every, first_of_each, inputs_of, only
 from tests.functional.test_averages import loops
 from tests.oracles import assert_close, lattice
-from tests.programs import jit_once
+from tests.programs import jit_once, quick_jit
 
 BATCH, TIME, CLASSES, FEATURES = 4, 3, 5, 2
 MASK = np.arange(12).reshape(BATCH, TIME) % 5 > 1
@@ -149,7 +149,7 @@ def test_any_penalty_of_positions(penalty, on, oracle):
         assert_close(total, desired / 2, rtol=1e-5, atol=1e-6)
 
 
-@every(EXAMPLES, "config")
+@every({type(config).__name__: config for config in EXAMPLES.values()}, "config")
 def test_every_penalty_is_aggregated_or_refused(config):
     """By an error that names the term."""
     inputs = inputs_of(config)
@@ -164,6 +164,7 @@ def test_every_penalty_is_aggregated_or_refused(config):
             objective(outputs)
 
 
+@pytest.mark.slow
 @every(OF_ROWS)
 def test_every_penalty_of_rows_has_positions(case):
     """Of [batch, time, classes], by the catalogue's oracles."""
@@ -302,13 +303,13 @@ def test_it_is_serialised_pickled_and_stacked():
 
 def test_metrics_and_gradient_norms():
     objective = aggregated(weight=0.5)
-    total, metrics = jax.jit(lambda outputs: objective(outputs, detail=True))(OUTPUTS)
+    total, metrics = quick_jit(lambda outputs: objective(outputs, detail=True))(OUTPUTS)
     values = (distributions()["chosen_p"] - distributions()["chosen_q"]) ** 2 / 2
     desired = loops(values, MASK, segment_ids=IDS, num_segments=2, length=7, normalizer=3)
     assert_close(metrics["name"], desired, rtol=1e-5)
     assert_close(metrics["name/mean"], values[MASK].mean(), rtol=1e-5)
     assert_close([total, metrics["name/weighted"]], desired / 2, rtol=1e-5)
-    norms = objective.grad_norms(OUTPUTS, wrt=("chosen_p",))
+    norms = quick_jit(lambda outputs: objective.grad_norms(outputs, wrt=("chosen_p",)))(OUTPUTS)
     difference = distributions()["chosen_p"] - distributions()["chosen_q"]
     slope = np.where(MASK & (IDS > 0), difference, 0) / 7 / 3
     assert_close(norms["name"], np.linalg.norm(slope), rtol=1e-5)

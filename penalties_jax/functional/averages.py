@@ -220,7 +220,7 @@ def _lengths(included, segment_ids, num_segments):
     included, ids = map(_with_whole_rows, (included, ids))
     of_row = partial(jax.ops.segment_sum, num_segments=num_segments + 1)
     lengths = jax.vmap(of_row)(included.astype(jnp.int32), ids)
-    return jnp.take_along_axis(lengths, ids, 1), lengths[:, 1:] > 0
+    return jnp.take_along_axis(lengths, ids, 1), lengths > 0
 
 
 def _with_whole_rows(x):

@@ -180,7 +180,7 @@ def assert_all_are_those_of_the_batch(found, rows):
 
 
 @every_kind
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_over_eight_devices(rows, check_vma):
     """Every mode by a named axis inside shard_map, one row on each device."""
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))

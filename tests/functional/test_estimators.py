@@ -219,21 +219,25 @@ def test_token_by_token(gradient, weighted, clip, x64):
         formula = {"k1": -r, "k2": r**2 / 2, "k3": np.exp(r) - 1 - r}[estimator]
         return formula * (np.exp(p - s) if weighted else 1)
 
-    for estimator in ESTIMATORS:
+    def call(log_p, log_q, log_s, estimator, reduction):
+        return F.kl_estimate(
+            log_p,
+            log_q,
+            estimator=estimator,
+            gradient=gradient,
+            log_ratio_clip=clip,
+            importance=log_s if weighted else None,
+            reduction=reduction,
+        )
 
-        def call(*inputs, reduction="sum", estimator=estimator):
-            return F.kl_estimate(
-                *inputs[:2],
-                estimator=estimator,
-                gradient=gradient,
-                log_ratio_clip=clip,
-                importance=inputs[2] if weighted else None,
-                reduction=reduction,
-            )
+    @quick_jit
+    def everything(*inputs):
+        slopes = jax.grad(call, (0, 1))
+        return [(call(*inputs, name, "none"), slopes(*inputs, name, "sum")) for name in ESTIMATORS]
 
-        found = call(log_p, log_q, log_s, reduction="none")
-        assert_close(found, value(log_p, log_q, log_s, estimator), rtol=1e-11)
-        by_p, by_q = quick_jit(jax.grad(call, (0, 1)))(log_p, log_q, log_s)
+    found = everything(log_p, log_q, log_s)
+    for estimator, (values, (by_p, by_q)) in zip(ESTIMATORS, found, strict=True):
+        assert_close(values, value(log_p, log_q, log_s, estimator), rtol=1e-11)
         if gradient == "kl":
             r = log_q - log_p if clip is None else np.clip(log_q - log_p, -clip, clip)
             weight = np.exp(log_p - log_s) if weighted else np.ones(12)
