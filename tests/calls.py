@@ -161,7 +161,11 @@ IMPORTANCES = {"first": np.abs(X), "second": np.abs(_lattice(4, 2, seed=1))}
 OTHERS = [
     _given(
         F.aggregate,
-        arrays={"values": X, "where": X < 1, "segment_ids": np.arange(24).reshape(4, 6) % 3},
+        arrays={
+            "values": X,
+            "where": X < 1,
+            "segment_ids": np.arange(24, dtype=np.int32).reshape(4, 6) % 3,
+        },
         numbers={"length": 5.0, "normalizer": 7.0},
         num_segments=2,
     ),
