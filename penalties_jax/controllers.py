@@ -1,7 +1,7 @@
 """Controllers: rules that react to a measurement, pytrees with explicit state."""
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax.numpy as jnp
 import optax
@@ -17,17 +17,26 @@ from penalties_jax._pytree import (
     option,
     refuse_schedules,
 )
-from penalties_jax.functional.checks import NONNEGATIVE, POSITIVE, UNIT, check_fits, public
+from penalties_jax.functional.checks import (
+    NONNEGATIVE,
+    PLAIN,
+    POSITIVE,
+    UNIT,
+    Range,
+    check_fits,
+    let_in_one,
+    public,
+)
 from penalties_jax.schedules import Shape, anneal
 
-__all__ = ["AdaptiveSparsityScheduler", "DualAscent", "SparsityControl"]
+__all__ = ["AdaptiveKL", "AdaptiveSparsityScheduler", "Budget", "DualAscent", "SparsityControl"]
 
 
 class SparsityControl(NamedTuple):
     """What a controller asks for, of shape [], or [n] of a controller with arrays for n layers.
 
     Attributes:
-        target: What the rate of skipped work should be.
+        target: What the measurement should be: a rate of skipped work, a KL, or a limit of it.
         weight: The weight of the loss that pulls it there.
 
     Examples:
@@ -48,9 +57,13 @@ class Controller(Pytree):
     for the next step. Both are pure, and take the same measurements.
     """
 
+    # The field that is the target: it may be a schedule, the others may not.
+    setpoint: ClassVar[str] = "target"
+
     def __post_init__(self):
         super().__post_init__()
-        refuse_schedules(self, *(field.name for field in fields(self) if field.name != "target"))
+        others = (field.name for field in fields(self) if field.name != self.setpoint)
+        refuse_schedules(self, *others)
 
     def init(self) -> Any:
         """The state before the first step."""
@@ -211,7 +224,7 @@ class AdaptiveSparsityScheduler(Controller):
 class Setpoint(Pytree):
     """A number or a schedule by the protocol of optax's stateful schedules."""
 
-    target: Any = number(valid=UNIT, single=True)
+    target: Any = number(single=True)
 
     def init(self) -> "CountState":
         """The state before the first step."""
@@ -237,14 +250,73 @@ class CountState(NamedTuple):
 
 
 class DualState(NamedTuple):
-    """The state of a `DualAscent`: steps so far, and the multiplier."""
+    """Steps so far, and the weight that a controller moves."""
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     weight: Float[Array, "..."]
 
 
+class Weigher(Controller):
+    """Moves the weight alone, by how one measurement compares with the target.
+
+    Each number may be an array [n], for n weights. A measurement that says nothing, NaN, moves no
+    weight.
+    """
+
+    target: Any
+    # The name of the argument of `update` that is the measurement.
+    measure: str
+    initial_weight: Any
+    max_weight = math.inf
+
+    def __post_init__(self):
+        own = self.setpoint == "target"
+        if own and isinstance(self.target, Setpoint):
+            object.__setattr__(self, "target", self.target.target)
+        super().__post_init__()
+        if own:
+            object.__setattr__(self, "target", Setpoint(self.target))
+
+    @public
+    def init(self) -> DualState:
+        """The state before the first step."""
+        names = (field.name for field in fields(self) if not field.metadata.get("option"))
+        numbers = [getattr(self, name) for name in names if name != self.setpoint]
+        target = self.target(self.target.init())
+        shape = jnp.broadcast_shapes(*map(jnp.shape, [target, *numbers]))
+        weight = jnp.minimum(jnp.asarray(self.initial_weight, jnp.float32), self.max_weight)
+        return DualState(
+            jnp.zeros((), jnp.int32), jnp.broadcast_to(weight, shape).astype(jnp.float32)
+        )
+
+    @public
+    def update(
+        self, state: DualState, *, value: ArrayLike | None = None, **extra: Any
+    ) -> DualState:
+        """The state after a step with this measurement; one of NaN changes no weight."""
+        measured = let_in_one(self.measure, {"value": value, **extra}.get(self.measure))
+        if measured is None:
+            raise TypeError(f"{type(self).__name__}.update needs {self.measure}=, the measurement")
+        check_fits(jnp.shape(state.weight), **{self.measure: measured})
+        moved = self._moved(state.weight, jnp.asarray(measured, jnp.float32), self.target(state))
+        weight = jnp.where(jnp.isnan(moved), state.weight, moved)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return DualState(count, weight.astype(jnp.float32))
+
+    @public
+    def __call__(
+        self, state: DualState, *, value: ArrayLike | None = None, **extra: Any
+    ) -> SparsityControl:
+        """The target and the weight for the step at hand."""
+        return SparsityControl(self.target(state), state.weight)
+
+    def _moved(self, weight: Array, measured: Array, target: Array) -> Array:
+        """The weight after a measurement."""
+        raise NotImplementedError
+
+
 @config
-class DualAscent(Controller):
+class DualAscent(Weigher):
     r"""Learns the weight of a sparsity loss as a Lagrange multiplier: no weight to tune.
 
     The constraint is that the rate $s$ is within $\epsilon$ of its target $t$. The multiplier of
@@ -284,45 +356,116 @@ class DualAscent(Controller):
     initial_weight: Any = number(default=0.0, valid=NONNEGATIVE, kw_only=True)
     max_weight: Any = number(default=math.inf, valid=POSITIVE, kw_only=True)
 
+    measure = "rate"
+
+    def _moved(self, weight, measured, target):
+        excess = jnp.abs(measured - target) - self.tolerance
+        return jnp.clip(weight + self.step_size * excess, 0, self.max_weight)
+
+
+@config
+class Budget(Weigher):
+    r"""Learns the weight of a penalty as the Lagrange multiplier of value <= limit.
+
+    The multiplier goes up the dual, $\lambda \leftarrow \min(\max(0, \lambda + \eta (v - b)),
+    \lambda_{\max})$ for a value $v$ and its limit $b$: it rises while the value is above its limit
+    and falls while it is below, so that a limit which holds by itself costs nothing, at a weight of
+    0. `pj.DualAscent` is for a target with two sides: under a target of 0.1, a value of 0.01 raises
+    its weight.
+
+    In a loop the multiplier is an integral control, which lags: where the value takes $\tau$ steps
+    to follow the weight, by $g$ per unit of weight, an $\eta$ above $1 / (2 g \tau)$ rings.
+
+    Attributes:
+        limit: The $b$: a number, a schedule of it, or an array with one for each of n values.
+            `target` is a view of it, which `optax.inject_hyperparams` takes.
+        step_size: The $\eta$, above 0.
+        measure: The name of the argument of `update` that is the $v$. optax gives every extra
+            argument to every controller: each reads its own.
+        initial_weight: The weight at step 0, at least 0.
+        max_weight: The $\lambda_{\max}$, above 0.
+
+    Raises:
+        ValueError: If a number is out of range; in `update`, if the value is of another shape than
+            the weight.
+        TypeError: In `update`, if there is no argument of that name.
+
+    References:
+        Arrow, Hurwicz & Uzawa (1958), Studies in linear and non-linear programming. Stooke, Achiam
+        & Abbeel (2020), Responsive safety in reinforcement learning by PID Lagrangian methods.
+
+    Examples:
+        >>> budget = pj.Budget(0.1, step_size=0.5, measure="kl")
+        >>> state = budget.init()
+        >>> for kl in (0.5, 0.3, 0.02):
+        ...     state = budget.update(state, kl=kl)
+        ...     print(round(float(budget(state).weight), 3))
+        0.2
+        0.3
+        0.26
+    """
+
+    limit: Any = number(single=True)
+    step_size: Any = number(default=0.01, valid=POSITIVE)
+    measure: str = option(default="value", kw_only=True)
+    initial_weight: Any = number(default=0.0, valid=NONNEGATIVE, kw_only=True)
+    max_weight: Any = number(default=math.inf, valid=POSITIVE, kw_only=True)
+    setpoint: ClassVar[str] = "limit"
+
+    @property
+    def target(self) -> Setpoint:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The limit, as a stateful schedule for `optax.inject_hyperparams`."""
+        return Setpoint(self.limit)
+
+    def _moved(self, weight, measured, target):
+        return jnp.clip(weight + self.step_size * (measured - target), 0, self.max_weight)
+
+
+# How far off its target, in parts of it, a value can count.
+FURTHEST = 0.2
+
+
+@config
+class AdaptiveKL(Weigher):
+    r"""Adapts the weight of a KL penalty until the KL is at its target, as trainers of RLHF do.
+
+    $\lambda \leftarrow \lambda (1 + \operatorname{clip}(v / t - 1, -0.2, 0.2)\, n / h)$ for a value
+    $v$, its target $t$, $n$ samples a step and a horizon of $h$ samples. It has two sides, as
+    `pj.DualAscent`: a KL below its target lowers the weight, but never to 0. `pj.Budget` ends there
+    where the KL stays below by itself, and is faster where the weight begins far off.
+
+    Attributes:
+        target: The $t$, above 0: a number, a schedule of it, or an array with one for each of n
+            values. It is also the view of itself that `optax.inject_hyperparams` takes.
+        horizon: The $h$, above 0: in about 5 h samples, a value far off moves the weight by e.
+        initial_weight: The weight at step 0, above 0.
+        samples: The $n$, above 0 and below 5 h.
+        measure: As in `pj.Budget`, and so are the errors.
+
+    References:
+        Ziegler et al. (2019), Fine-tuning language models from human preferences, section 2.2.
+
+    Examples:
+        >>> controller = pj.AdaptiveKL(6.0, horizon=10_000, samples=256, measure="kl")
+        >>> state = controller.update(controller.init(), kl=9.0)
+        >>> round(float(controller(state).weight), 6)
+        0.201024
+    """
+
+    target: Any = number(valid=POSITIVE, single=True)
+    horizon: Any = number(valid=POSITIVE)
+    initial_weight: Any = number(default=0.2, valid=POSITIVE, kw_only=True)
+    samples: Any = number(default=1.0, valid=POSITIVE, kw_only=True)
+    measure: str = option(default="value", kw_only=True)
+
     def __post_init__(self):
-        if isinstance(self.target, Setpoint):
-            object.__setattr__(self, "target", self.target.target)
         super().__post_init__()
-        object.__setattr__(self, "target", Setpoint(self.target))
+        # From there on a weight could be 0 for ever, or negative.
+        if isinstance(self.horizon, PLAIN):
+            most = self.horizon / FURTHEST
+            below = Range(f"below 5 times the horizon of {self.horizon}", lambda x: x < most)
+            below.check(**{"AdaptiveKL.samples": self.samples})
 
-    @public
-    def init(self) -> DualState:
-        """The state before the first step."""
-        target = self.target(self.target.init())
-        numbers = (target, self.step_size, self.tolerance, self.max_weight)
-        shape = jnp.broadcast_shapes(jnp.shape(self.initial_weight), *map(jnp.shape, numbers))
-        weight = jnp.minimum(jnp.asarray(self.initial_weight, jnp.float32), self.max_weight)
-        return DualState(
-            jnp.zeros((), jnp.int32), jnp.broadcast_to(weight, shape).astype(jnp.float32)
-        )
-
-    @public
-    def update(
-        self,
-        state: DualState,
-        *,
-        value: ArrayLike | None = None,
-        rate: ArrayLike | None = None,
-        **extra: Any,
-    ) -> DualState:
-        """The state after a step in which the rate was `rate`; a rate of NaN changes no weight."""
-        if rate is None:
-            raise TypeError("DualAscent.update needs rate=, the measured rate of skipped work")
-        check_fits(jnp.shape(state.weight), rate=rate)
-        excess = jnp.abs(rate - self.target(state)) - self.tolerance
-        moved = jnp.clip(state.weight + self.step_size * excess, 0, self.max_weight)
-        weight = jnp.where(jnp.isnan(rate), state.weight, moved)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return DualState(count, weight.astype(jnp.float32))
-
-    @public
-    def __call__(
-        self, state: DualState, *, value: ArrayLike | None = None, **extra: Any
-    ) -> SparsityControl:
-        """The target and the weight for the step at hand."""
-        return SparsityControl(self.target(state), state.weight)
+    def _moved(self, weight, measured, target):
+        error = jnp.clip(measured / target - 1, -FURTHEST, FURTHEST)
+        return weight * (1 + error * self.samples / self.horizon)

@@ -1,4 +1,4 @@
-"""Controllers of the target and the weight of a sparsity loss, against float64 oracles."""
+"""Controllers of the target and the weight of a loss, against float64 oracles."""
 
 import math
 import pickle
@@ -54,7 +54,13 @@ def controls(controller, measurements, name="value", state=None):
     return jax.lax.scan(body, controller.init() if state is None else state, measurements)
 
 
+def measure_of(controller):
+    """The name of the measurement that it reads."""
+    return getattr(controller, "measure", "value")
+
+
 adaptive_run = quick_jit(controls)
+kl_run = quick_jit(partial(controls, name="kl"))
 dual_run = quick_jit(partial(controls, name="rate"))
 
 
@@ -76,6 +82,10 @@ CONTROLLERS = {
     "dual": pj.DualAscent(0.5, 0.1, tolerance=0.01, initial_weight=0.2, max_weight=0.5),
     "dual, scheduled": pj.DualAscent(pj.anneal(0.2, 0.5, start=0, end=9)),
     "dual, of layers": pj.DualAscent(np.float32([0.1, 0.5, 0.9])),
+    "budget": pj.Budget(1.0, 0.1, measure="kl", initial_weight=0.2, max_weight=0.5),
+    "budgets": pj.Budget(np.float32([0.5, 2, 4]), np.float32([0.1, 0.2, 0.4])),
+    "adaptive KL": pj.AdaptiveKL(1.0, 10, samples=2, measure="kl"),
+    "adaptive KL, scheduled": pj.AdaptiveKL(pj.anneal(0.2, 0.5, start=0, end=9), 5.0),
 }
 every_controller = pytest.mark.parametrize(
     "controller", CONTROLLERS.values(), ids=CONTROLLERS.keys()
@@ -225,7 +235,7 @@ def test_dual_numbers_never_retrace():
 
 @every_controller
 def test_the_same_by_hand_in_jit_and_in_scan(controller):
-    name = "rate" if isinstance(controller, pj.DualAscent) else "value"
+    name = measure_of(controller)
     measured = np.random.default_rng(1).random(6).astype(np.float32) * 4
     last, run = jax.jit(partial(controls, name=name))(controller, measured)
     state = controller.init()
@@ -248,8 +258,8 @@ def test_the_same_by_hand_in_jit_and_in_scan(controller):
 def test_a_call_and_an_update_change_nothing(controller):
     state = controller.init()
     before = jax.tree.map(np.array, state)
-    controller(state, value=9.0, rate=0.9)
-    controller.update(state, value=9.0, rate=0.9)
+    controller(state, value=9.0, rate=0.9, kl=0.9)
+    controller.update(state, value=9.0, rate=0.9, kl=0.9)
     assert_same(state, before)
 
 
@@ -271,6 +281,10 @@ def test_round_trips(controller):
 
 def test_from_plain_data():
     assert pj.from_dict({"type": "DualAscent", "target": 0.5}) == pj.DualAscent(0.5)
+    data = {"type": "Budget", "limit": 0.5, "measure": "kl"}
+    assert pj.from_dict(data) == pj.Budget(0.5, measure="kl")
+    data = {"type": "AdaptiveKL", "target": 0.5, "horizon": 9}
+    assert pj.from_dict(data) == pj.AdaptiveKL(0.5, 9)
     data = {"type": "AdaptiveSparsityScheduler", "final_sparsity": 0.75}
     assert pj.from_dict(data) == Adaptive(final_sparsity=0.75)
 
@@ -280,23 +294,29 @@ def test_equality():
     assert Adaptive() != Adaptive(schedule_type="linear")
     assert Adaptive() != Adaptive(remember=True)
     assert pj.DualAscent(0.5) == pj.DualAscent(target=0.5) != pj.DualAscent(0.25)
+    assert pj.Budget(0.5) == pj.Budget(limit=0.5) != pj.Budget(0.5, measure="kl")
     assert Adaptive().weight != Adaptive().target
     assert hash(Adaptive()) == hash(Adaptive(0.25))
     assert "final_sparsity=0.75" in repr(Adaptive(final_sparsity=0.75))
     assert repr(pj.DualAscent(0.25)) == "DualAscent(target=0.25)"
+    assert repr(pj.Budget(0.25, measure="kl")) == "Budget(limit=0.25, measure='kl')"
+    assert repr(pj.AdaptiveKL(6, 9)) == "AdaptiveKL(target=6.0, horizon=9.0)"
 
 
 def test_numbers_are_leaves_and_options_are_structure():
     assert jax.tree.leaves(Adaptive()) == [0.2, 0.5, 0.001, 0.01, 1e3, math.inf, 100, 100]
     assert jax.tree.leaves(pj.DualAscent(1)) == [1, 0.01, 0.005, 0, math.inf]
+    assert jax.tree.leaves(pj.Budget(1)) == [1, 0.01, 0, math.inf]
+    assert jax.tree.leaves(pj.AdaptiveKL(6, 9)) == [6, 9, 0.2, 1]
+    assert jax.tree.structure(pj.Budget(1)) != jax.tree.structure(pj.Budget(1, measure="kl"))
     assert jax.tree.structure(Adaptive()) != jax.tree.structure(Adaptive(remember=True))
     assert jax.tree.structure(Adaptive()) != jax.tree.structure(Adaptive(schedule_type="linear"))
 
 
-@pytest.mark.parametrize("name", ["remembering", "dual, of layers"])
+@pytest.mark.parametrize("name", ["remembering", "dual, of layers", "budget", "adaptive KL"])
 def test_a_checkpoint_of_the_state_continues(name, tmp_path):
     controller = CONTROLLERS[name]
-    run = dual_run if name.startswith("dual") else adaptive_run
+    run = {"value": adaptive_run, "rate": dual_run, "kl": kl_run}[measure_of(controller)]
     measured = np.random.default_rng(2).random(12).astype(np.float32) * 3
     _, whole = run(controller, measured)
     state, first = run(controller, measured[:7])
@@ -378,6 +398,31 @@ def test_views_of_dual_ascent_in_inject_hyperparams():
     assert_close(updates[1::2], target * weight)
 
 
+def test_two_controllers_in_one_optimizer_read_their_own_measurements():
+    budget = pj.Budget(0.5, 0.25, measure="kl", initial_weight=1.0)
+    adaptive = pj.AdaptiveKL(2.0, 4.0, measure="length", initial_weight=1.0)
+    optimizer = optax.chain(
+        optax.inject_hyperparams(optax.scale)(budget.weight),
+        optax.inject_hyperparams(optax.scale)(adaptive.weight),
+    )
+    params = jnp.zeros(())
+
+    @jax.jit
+    def run(kl, length):
+        def body(state, measured):
+            kl, length = measured
+            updates, state = optimizer.update(jnp.ones(()), state, params, kl=kl, length=length)
+            return state, (updates, [each.hyperparams["step_size"] for each in state])
+
+        return jax.lax.scan(body, optimizer.init(params), (kl, length))[1]
+
+    updates, (first, second) = run(np.float32([1.5, 0.5, 0.0, 9]), np.float32([9, 1.9, 0, 9]))
+    budget_weight, adaptive_weight = [1, 1.25, 1.25, 1.125], [1, 1.05, 1.036875, 0.98503125]
+    assert_close(first, budget_weight, rtol=1e-6)
+    assert_close(second, adaptive_weight, rtol=1e-6)
+    assert_close(updates, np.multiply(budget_weight, adaptive_weight), rtol=1e-6)
+
+
 def test_a_view_is_one_of_the_two_numbers():
     controller = CONTROLLERS["remembering"]
     target, weight = controller.target, controller.weight
@@ -400,6 +445,12 @@ def test_the_setpoint_is_a_view_of_itself():
         state = dual.target.update(state, rate=0.1)
     assert values == [0, 0.25, 0.5, 0.75, 1, 1]
     assert pj.DualAscent(dual.target) == dual
+    scheduled = pj.anneal(0, 1, start=0, end=4)
+    for made in (pj.Budget(scheduled), pj.AdaptiveKL(pj.anneal(1, 2, start=0, end=4), 9.0)):
+        assert isinstance(made.target, optax.schedules.StatefulSchedule)
+        assert made.target.update(made.target.init()).count == 1
+    assert float(pj.Budget(scheduled).target(made.init()._replace(count=jnp.int32(2)))) == 0.5
+    assert pj.AdaptiveKL(made.target, 9.0) == made
 
 
 @pj.config
@@ -527,6 +578,154 @@ def test_a_closed_loop_settles_on_the_target():
     assert (weights[:, -1] < 10).all()
 
 
+# Budget and AdaptiveKL
+
+
+def moves(controller, values, moved, weight):
+    """The weight before each step and after the last, by a rule in float64."""
+    weights = [np.float64(weight)]
+    for value in np.float64(values):
+        weights.append(weights[-1] if np.isnan(value) else moved(weights[-1], value))
+    state, run = kl_run(controller, np.float32(values))
+    assert_close(run.weight, np.array(weights[:-1]), rtol=2e-6, atol=1e-7)
+    assert_close(state.weight, weights[-1], rtol=2e-6, atol=1e-7)
+    assert int(state.count) == len(values)
+    return run
+
+
+# What is far above, far below, about the limit, and nothing.
+VALUES = np.random.default_rng(5).lognormal(-1, 1.5, 60).astype(np.float32)
+VALUES[30:40] = 1e-3
+VALUES[[3, 33, 50]] = np.nan
+
+
+@pytest.mark.parametrize("highest", [math.inf, 0.75])
+@pytest.mark.parametrize("limit", [0.3, 0.0, -1.0])
+def test_every_step_of_a_budget(limit, highest):
+    controller = pj.Budget(limit, 0.2, measure="kl", initial_weight=0.25, max_weight=highest)
+
+    def moved(weight, value):
+        return min(max(weight + 0.2 * (value - limit), 0), highest)
+
+    run = moves(controller, VALUES, moved, 0.25)
+    assert (run.target == np.float32(limit)).all()
+
+
+@pytest.mark.parametrize("samples", [1, 64])
+def test_every_step_of_adaptive_kl(samples):
+    controller = pj.AdaptiveKL(0.3, 100, samples=samples, measure="kl")
+
+    def moved(weight, value):
+        return weight * (1 + min(max(value / 0.3 - 1, -0.2), 0.2) * samples / 100)
+
+    moves(controller, VALUES, moved, 0.2)
+
+
+def test_a_budget_is_one_sided_and_dual_ascent_is_not():
+    """Far below, the budget's weight falls to 0, exactly, and the other's rises."""
+    below = np.full(30, 0.01, np.float32)
+    _, run = kl_run(pj.Budget(0.1, 0.1, measure="kl", initial_weight=0.1), below)
+    assert (np.diff(run.weight) <= 0).all()
+    assert run.weight[-1] == 0
+    _, run = dual_run(pj.DualAscent(0.1, 0.1, initial_weight=0.1), below)
+    assert (np.diff(run.weight) > 0).all()
+
+
+def test_budgets_of_n_values():
+    controller = CONTROLLERS["budgets"]
+    values = np.random.default_rng(6).random((9, 3)).astype(np.float32) * 8
+    state, run = adaptive_run(controller, values)
+    assert run.weight.shape == (9, 3)
+    for i, (limit, size) in enumerate([(0.5, 0.1), (2, 0.2), (4, 0.4)]):
+        alone, alone_run = adaptive_run(pj.Budget(limit, size), values[:, i])
+        assert_close(run.weight[:, i], alone_run.weight, rtol=1e-6, atol=1e-7)
+        assert_close(state.weight[i], alone.weight, rtol=1e-6, atol=1e-7)
+
+
+def test_a_stack_of_budgets_is_each_of_them():
+    values = VALUES[:12]
+    for made in (
+        [pj.Budget(limit, 0.1, measure="kl") for limit in (0.1, 0.5)],
+        [pj.AdaptiveKL(target, 9.0, measure="kl") for target in (0.1, 0.5)],
+    ):
+        stacked = jax.vmap(partial(controls, name="kl"), (0, None))
+        _, runs = quick_jit(stacked)(pj.stack(made), values)
+        for i, controller in enumerate(made):
+            assert_close(runs.weight[i], kl_run(controller, values)[1].weight, rtol=1e-6, atol=1e-7)
+
+
+def test_a_budget_finds_the_multiplier_of_karush_kuhn_and_tucker():
+    """Of min |x - a|^2 with |x|^2 <= b: |a| / sqrt(b) - 1 where b < |a|^2, else 0."""
+    a = np.array([0.6, 0.8, 2.4])  # |a|^2 = 6.76
+    limits = np.float32([0.25, 1.0, 4.0, 6.76, 9.0])
+
+    @jax.jit
+    @jax.vmap
+    def solve(budget):
+        def body(carry, _):
+            x, state = carry
+            weight = budget(state).weight
+            x = x - 0.02 * (2 * (x - a) + weight * 2 * x)
+            return (x, budget.update(state, norm=jnp.sum(x**2))), None
+
+        start = jnp.zeros(3), budget.init()
+        (x, state), _ = jax.lax.scan(body, start, length=4_000)
+        return x, state.weight
+
+    made = [pj.Budget(limit, 0.05, measure="norm") for limit in limits.tolist()]
+    x, weights = solve(pj.stack(made))
+    shrunk = np.maximum(np.linalg.norm(a) / np.sqrt(limits), 1)
+    assert_close(weights, shrunk - 1, rtol=2e-3, atol=2e-3)
+    assert weights[-1] == 0
+    assert_close(x, a / shrunk[:, None], rtol=2e-3)
+    assert (np.sum(np.square(x), axis=1) <= limits * 1.002).all()
+
+
+def test_adaptive_kl_settles_on_its_target():
+    """Of a KL that the weight w divides by 1 + w, from both sides."""
+    controllers = [
+        pj.AdaptiveKL(0.5, 10.0, initial_weight=weight, measure="kl") for weight in (0.01, 100.0)
+    ]
+
+    @jax.jit
+    @jax.vmap
+    def settle(controller):
+        def body(state, _):
+            weight = controller(state).weight
+            return controller.update(state, kl=2 / (1 + weight)), weight
+
+        return jax.lax.scan(body, controller.init(), length=3_000)[1]
+
+    assert_close(settle(pj.stack(controllers))[:, -1], 3.0, rtol=1e-3)
+
+
+def test_new_numbers_of_a_budget_never_retrace():
+    @jit_once
+    def step(controller, state, kl):
+        return controller.update(state, kl=kl)
+
+    for limit, size in [(0.5, 0.1), (0.25, 1), (3, 2)]:
+        controller = pj.Budget(limit, size, measure="kl")
+        state = step(controller, controller.init(), 4.0)
+        assert_close(state.weight, size * (4 - limit), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "controller", [pj.Budget(0.5, measure="kl"), pj.AdaptiveKL(0.5, 9.0, measure="kl")]
+)
+def test_the_measurement_that_is_named_is_required(controller):
+    for extra in ({}, {"value": 1.0}, {"kl": None}, {"rate": 1.0}):
+        with pytest.raises(TypeError, match=r"update needs kl=, the measurement"):
+            controller.update(controller.init(), **extra)
+        with pytest.raises(TypeError, match="kl="):
+            controller.weight.update(controller.weight.init(), **extra)
+    with pytest.raises(ValueError, match=r"kl must broadcast to shape \(\), got shape \(3,\)"):
+        controller.update(controller.init(), kl=jnp.ones(3))
+    for wrong in ([1.0], "1.0"):
+        with pytest.raises(TypeError, match="kl must be an array"):
+            controller.update(controller.init(), kl=wrong)
+
+
 # Errors
 
 
@@ -578,6 +777,38 @@ def test_errors_of_the_adaptive_scheduler(settings, message):
 def test_errors_of_dual_ascent(settings, message):
     with pytest.raises(ValueError, match=message):
         pj.DualAscent(**{"target": 0.5} | settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "message"),
+    [
+        (pj.Budget, {"limit": math.nan}, "limit must be not NaN, got nan"),
+        (pj.Budget, {"step_size": 0}, "step_size must be above 0, got 0"),
+        (pj.Budget, {"initial_weight": -1}, "initial_weight must be at least 0, got -1"),
+        (pj.Budget, {"max_weight": 0}, "max_weight must be above 0, got 0"),
+        (pj.AdaptiveKL, {"target": 0}, "target must be above 0, got 0"),
+        (pj.AdaptiveKL, {"horizon": -1}, "horizon must be above 0, got -1"),
+        (pj.AdaptiveKL, {"initial_weight": 0}, "initial_weight must be above 0, got 0"),
+        (pj.AdaptiveKL, {"samples": 0}, "samples must be above 0, got 0"),
+        (pj.AdaptiveKL, {"samples": 50}, r"samples must be below 5 times the horizon of 10\.0"),
+        (pj.AdaptiveKL, {"target": pj.anneal(1, 0, start=0, end=1)}, "target must be above 0"),
+    ],
+)
+def test_errors_of_a_budget_and_of_adaptive_kl(make, settings, message):
+    usual = {"limit": 0.5} if make is pj.Budget else {"target": 0.5, "horizon": 10}
+    with pytest.raises(ValueError, match=message):
+        make(**usual | settings)
+
+
+def test_only_the_target_can_be_a_schedule():
+    schedule = pj.anneal(0.1, 0.5, start=0, end=1)
+    for make in (
+        lambda: pj.Budget(0.5, schedule),
+        lambda: pj.AdaptiveKL(0.5, schedule),
+        lambda: pj.DualAscent(0.5, schedule),
+    ):
+        with pytest.raises(TypeError, match="can't be a schedule"):
+            make()
 
 
 def test_an_exponential_weight_from_zero_is_no_error():

@@ -103,9 +103,10 @@ def _anneal(count, shape):
 
 
 def _controlled(count):
-    adaptive, ascent = pj.AdaptiveSparsityScheduler(remember=True), pj.DualAscent(target=0.5)
-    states = adaptive.update(adaptive.init(), value=count), ascent.update(ascent.init(), rate=count)
-    return adaptive(states[0], value=count), ascent(states[1])
+    adaptive = pj.AdaptiveSparsityScheduler(remember=True)
+    others = pj.DualAscent(target=0.5), pj.Budget(limit=0.5), pj.AdaptiveKL(0.5, horizon=9.0)
+    weights = [each(each.update(each.init(), value=count, rate=count)) for each in others]
+    return adaptive(adaptive.update(adaptive.init(), value=count), value=count), weights
 
 
 def _objective(count):

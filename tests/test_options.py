@@ -32,6 +32,8 @@ OTHERS = [
     pj.Term(pj.L1(), on="x"),
     pj.Objective(terms={"a": pj.Term(pj.L1(), on="x")}),
     pj.AdaptiveSparsityScheduler(),
+    pj.AdaptiveKL(target=0.5, horizon=9.0),
+    pj.Budget(limit=0.5),
     pj.DualAscent(target=0.5),
     pj.DualAscent(target=0.5).weight,
     pj.DualAscent(target=0.5).target,

@@ -114,6 +114,11 @@ def _array(name, others, x):
     return x
 
 
+def let_in_one(name: str, x: Any) -> Any:
+    """An array, a number or None, as it is let in; a TypeError for what is none of them."""
+    return _array(name, (type(None),), x)
+
+
 def is_numeric(x: Any) -> bool:
     """Whether something is a number or an array of numbers."""
     if isinstance(x, (jax.Array, np.ndarray, np.generic)):

@@ -46,6 +46,8 @@ CONFIGS = [
     pj.GroupLasso(axis=(0, -1), weights=np.ones((0, 3), np.float32)),
     pj.DualAscent(target=pj.anneal(0.1, 0.5, start=0, end=9)),
     pj.AdaptiveSparsityScheduler(remember=True).weight,
+    pj.AdaptiveKL(target=pj.anneal(0.1, 0.5, start=0, end=9), horizon=9.0, measure="kl"),
+    pj.Budget(limit=0.5).weight,
     pj.Objective(
         terms={
             "kl": pj.Term(pj.KLDivergence(), on=("p", "q"), where="mask", weight=0.1),
