@@ -129,11 +129,17 @@ def highlighted(text: str, shades: Mapping[str, Sequence[float]], *, scale: str)
 
 
 def curves(
-    records: Sequence[Mapping[str, Any]], *, panels: Mapping[str, str], by: str, legend: str
+    records: Sequence[Mapping[str, Any]],
+    *,
+    panels: Mapping[str, str],
+    by: str,
+    legend: str,
+    limited: str | None = None,
 ) -> bytes:
     """Plot metrics of a log over its steps: a panel for each metric, a line for each member.
 
-    `panels` are the titles by metric; `by` tells the members apart, and `legend` is its name.
+    `panels` are the titles by metric; `by` tells the members apart, and `legend` is its name. In
+    the panel of the metric that it limits it is a dashed line too, unless it is far above.
     """
     members = sorted({record[by] for record in records})
     with matplotlib.rc_context(STYLE):
@@ -146,6 +152,9 @@ def curves(
                 # Of one step there is no line to see.
                 marker = "o" if len(steps) == 1 else ""
                 plot.plot(steps, values, marker, color=colour, label=_label(member))
+            if metric == limited:
+                plot.autoscale(False)
+                plot.hlines(members, *plot.get_xlim(), _colours(len(members)), "--", linewidth=1)
             plot.set(title=label)
         plots[-1].set(xlabel="step")
         lines = plots[0].get_legend_handles_labels()

@@ -36,6 +36,7 @@ def write_results(
 ) -> None:
     """Log the results, NamedTuples, and write the images, the report and the table.
 
+    A field that is None is not logged.
     The report is one HTML file that holds everything it shows, images included. It is written last.
 
     Raises:
@@ -46,7 +47,7 @@ def write_results(
     diverged = {i: trained.step for i, result in enumerate(results) if not _is_finite(result)}
     diverged |= trained.diverged
     trained.log.append(
-        {"kind": "evaluation", "step": trained.step, **result._asdict()}
+        {"kind": "evaluation", "step": trained.step, **_fields(result)}
         | ({"diverged": diverged[i]} if i in diverged else {})
         for i, result in enumerate(results)
     )
@@ -60,6 +61,10 @@ def write_results(
         raise RunError(advice)
     if diverged:
         tell(advice)
+
+
+def _fields(result: Any) -> dict[str, Any]:
+    return {name: value for name, value in result._asdict().items() if value is not None}
 
 
 def _is_finite(result: Sequence[Any]) -> bool:

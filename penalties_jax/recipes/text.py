@@ -149,11 +149,32 @@ def sample_windows(
     return data[starts[:, None] + jnp.arange(length)].astype(jnp.int32)
 
 
+class Rounds(NamedTuple):
+    """Windows that are read in turn, over and over."""
+
+    windows: Int[Array, "windows length"]
+
+    def __call__(self, index: Array, size: int) -> Int[Array, "size length"]:
+        """Read the `size` windows of the turn at `index`."""
+        turn = (index * size + jnp.arange(size)) % len(self.windows)
+        return split_over_devices(self.windows[turn])
+
+
 def spread_windows(data: np.ndarray, *, count: int, length: int) -> Int[Array, "windows length"]:
     """Cut `data` into windows that don't overlap, and keep at most `count`, spread evenly."""
+    return _spread(data, count, length)[0]
+
+
+def windows_between(data: np.ndarray, *, count: int, length: int) -> Int[Array, "windows length"]:
+    """Return the windows that `spread_windows` leaves out."""
+    return _spread(data, count, length)[1]
+
+
+def _spread(data: np.ndarray, count: int, length: int) -> tuple[Array, Array]:
     windows = data[: len(data) // length * length].reshape(-1, length)
     chosen = np.linspace(0, len(windows) - 1, min(count, len(windows))).round().astype(int)
-    return jnp.asarray(windows[chosen], jnp.int32)
+    others = np.delete(windows, chosen, axis=0)
+    return jnp.asarray(windows[chosen], jnp.int32), jnp.asarray(others, jnp.int32)
 
 
 def unigram_loss(corpus: Corpus) -> float:

@@ -32,12 +32,11 @@ SIZES = {
     "heads": 2,
     "context": 16,
 }
-TINY = [
-    "finetune",
-    *(f"--{name}={value}" for name, value in SIZES.items()),
-    "--kl-weights",
-    *WEIGHTS,
-]
+SIZED = ["finetune", *(f"--{name}={value}" for name, value in SIZES.items())]
+TINY = [*SIZED, "--kl-weights", *WEIGHTS]
+# One that is exceeded from the first step on, by which its weight grows, and one that never is.
+BUDGETS = ("0.0001", "1000")
+BUDGETED = [*SIZED, "--budget-step-size=0.0001", "--kl-budget", *BUDGETS]
 
 
 class Run(NamedTuple):
@@ -124,6 +123,42 @@ def test_report_is_self_contained(run):
     assert images == [(folder / name).read_bytes() for name in ("adaptation.png", "curves.png")]
     for name in yaml.safe_load((folder / "config.yaml").read_text()):
         assert f"<td>{name}</td>" in html
+
+
+@pytest.fixture(scope="module")
+def of_budgets(run_and_kill):
+    return run_and_kill(BUDGETED)
+
+
+def test_budgets_learn_their_weights(of_budgets, capsys):
+    folder, _ = of_budgets
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    assert settings["kl_budget"] == [0.0001, 1000]
+    assert settings["kl_weights"] is None
+    records = read_log(folder)
+    assert [(r["step"], r["kl_budget"]) for r in records] == [
+        (step, float(budget)) for step in (3, 6, 7, 7) for budget in BUDGETS
+    ]
+    exceeded, kept = records[::2], records[1::2]
+    assert [r["kl/weight"] for r in kept[:-1]] == [0, 0, 0]
+    assert kept[-1]["kl_weight"] == 0
+    # What each step adds, by hand; the log has means of 3, 3 and 1 steps.
+    added = [r["kl/measured"] - 0.0001 for r in exceeded[:-1]]
+    assert exceeded[-1]["kl_weight"] == pytest.approx(np.dot([3, 3, 1], added), rel=1e-4)
+    assert exceeded[2]["kl/weight"] == pytest.approx(np.dot([3, 3], added[:2]), rel=1e-4)
+    for r in exceeded[:-1]:
+        assert r["kl/held_out"] == pytest.approx(r["kl/measured"], rel=1)
+    html = (folder / "report.html").read_text()
+    assert "KL budget" in html
+    assert f"<td>{exceeded[-1]['kl_weight']:.4f}</td>" in html
+
+
+def test_resuming_a_killed_run_of_budgets_gives_the_same_numbers(of_budgets, tmp_path):
+    folder, killed = of_budgets
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+    main([*BUDGETED, "--out", str(tmp_path), "--resume"])
+    assert read_log(tmp_path) == read_log(folder)
+    assert contents(tmp_path) == contents(folder)
 
 
 def test_resuming_a_killed_run_gives_the_same_numbers(run, tmp_path, capsys):
@@ -221,6 +256,15 @@ def test_terms_are_those_with_a_weight():
         ("--kl-weights", "--kl-weights needs at least one"),
         ("--kl-weights 0 -1", "--kl-weights must be"),
         ("--kl-weights 1 1", "--kl-weights needs at least one"),
+        ("--kl-budget", "--kl-budget needs at least one"),
+        ("--kl-budget 0", "--kl-budget must be a finite number above 0"),
+        ("--kl-budget 0.1 -1", "--kl-budget must be"),
+        ("--kl-budget nan", "--kl-budget must be"),
+        ("--kl-budget 0.1 0.1", "--kl-budget needs at least one value, all different"),
+        ("--kl-budget 0.1 --kl-weights 0", "--kl-budget takes the place of --kl-weights"),
+        ("--kl-weights 0 0.01 0.1 0.5 1 --kl-budget 0.1", "give one of them"),
+        ("--kl-budget 0.1 --budget-step-size 0", "--budget-step-size must be"),
+        ("--kl-budget 0.1 --evaluation-windows 1000", "with fewer --evaluation-windows"),
         ("--width 10 --heads 4", "--width must be a multiple"),
         ("--on tokens", "--on"),
         ("--unknown 1", "--unknown"),

@@ -126,6 +126,9 @@ def test_plots_are_small_pngs():
     frontier = plots.frontier([0.1, 0.2], [0.3, 0.1], labels=["0", "1"], axes=("x", "y"))
     records = [{"step": step, "w": w, "loss": step * w} for step in (1, 2) for w in (0.5, 1.0)]
     curves = plots.curves(records, panels={"loss": "loss, nats"}, by="w", legend="weight")
-    for png in (frontier, curves):
+    settings = {"panels": {"loss": "loss"}, "by": "w", "legend": "weight"}
+    limited = plots.curves(records, **settings, limited="loss")
+    assert limited != plots.curves(records, **settings)
+    for png in (frontier, curves, limited):
         assert png.startswith(PNG)
         assert len(png) < 200_000

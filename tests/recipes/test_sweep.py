@@ -35,9 +35,9 @@ def start(weights):
 
 
 def run(weights):
-    members, shared = start(weights)
-    members, metrics = CHUNK(members, shared, 0, 12)
-    return members, shared, metrics
+    state, shared = start(weights)
+    state, metrics = CHUNK(state, shared, 0, 12)
+    return state.members, shared, metrics
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,7 @@ def test_a_larger_kl_weight_stays_nearer_and_learns_less(sweep):
 
 
 def test_evaluation_before_training_is_that_of_the_base_model():
-    scores = evaluate(*start(WEIGHTS), WINDOWS)
+    state, shared = start(WEIGHTS)
+    scores = evaluate(state.members, shared, WINDOWS)
     np.testing.assert_allclose(scores.loss, scores.base_loss, rtol=1e-5)
     np.testing.assert_allclose(scores.kl, 0, atol=1e-6)

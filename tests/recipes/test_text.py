@@ -2,6 +2,7 @@ import os
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -54,6 +55,17 @@ def test_spread_windows_do_not_overlap():
     assert windows[0, 0] == 0
     assert windows[-1, -1] == 99
     assert text.spread_windows(data, count=100, length=30).shape == (3, 30)
+    between = np.asarray(text.windows_between(data, count=4, length=10))
+    together = np.sort(np.concatenate([windows, between]), axis=0)
+    np.testing.assert_array_equal(together, data[: len(together) * 10].reshape(-1, 10))
+    assert text.windows_between(data, count=100, length=30).shape == (0, 30)
+
+
+def test_rounds_read_every_window_in_turn():
+    windows = np.arange(10).reshape(5, 2)
+    rounds = text.Rounds(jnp.asarray(windows))
+    read = [np.asarray(rounds(jnp.int32(index), 2)) for index in range(5)]
+    np.testing.assert_array_equal(np.concatenate(read), np.tile(windows, (2, 1)))
 
 
 def test_unigram_loss_of_uniform_bytes():

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from penalties_jax.recipes.memory import COPIES, activations, check_memory, transformer
-from penalties_jax.recipes.options import Options, check_options
+from penalties_jax.recipes.options import Options, UsageError, check_options
+
+KL_WEIGHTS = (0.0, 0.01, 0.1, 0.5, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +38,15 @@ class FinetuneConfig(Options):
     rank: int = 8
     """The rank of the adapters."""
 
-    kl_weights: tuple[float, ...] = (0.0, 0.01, 0.1, 0.5, 1.0)
-    """The weights of KL(model || base model) to compare."""
+    kl_weights: tuple[float, ...] | None = None
+    """The weights of KL(model || base model) to compare; by default 0, 0.01, 0.1, 0.5 and 1."""
+
+    kl_budget: tuple[float, ...] | None = None
+    """In place of weights: limits of that KL on held-out base text, for which weights are learnt.
+    It is measured on windows that evaluation leaves out."""
+
+    budget_step_size: float = 0.02
+    """What a step at twice its budget adds to a KL weight."""
 
     l1_weight: float = 0.0
     """The weight of an L1 term, the mean of abs(x)."""
@@ -57,11 +66,24 @@ class FinetuneConfig(Options):
     evaluation_windows: int = 128
     """Sequences of each held-out text to evaluate on, at most."""
 
+    def __post_init__(self):
+        if self.kl_weights is None and self.kl_budget is None:
+            object.__setattr__(self, "kl_weights", KL_WEIGHTS)
+
+
+def members(config: FinetuneConfig) -> list[dict[str, float]]:
+    """Return in what the members differ: one option each, by the name that the log has for it."""
+    if config.kl_budget is not None:
+        return [{"kl_budget": budget} for budget in config.kl_budget]
+    return [{"kl_weight": weight} for weight in config.kl_weights or ()]
+
 
 def check(config: FinetuneConfig) -> None:
     """Refuse options that can't be run, as `check_options` and `check_memory`."""
     weights = ("kl_weights", "l1_weight", "l2_weight", "entropy_weight")
-    check_options(config, members=len(config.kl_weights), may_be_zero=weights)
+    check_options(config, members=len(members(config)), may_be_zero=weights)
+    if config.kl_weights is not None and config.kl_budget is not None:
+        raise UsageError("--kl-budget takes the place of --kl-weights: give one of them")
     check_memory(config, numbers)
 
 
@@ -76,5 +98,5 @@ def numbers(config: FinetuneConfig) -> int:
 
     return max(
         COPIES * base + kept(config.pretrain_batch_size),
-        2 * base + len(config.kl_weights) * (COPIES * adapters + kept(config.batch_size)),
+        2 * base + len(members(config)) * (COPIES * adapters + kept(config.batch_size)),
     )

@@ -8,10 +8,17 @@ from jaxtyping import Array
 import penalties_jax as pj
 from penalties_jax.recipes import text
 from penalties_jax.recipes.devices import choose_mesh, make_mesh
-from penalties_jax.recipes.finetune.config import FinetuneConfig, check
+from penalties_jax.recipes.finetune.config import FinetuneConfig, check, members
 from penalties_jax.recipes.finetune.results import IMAGES, Result, report
-from penalties_jax.recipes.finetune.sweep import evaluate, start_sweep, sweep_step
+from penalties_jax.recipes.finetune.sweep import (
+    Budgets,
+    evaluate,
+    kl_weights,
+    start_sweep,
+    sweep_step,
+)
 from penalties_jax.recipes.language_model import LanguageModel, mean_loss
+from penalties_jax.recipes.options import UsageError
 from penalties_jax.recipes.pretraining import pretrained
 from penalties_jax.recipes.report import likely_cause, write_results
 from penalties_jax.recipes.runs import Run, open_run
@@ -32,9 +39,10 @@ def finetune(config: FinetuneConfig) -> list[Result]:
     target = text.read_text(config.target_text, text.standard_library)
     text.check_length(base, batch_size=config.pretrain_batch_size, context=config.context)
     text.check_length(target, batch_size=config.batch_size, context=config.context)
+    budgets = make_budgets(config, base) if config.kl_budget else None
     texts = {"base_text": base.describe(), "target_text": target.describe()}
     with open_run(config, IMAGES, **texts) as run:
-        trained, results = _train_and_evaluate(config, run, base, target)
+        trained, results = _train_and_evaluate(config, run, base, target, budgets)
         shown = report(results, trained.log.records, base)
         write_results(run, trained, results, shown, _cause(config, trained))
     return results
@@ -58,6 +66,27 @@ def make_objective(config: FinetuneConfig) -> pj.Objective:
     )
 
 
+def make_budgets(config: FinetuneConfig, base_text: text.Corpus) -> Budgets:
+    """Return what holds the members to their budgets, on held-out windows of the base text.
+
+    Raises:
+        UsageError: If evaluation leaves no window to measure on.
+    """
+    size = {"count": config.evaluation_windows, "length": config.context + 1}
+    measured = text.windows_between(base_text.held_out, **size)
+    if not len(measured):
+        raise UsageError(
+            f"the text {base_text.name!r} is too short for --kl-budget: with fewer "
+            "--evaluation-windows, some held-out ones are left to measure on"
+        )
+    controllers = [
+        pj.Budget(budget, config.budget_step_size / budget, measure="kl")
+        for budget in config.kl_budget or ()
+    ]
+    held_out = text.spread_windows(base_text.held_out, **size)
+    return Budgets(pj.stack(controllers), text.Rounds(measured), text.Rounds(held_out))
+
+
 def cross_entropy(outputs: Mapping[str, Array]) -> Array:
     """Return the model's mean loss, in nats per byte."""
     return mean_loss(outputs["logits"], outputs["targets"])
@@ -74,13 +103,18 @@ def probabilities(outputs: Mapping[str, Array]) -> Array:
 
 
 def _cause(config: FinetuneConfig, trained: Trained) -> str:
-    names = ("learning_rate", "kl_weights", "l1_weight", "l2_weight", "entropy_weight")
-    swept = [{"kl_weights": weight} for weight in config.kl_weights]
+    of_kl = "budget_step_size" if config.kl_budget else "kl_weights"
+    names = ("learning_rate", of_kl, "l1_weight", "l2_weight", "entropy_weight")
+    swept = [{"kl_weights": member.get("kl_weight", 0.0)} for member in members(config)]
     return likely_cause(config, FinetuneConfig(), names, swept, trained.diverged)
 
 
 def _train_and_evaluate(
-    config: FinetuneConfig, run: Run, base_text: text.Corpus, target_text: text.Corpus
+    config: FinetuneConfig,
+    run: Run,
+    base_text: text.Corpus,
+    target_text: text.Corpus,
+    budgets: Budgets | None,
 ) -> tuple[Trained, list[Result]]:
     base_model = pretrained(
         LanguageModel,
@@ -89,11 +123,12 @@ def _train_and_evaluate(
         batch_size=config.pretrain_batch_size,
     )
     optimizer = adam(config.learning_rate, config.steps)
-    objective = make_objective(config)
-    members, shared = start_sweep(
+    objective, swept = make_objective(config), members(config)
+    state, shared = start_sweep(
         base_model,
-        [objective.with_weight("kl", weight) for weight in config.kl_weights],
+        [objective.with_weight("kl", member.get("kl_weight", 0.0)) for member in swept],
         text.batches(target_text, config.seed),
+        budgets,
         optimizer=optimizer,
         rank=config.rank,
         seed=config.seed,
@@ -101,12 +136,12 @@ def _train_and_evaluate(
     trained = train(
         run,
         sweep_step(optimizer, batch_size=config.batch_size, length=config.context + 1),
-        members,
+        state,
         shared,
         mesh=make_mesh(config),
         steps=config.steps,
         every=config.log_every,
-        members=[{"kl_weight": weight} for weight in config.kl_weights],
+        members=swept,
     )
     windows = [
         text.spread_windows(
@@ -114,9 +149,16 @@ def _train_and_evaluate(
         )
         for corpus in (target_text, base_text)
     ]
-    target, base = (evaluate(trained.state, shared, each) for each in windows)
-    columns = (target.base_loss, target.loss, base.base_loss, base.loss, base.kl)
+    target, base = (evaluate(trained.state.members, shared, each) for each in windows)
+    columns = {
+        "kl_weight": kl_weights(trained.state, shared),
+        "target_before": target.base_loss,
+        "target_after": target.loss,
+        "base_before": base.base_loss,
+        "base_after": base.loss,
+        "kl": base.kl,
+    }
     return trained, [
-        Result(weight, *(float(column[member]) for column in columns))
-        for member, weight in enumerate(config.kl_weights)
+        Result(**{name: float(column[i]) for name, column in columns.items()} | member)
+        for i, member in enumerate(swept)
     ]

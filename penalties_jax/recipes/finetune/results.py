@@ -11,15 +11,16 @@ IMAGES = ADAPTATION, CURVES = "adaptation.png", "curves.png"
 
 
 class Result(NamedTuple):
-    """What fine-tuning with one KL weight did, on held-out text, in nats per byte.
+    """What fine-tuning with one KL weight or budget did, on held-out text, in nats per byte.
 
     Attributes:
-        kl_weight: The weight of KL(model || base model).
+        kl_weight: The weight of KL(model || base model); of a budget, what it has come to.
         target_before: The loss of the base model on the target text.
         target_after: The loss of the fine-tuned model there.
         base_before: The loss of the base model on the base text.
         base_after: The loss of the fine-tuned model there; its increase is the forgetting.
         kl: KL(fine-tuned model || base model) on the base text.
+        kl_budget: The limit of that KL, if there is one.
     """
 
     kl_weight: float
@@ -28,41 +29,54 @@ class Result(NamedTuple):
     base_before: float
     base_after: float
     kl: float
+    kl_budget: float | None = None
 
 
 def report(
     results: Sequence[Result], records: Sequence[Mapping[str, Any]], base_text: Corpus
 ) -> Report:
     """Return the report of the results, and of the training records of the log."""
-    by_weight = sorted(results)
+    budgets = results[0].kl_budget is not None
+    by, member = ("kl_budget", "KL budget") if budgets else ("kl_weight", "KL weight")
+    in_order = sorted(results, key=lambda result: getattr(result, by))
     adaptation = plots.frontier(
-        [result.base_after - result.base_before for result in by_weight],
-        [result.target_before - result.target_after for result in by_weight],
-        labels=[f"KL weight {result.kl_weight:g}" for result in by_weight],
+        [result.base_after - result.base_before for result in in_order],
+        [result.target_before - result.target_after for result in in_order],
+        labels=[f"{member} {getattr(result, by):g}" for result in in_order],
         axes=(
             "forgetting: rise of the loss on the base text, nats per byte",
             "adaptation: fall of the loss on the target text, nats per byte",
         ),
     )
+    of_budgets = {
+        "kl/held_out": "KL to the base model on held-out base text, and its budget",
+        "kl/weight": "KL weight",
+    }
     curves = plots.curves(
         records,
         panels={
             "loss": "loss on the target text, nats per byte",
             "kl": "KL to the base model, nats per byte",
+            **(of_budgets if budgets else {}),
             "gradient/kl/weighted": "norm of the gradient of the weighted KL, in the logits",
         },
-        by="kl_weight",
-        legend="KL weight",
+        by=by,
+        legend=member,
+        limited="kl/held_out",
     )
     names = ("target before", "target after", "base before", "base after", "KL to base")
-    rows = [[f"{result[0]:g}", *(f"{value:.4f}" for value in result[1:])] for result in results]
+    headers = (member, *(["KL weight"] if budgets else []), *names)
+    rows = [
+        [f"{getattr(result, by):g}", *(f"{value:.4f}" for value in result[not budgets : 6])]
+        for result in results
+    ]
     last = [record for record in records if record["step"] == records[-1]["step"]]
     norms = [name for name in last[0] if name.startswith("gradient/")]
-    norm_rows = [[f"{r['kl_weight']:g}", *(f"{r[name]:.3g}" for name in norms)] for r in last]
-    norm_table = (("KL weight", *(name.removeprefix("gradient/") for name in norms)), norm_rows)
+    norm_rows = [[f"{r[by]:g}", *(f"{r[name]:.3g}" for name in norms)] for r in last]
+    norm_table = ((member, *(name.removeprefix("gradient/") for name in norms)), norm_rows)
     return Report(
         template="finetune/report.html.jinja",
-        table=(("KL weight", *names), rows),
+        table=(headers, rows),
         units="losses and KL in nats per byte, on held-out text",
         images={ADAPTATION: adaptation, CURVES: curves},
         values={"unigram": unigram_loss(base_text), "norms": norm_table},
