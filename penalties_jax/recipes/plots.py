@@ -146,15 +146,17 @@ def curves(
         figure = Figure(figsize=(7, 2.7 * len(panels)), layout="constrained")
         plots = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
         for plot, (metric, label) in zip(plots, panels.items(), strict=True):
-            for colour, member in zip(_colours(len(members)), members, strict=True):
+            coloured = list(zip(_colours(len(members)), members, strict=True))
+            for colour, member in coloured:
                 own = [record for record in records if record[by] == member]
                 steps, values = ([record[name] for record in own] for name in ("step", metric))
                 # Of one step there is no line to see.
                 marker = "o" if len(steps) == 1 else ""
                 plot.plot(steps, values, marker, color=colour, label=_label(member))
             if metric == limited:
-                plot.autoscale(False)
-                plot.hlines(members, *plot.get_xlim(), _colours(len(members)), "--", linewidth=1)
+                plot.set(ylim=plot.get_ylim())
+                for colour, member in coloured:
+                    plot.axhline(member, color=colour, linestyle="--", linewidth=1)
             plot.set(title=label)
         plots[-1].set(xlabel="step")
         lines = plots[0].get_legend_handles_labels()

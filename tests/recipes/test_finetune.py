@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import yaml
 
-from penalties_jax.recipes import training
+from penalties_jax.recipes import text, training
 from penalties_jax.recipes.cli import main
 from penalties_jax.recipes.finetune import FinetuneConfig, job
-from penalties_jax.recipes.finetune.job import make_objective, start_sweep
+from penalties_jax.recipes.finetune.job import make_budgets, make_objective, start_sweep
 from tests.recipes.logs import read_log
 
 WEIGHTS = ("0", "0.5", "5")
@@ -151,6 +151,30 @@ def test_budgets_learn_their_weights(of_budgets, capsys):
     html = (folder / "report.html").read_text()
     assert "KL budget" in html
     assert f"<td>{exceeded[-1]['kl_weight']:.4f}</td>" in html
+
+
+def test_a_budget_that_holds_by_itself_trains_as_without_a_penalty(of_budgets, run):
+    kept = [r for r in read_log(of_budgets[0]) if r["kl_budget"] == 1000]
+    without = [r for r in read_log(run.folder) if r["kl_weight"] == 0]
+    for ours, theirs in zip(kept, without, strict=True):
+        shared = ours.keys() & theirs.keys() - {"kind"}
+        assert shared >= {"step", "kl"}
+        assert {name: ours[name] for name in shared} == pytest.approx(
+            {name: theirs[name] for name in shared}, rel=1e-4
+        )
+
+
+def test_a_controller_reads_windows_that_evaluation_leaves_out():
+    config = FinetuneConfig(kl_budget=(0.1, 0.4), evaluation_windows=4, context=16)
+    base = text.split("base", "".join(map(chr, range(32, 127))) * 40)
+    budgets = make_budgets(config, base)
+    sizes = budgets.controllers.step_size
+    np.testing.assert_allclose(sizes, [0.2, 0.05], rtol=1e-6)
+    evaluated = text.spread_windows(base.held_out, count=4, length=17)
+    np.testing.assert_array_equal(budgets.held_out.windows, evaluated)
+    read = {tuple(window) for window in np.asarray(budgets.measured.windows).tolist()}
+    assert len(read) == len(base.held_out) // 17 - 4
+    assert not read & {tuple(window) for window in np.asarray(evaluated).tolist()}
 
 
 def test_resuming_a_killed_run_of_budgets_gives_the_same_numbers(of_budgets, tmp_path):

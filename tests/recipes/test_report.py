@@ -1,6 +1,6 @@
 import base64
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -126,9 +126,19 @@ def test_plots_are_small_pngs():
     frontier = plots.frontier([0.1, 0.2], [0.3, 0.1], labels=["0", "1"], axes=("x", "y"))
     records = [{"step": step, "w": w, "loss": step * w} for step in (1, 2) for w in (0.5, 1.0)]
     curves = plots.curves(records, panels={"loss": "loss, nats"}, by="w", legend="weight")
-    settings = {"panels": {"loss": "loss"}, "by": "w", "legend": "weight"}
-    limited = plots.curves(records, **settings, limited="loss")
-    assert limited != plots.curves(records, **settings)
-    for png in (frontier, curves, limited):
+    for png in (frontier, curves):
         assert png.startswith(PNG)
         assert len(png) < 200_000
+
+
+def test_limits_are_lines_that_leave_the_curves_in_view(monkeypatch):
+    monkeypatch.setattr(plots, "_png", lambda figure: figure)
+    records = [{"step": step, "w": w, "kl": 0.1 * step} for step in (1, 2) for w in (0.15, 9.0)]
+    panels = {"kl": "KL", "step": "step"}
+    figure: Any = plots.curves(records, panels=panels, by="w", legend="w", limited="kl")
+    limited, other = figure.axes
+    heights = [line.get_ydata()[0] for line in limited.lines if line.get_linestyle() == "--"]
+    assert heights == [0.15, 9.0]
+    assert len(other.lines) == 2
+    assert limited.get_ylim() == pytest.approx((0.1, 0.2), abs=0.02)
+    assert limited.get_xlim() == pytest.approx((1, 2), abs=0.2)

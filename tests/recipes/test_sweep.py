@@ -4,11 +4,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import penalties_jax as pj
 from penalties_jax.recipes.finetune import FinetuneConfig
 from penalties_jax.recipes.finetune.job import make_objective
-from penalties_jax.recipes.finetune.sweep import evaluate, start_sweep, sweep_step
+from penalties_jax.recipes.finetune.sweep import (
+    Budgets,
+    evaluate,
+    kl_weights,
+    start_sweep,
+    sweep_step,
+)
 from penalties_jax.recipes.language_model import LanguageModel
-from penalties_jax.recipes.text import Batches
+from penalties_jax.recipes.text import Batches, Rounds
 from penalties_jax.recipes.training import adam, compile_chunk
 
 pytestmark = pytest.mark.slow
@@ -22,12 +29,13 @@ CHUNK = compile_chunk(sweep_step(OPTIMIZER, batch_size=2, length=9))
 WINDOWS = jnp.arange(36).reshape(4, 9) % 7
 
 
-def start(weights):
+def start(weights, budgets=None):
     base = LanguageModel(width=16, layers=1, heads=2, context=8, rngs=nnx.Rngs(3))
     return start_sweep(
         base,
         [OBJECTIVE.with_weight("kl", weight) for weight in weights],
         Batches(jnp.arange(200, dtype=jnp.uint8) % 7, jax.random.key(0)),
+        budgets,
         optimizer=OPTIMIZER,
         rank=2,
         seed=0,
@@ -84,3 +92,22 @@ def test_evaluation_before_training_is_that_of_the_base_model():
     scores = evaluate(state.members, shared, WINDOWS)
     np.testing.assert_allclose(scores.loss, scores.base_loss, rtol=1e-5)
     np.testing.assert_allclose(scores.kl, 0, atol=1e-6)
+
+
+def test_the_weight_of_a_step_is_what_the_steps_before_have_measured():
+    made = [pj.Budget(limit, 0.5, measure="kl") for limit in (1e-6, 9.0)]
+    budgets = Budgets(pj.stack(made), Rounds(WINDOWS[:2]), Rounds(WINDOWS[2:]))
+    state, shared = start((0.0, 0.0), budgets)
+    expected = np.zeros(2)
+    for index in range(3):
+        state, metrics = CHUNK(state, shared, index, index + 1)
+        for name, windows in (("kl/measured", WINDOWS[:2]), ("kl/held_out", WINDOWS[2:])):
+            kl = evaluate(state.members, shared, windows).kl
+            np.testing.assert_allclose(metrics[name], kl, rtol=1e-4)
+        np.testing.assert_allclose(metrics["kl/weight"], expected, rtol=1e-4)
+        np.testing.assert_allclose(metrics["kl/weighted"], expected * metrics["kl"], rtol=1e-4)
+        excess = np.asarray(metrics["kl/measured"]) - [1e-6, 9.0]
+        expected = np.maximum(expected + 0.5 * excess, 0)
+        np.testing.assert_allclose(kl_weights(state, shared), expected, rtol=1e-4)
+    assert expected[0] > 0
+    assert expected[1] == 0
