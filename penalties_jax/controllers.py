@@ -203,6 +203,7 @@ class AdaptiveSparsityScheduler(Controller):
         return SparsityControl(target * 0.9**level, weight * 0.5**level)
 
     def _observe(self, state, value):
+        state = AdaptiveState(*map(jnp.asarray, state))
         value = state.value if value is None else jnp.asarray(value, jnp.float32)
         over = ~(value <= self.accuracy_threshold)
         if not self.remember:
@@ -308,7 +309,7 @@ class Weigher(Controller):
         self, state: DualState, *, value: ArrayLike | None = None, **extra: Any
     ) -> SparsityControl:
         """The target and the weight for the step at hand."""
-        return SparsityControl(self.target(state), state.weight)
+        return SparsityControl(self.target(state), jnp.asarray(state.weight))
 
     def _moved(self, weight: Array, measured: Array, target: Array) -> Array:
         """The weight after a measurement."""

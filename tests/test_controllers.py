@@ -264,6 +264,14 @@ def test_a_call_and_an_update_change_nothing(controller):
 
 
 @every_controller
+def test_a_state_that_comes_from_the_host_will_do(controller):
+    state = jax.tree.map(np.asarray, controller.init())
+    measured = {measure_of(controller): 0.5}
+    for made in (controller(state, **measured), controller.update(state, **measured)):
+        assert all(isinstance(leaf, jax.Array) for leaf in made)
+
+
+@every_controller
 def test_round_trips(controller):
     for again in (
         pj.from_dict(pj.to_dict(controller)),

@@ -128,6 +128,7 @@ def sweep_step(optimizer: optax.GradientTransformation, *, batch_size: int, leng
     return step
 
 
+@jax.jit
 def kl_weights(state: State, shared: Shared) -> Float[Array, " members"]:
     """Return the weight of each member's "kl", for the step at hand."""
     if shared.budgets:
