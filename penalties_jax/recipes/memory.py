@@ -32,12 +32,20 @@ def check_memory(options: Options, numbers: Callable[[Any], int]) -> None:
         UsageError: If there is no device, or they don't fit; it names the options that, halved,
             save the most.
     """
-    needed, there = BYTES * numbers(options), device_memory()
-    if needed > there:
-        raise UsageError(
-            f"this needs about {in_words(needed)} of memory and there are {in_words(there)}: "
-            f"lower {', '.join(_heaviest(options, numbers))}"
-        )
+    if sizes := beyond_memory(numbers(options)):
+        raise UsageError(f"this needs {sizes}: lower {', '.join(_heaviest(options, numbers))}")
+
+
+def beyond_memory(numbers: int) -> str | None:
+    """Say how much memory that many numbers take, and how much there is; nothing if they fit.
+
+    Raises:
+        UsageError: If there is no device.
+    """
+    needed, there = BYTES * numbers, device_memory()
+    if needed <= there:
+        return None
+    return f"about {in_words(needed)} of memory and there are {in_words(there)}"
 
 
 def _heaviest(options: Options, numbers: Callable[[Any], int]) -> list[str]:

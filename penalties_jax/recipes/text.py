@@ -1,4 +1,4 @@
-"""Real text as bytes: two corpora that every Python carries, held-out parts, windows, batches."""
+"""Real text in numbers: two corpora that every Python carries, held-out parts, windows, batches."""
 
 import hashlib
 import math
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Int, Integer
 
 from penalties_jax.recipes.devices import split_over_devices
 from penalties_jax.recipes.options import UsageError
@@ -22,17 +22,21 @@ LARGEST_TEXT = 100_000_000
 
 
 class Corpus(NamedTuple):
-    """A text as uint8, and its name for reports; its last tenth is never trained on."""
+    """A text in numbers, and its name for reports; its last tenth is never trained on.
+
+    The numbers are bytes, or the tokens of a tokenizer, as `unit` says.
+    """
 
     name: str
     train: np.ndarray
     held_out: np.ndarray
+    unit: str = "byte"
 
     def describe(self) -> str:
         """Say in one line what the corpus is, so that two runs can tell if they read the same."""
         digest = hashlib.sha256(self.train.tobytes() + self.held_out.tobytes()).hexdigest()
         total = len(self.train) + len(self.held_out)
-        return f"{self.name}, {total} bytes, sha256 {digest[:16]}"
+        return f"{self.name}, {total} {self.unit}s, sha256 {digest[:16]}"
 
 
 def help_topics() -> Corpus:
@@ -99,15 +103,19 @@ def read_text(path: Path | None, otherwise: Callable[[], Corpus]) -> Corpus:
 
 def split(name: str, text: str) -> Corpus:
     """Encode `text` as UTF-8 and hold out its last tenth."""
-    data = np.frombuffer(text.encode("utf-8"), np.uint8)
+    return hold_out(name, np.frombuffer(text.encode("utf-8"), np.uint8))
+
+
+def hold_out(name: str, data: np.ndarray, unit: str = "byte") -> Corpus:
+    """Hold out the last tenth of a text."""
     cut = len(data) - math.ceil(len(data) * HELD_OUT_FRACTION)
-    return Corpus(name, data[:cut], data[cut:])
+    return Corpus(name, data[:cut], data[cut:], unit)
 
 
 def check_length(corpus: Corpus, *, batch_size: int, context: int) -> None:
     """Refuse a corpus without one batch of distinct windows to train on and one to evaluate on.
 
-    A window is `context + 1` bytes: the inputs, and the same shifted by one.
+    A window is `context + 1` units: the inputs, and the same shifted by one.
 
     Raises:
         UsageError: If a part is too short.
@@ -119,19 +127,19 @@ def check_length(corpus: Corpus, *, batch_size: int, context: int) -> None:
         needed = windows * (context + 1)
         if len(data) < needed:
             raise UsageError(
-                f"the text {corpus.name!r} is too short: its {part} part has {len(data)} bytes "
-                f"and needs {needed} ({windows} x {context + 1})"
+                f"the text {corpus.name!r} is too short: its {part} part has {len(data)} "
+                f"{corpus.unit}s and needs {needed} ({windows} x {context + 1})"
             )
 
 
 class Batches(NamedTuple):
     """Random windows of a text, the same ones at the same index."""
 
-    text: UInt8[Array, " bytes"]
+    text: Integer[Array, " units"]
     key: Array
 
     def __call__(self, index: Array, size: int, length: int) -> Int[Array, "size length"]:
-        """Draw the batch at `index`: `size` windows of `length` bytes."""
+        """Draw the batch at `index`: `size` windows of `length` units."""
         key = jax.random.fold_in(self.key, index)
         return split_over_devices(sample_windows(self.text, key, batch_size=size, length=length))
 
@@ -142,9 +150,9 @@ def batches(corpus: Corpus, seed: int) -> Batches:
 
 
 def sample_windows(
-    data: UInt8[Array, " bytes"], key: Array, *, batch_size: int, length: int
+    data: Integer[Array, " units"], key: Array, *, batch_size: int, length: int
 ) -> Int[Array, "batch length"]:
-    """Draw windows of `length` bytes that start anywhere in `data`, uniformly."""
+    """Draw windows of `length` units that start anywhere in `data`, uniformly."""
     starts = jax.random.randint(key, (batch_size,), 0, len(data) - length + 1)
     return data[starts[:, None] + jnp.arange(length)].astype(jnp.int32)
 

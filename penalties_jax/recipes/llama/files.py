@@ -4,7 +4,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from penalties_jax.recipes.llama.checkpoint import build
+from penalties_jax.recipes.llama.checkpoint import Checkpoint, build
+from penalties_jax.recipes.llama.folders import open_folder
 from penalties_jax.recipes.llama.gguf_files import open_gguf
 from penalties_jax.recipes.llama.model import Llama
 from penalties_jax.recipes.options import UsageError
@@ -30,9 +31,20 @@ def load(path: str | Path) -> Loaded:
     Raises:
         UsageError: If a file is not there or can't be read, or holds what is not supported.
     """
-    path = _packaged(PACKAGED[str(path)]) if str(path) in PACKAGED else Path(path)
-    checkpoint = open_gguf(path)
+    checkpoint = open_checkpoint(path)
     return Loaded(build(checkpoint), checkpoint.tokenizer)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open what `load` loads and read the sizes and the tokenizer; `build` makes the model of it.
+
+    Raises:
+        UsageError: As `load`, but for the parameters.
+    """
+    path = _packaged(PACKAGED[str(path)]) if str(path) in PACKAGED else Path(path)
+    checkpoint = open_folder(path) if path.is_dir() else open_gguf(path)
+    checkpoint.check()
+    return checkpoint
 
 
 def _packaged(package: str) -> Path:
