@@ -72,8 +72,8 @@ def build(checkpoint: Checkpoint) -> Llama:
     """Return the model with the parameters that are in the files, in float32.
 
     Raises:
-        UsageError: If there are parameters too few or too many, or of other shapes; if there is
-            too little memory.
+        UsageError: If there are parameters too few or too many, of other shapes, or not finite; if
+            there is too little memory.
     """
     path, config = checkpoint.path, checkpoint.config
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
@@ -91,6 +91,8 @@ def build(checkpoint: Checkpoint) -> Llama:
         layers = array if _is_stacked(place) else array[None]
         for layer, name in enumerate(wanted[place]):
             read = checkpoint.read(name)
+            if not np.isfinite(read).all():
+                raise UsageError(f"{name!r} in {path} has numbers that are not finite")
             layers[layer] = read.T if _is_kernel(place) else read
         variable.set_value(jnp.asarray(array))
     return nnx.merge(graph, abstract)

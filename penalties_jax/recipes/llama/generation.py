@@ -19,15 +19,15 @@ def generate(
     length: int,
     *,
     lengths: Int[Array, " batch"] | None = None,
-) -> Int[Array, "batch time+length"]:
-    """Return the prompts and, after each, the `length` tokens that are the likeliest one by one.
+) -> Int[Array, "batch room"]:
+    """Return the prompts, each with the tokens after it that are the likeliest, one by one.
 
     Works under jit and vmap, as over a stack of adapters.
 
     Args:
         model: What writes.
         tokens: The prompts, of at least one token.
-        length: How many tokens to add.
+        length: How many tokens to add: `room` is `time + length`.
         lengths: How many tokens of each prompt count, at least one; by default all. What a row has
             after its prompt is replaced, so that shorter prompts have more tokens added.
     """

@@ -3,8 +3,8 @@
 from penalties_jax.recipes.llama.model import LlamaConfig
 from penalties_jax.recipes.memory import COPIES
 
-# Of a logit in a block of them: itself and the base model's, what they become, and gradients.
-LOGITS = 6
+# Of a logit in a block of them: itself, the base model's, and the gradient.
+LOGITS = 3
 
 
 def parameters(config: LlamaConfig) -> int:
