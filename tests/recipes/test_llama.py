@@ -265,11 +265,10 @@ def test_numbers_of_parameters_are_those_of_the_model():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 5])
-def test_an_estimate_of_fine_tuning_is_near_what_its_program_takes(count):
+def test_an_estimate_of_fine_tuning_is_near_what_its_program_takes():
     # SmolLM2-135M, without its numbers.
     config = llama.LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 1e5, 1e-5, True)
-    sizes = {"members": count, "rank": 8, "batch_size": 2, "context": 128}
+    sizes = {"members": 1, "rank": 8, "batch_size": 2, "context": 128}
 
     def make():
         model = llama.Llama(config, rngs=nnx.Rngs(0))
@@ -282,12 +281,11 @@ def test_an_estimate_of_fine_tuning_is_near_what_its_program_takes(count):
         hidden, kernel = model.hidden(tokens), model.kernel
         return pj.linear_distillation(hidden, kernel, base, kernel, tokens).total
 
-    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), adapters)
     tokens = jax.ShapeDtypeStruct((sizes["batch_size"], sizes["context"]), jnp.int32)
     base = jax.ShapeDtypeStruct((*tokens.shape, config.width), jnp.float32)
-    step = jax.jit(jax.vmap(jax.grad(loss), (0, None, None, None)))
-    taken = step.lower(stacked, rest, tokens, base).compile().memory_analysis()
-    beyond = llama.parameters(config) + memory.COPIES * count * llama.adapters(config, 8)
+    step = jax.jit(jax.grad(loss)).lower(adapters, rest, tokens, base)
+    taken = step.compile().memory_analysis()
+    beyond = llama.parameters(config) + memory.COPIES * llama.adapters(config, 8)
     estimate = memory.BYTES * (llama.fine_tuning(config, **sizes) - beyond)
     assert 0.8 < estimate / taken.temp_size_in_bytes < 1.5
 

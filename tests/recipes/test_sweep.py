@@ -7,6 +7,7 @@ from flax import nnx
 import penalties_jax as pj
 from penalties_jax.recipes.finetune import FinetuneConfig
 from penalties_jax.recipes.finetune.job import make_objective
+from penalties_jax.recipes.finetune.kinds import Bytes
 from penalties_jax.recipes.finetune.sweep import (
     Budgets,
     evaluate,
@@ -14,7 +15,7 @@ from penalties_jax.recipes.finetune.sweep import (
     start_sweep,
     sweep_step,
 )
-from penalties_jax.recipes.language_model import LanguageModel
+from penalties_jax.recipes.language_model import LanguageModel, with_adapters
 from penalties_jax.recipes.text import Batches, Rounds
 from penalties_jax.recipes.training import adam, compile_chunk
 
@@ -32,13 +33,12 @@ WINDOWS = jnp.arange(36).reshape(4, 9) % 7
 def start(weights, budgets=None):
     base = LanguageModel(width=16, layers=1, heads=2, context=8, rngs=nnx.Rngs(3))
     return start_sweep(
-        base,
-        [OBJECTIVE.with_weight("kl", weight) for weight in weights],
+        Bytes(OBJECTIVE),
+        with_adapters(base, 2, rngs=nnx.Rngs(0)),
+        weights,
         Batches(jnp.arange(200, dtype=jnp.uint8) % 7, jax.random.key(0)),
         budgets,
         optimizer=OPTIMIZER,
-        rank=2,
-        seed=0,
     )
 
 

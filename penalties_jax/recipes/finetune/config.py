@@ -5,23 +5,35 @@ from pathlib import Path
 from typing import Literal
 
 from penalties_jax.recipes.memory import COPIES, activations, check_memory, transformer
-from penalties_jax.recipes.options import Options, UsageError, check_options
+from penalties_jax.recipes.options import Options, UsageError, check_options, flag
 
 KL_WEIGHTS = (0.0, 0.01, 0.1, 0.5, 1.0)
+PROMPTS = ("The capital of France is", "A list in Python is", "def fibonacci(n):")
+# What a model that comes with --model has no use for: its sizes are its own, and its logits, which
+# some penalties act on, are never held.
+OF_BYTES = (
+    *("width", "layers", "heads", "pretrain_steps", "pretrain_learning_rate"),
+    *("pretrain_batch_size", "l1_weight", "l2_weight", "on", "entropy_weight"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig(Options):
-    """Fine-tune a small language model on new text under a KL penalty, for several weights at once.
+    """Fine-tune a language model on new text under a KL penalty, for several weights at once.
 
-    Losses and KL are in nats per byte.
+    Losses and KL are in nats per byte; with --model, per token.
     """
 
     out: Path = Path("runs/finetune")
     width: int = 96
 
+    model: str | None = None
+    """A pretrained model of the Llama family, in place of a small one that is pretrained here: a
+    folder as on Hugging Face, a GGUF file, or smollm2, which the extra llm brings."""
+
     base_text: Path | None = None
-    """A UTF-8 file to pretrain on; by default Python's own help topics."""
+    """A UTF-8 file to pretrain on, and to tell by what is forgotten; by default Python's own help
+    topics."""
 
     target_text: Path | None = None
     """A UTF-8 file to fine-tune on; by default the source of the standard library."""
@@ -66,6 +78,12 @@ class FinetuneConfig(Options):
     evaluation_windows: int = 128
     """Sequences of each held-out text to evaluate on, at most."""
 
+    prompts: tuple[str, ...] = PROMPTS
+    """What every member goes on from in the report, with --model."""
+
+    prompt_tokens: int = 40
+    """How many tokens they write after each."""
+
     def __post_init__(self):
         if self.kl_weights is None and self.kl_budget is None:
             object.__setattr__(self, "kl_weights", KL_WEIGHTS)
@@ -84,7 +102,12 @@ def check(config: FinetuneConfig) -> None:
     check_options(config, members=len(members(config)), may_be_zero=weights)
     if config.kl_weights is not None and config.kl_budget is not None:
         raise UsageError("--kl-budget takes the place of --kl-weights: give one of them")
-    check_memory(config, numbers)
+    usual = FinetuneConfig()
+    unused = [name for name in OF_BYTES if getattr(config, name) != getattr(usual, name)]
+    if config.model is None:
+        check_memory(config, numbers)
+    elif unused:
+        raise UsageError(f"{flag(unused[0])} has no meaning with --model")
 
 
 def numbers(config: FinetuneConfig) -> int:

@@ -1,23 +1,31 @@
 """Fine-tuning from beginning to end."""
 
+import hashlib
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from flax import nnx
 from jaxtyping import Array
+from tqdm import tqdm
 
 import penalties_jax as pj
-from penalties_jax.recipes import text
+from penalties_jax.recipes import language_model, llama, text
 from penalties_jax.recipes.devices import choose_mesh, make_mesh
 from penalties_jax.recipes.finetune.config import FinetuneConfig, check, members
-from penalties_jax.recipes.finetune.results import IMAGES, Result, report
+from penalties_jax.recipes.finetune.kinds import Bytes, Tokens
+from penalties_jax.recipes.finetune.results import IMAGES, Result, Written, report
 from penalties_jax.recipes.finetune.sweep import (
     Budgets,
+    Shared,
     evaluate,
     kl_weights,
     start_sweep,
     sweep_step,
 )
 from penalties_jax.recipes.language_model import LanguageModel, mean_loss
+from penalties_jax.recipes.memory import check_memory
 from penalties_jax.recipes.options import UsageError
 from penalties_jax.recipes.pretraining import pretrained
 from penalties_jax.recipes.report import likely_cause, write_results
@@ -29,7 +37,8 @@ def finetune(config: FinetuneConfig) -> list[Result]:
     """Run the job: pretrain or load, fine-tune, evaluate, write everything under `config.out`.
 
     Raises:
-        UsageError: If an option, a text or the folder can't be used. Nothing is written then.
+        UsageError: If an option, a text, a model or the folder can't be used. Nothing is written
+            then.
         RunError: If every member has diverged; what there is, is written.
         StoppedError: If a signal asked for it.
     """
@@ -37,15 +46,39 @@ def finetune(config: FinetuneConfig) -> list[Result]:
     config = choose_mesh(config, config.batch_size)
     base = text.read_text(config.base_text, text.help_topics)
     target = text.read_text(config.target_text, text.standard_library)
-    text.check_length(base, batch_size=config.pretrain_batch_size, context=config.context)
+    loaded = load(config, config.model) if config.model else None
+    described = {"model": f"{config.model}, sha256 {_digest(loaded.model)}"} if loaded else {}
+    if loaded:
+        base, target = (llama.in_tokens(corpus, loaded.tokenizer) for corpus in (base, target))
+    base_windows = 1 if loaded else config.pretrain_batch_size
+    text.check_length(base, batch_size=base_windows, context=config.context)
     text.check_length(target, batch_size=config.batch_size, context=config.context)
     budgets = make_budgets(config, base) if config.kl_budget else None
-    texts = {"base_text": base.describe(), "target_text": target.describe()}
-    with open_run(config, IMAGES, **texts) as run:
-        trained, results = _train_and_evaluate(config, run, base, target, budgets)
-        shown = report(results, trained.log.records, base)
+    described |= {"base_text": base.describe(), "target_text": target.describe()}
+    with open_run(config, IMAGES, **described) as run:
+        subject = _subject(config, run, base, loaded)
+        trained, results, written = _train_and_evaluate(
+            config, run, subject, (base, target), budgets
+        )
+        shown = report(results, trained.log.records, base, written)
         write_results(run, trained, results, shown, _cause(config, trained))
     return results
+
+
+def load(config: FinetuneConfig, path: str) -> llama.Loaded:
+    """Load the model that comes with --model, if it can be fine-tuned in the memory there is.
+
+    Raises:
+        UsageError: If not.
+    """
+    checkpoint = llama.open_checkpoint(path)
+
+    def numbers(config: FinetuneConfig) -> int:
+        sizes = {"batch_size": config.batch_size, "context": config.context, "rank": config.rank}
+        return llama.fine_tuning(checkpoint.config, members=len(members(config)), **sizes)
+
+    check_memory(config, numbers)
+    return llama.Loaded(llama.build(checkpoint), checkpoint.tokenizer)
 
 
 def make_objective(config: FinetuneConfig) -> pj.Objective:
@@ -109,29 +142,51 @@ def _cause(config: FinetuneConfig, trained: Trained) -> str:
     return likely_cause(config, FinetuneConfig(), names, swept, trained.diverged)
 
 
+def _digest(model: llama.Llama) -> str:
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(nnx.state(model)):
+        digest.update(np.asarray(leaf))
+    return digest.hexdigest()[:16]
+
+
+class Subject(NamedTuple):
+    """What is fine-tuned: a model with adapters, what is computed with it, and how it writes."""
+
+    kind: Bytes | Tokens
+    adapted: LanguageModel | llama.Llama
+    tokenizer: Any = None
+
+
+def _subject(
+    config: FinetuneConfig, run: Run, base_text: text.Corpus, loaded: llama.Loaded | None
+) -> Subject:
+    rngs = nnx.Rngs(config.seed)
+    if loaded:
+        adapted = llama.with_adapters(loaded.model, config.rank, rngs=rngs)
+        return Subject(Tokens(), adapted, loaded.tokenizer)
+    batch_size = config.pretrain_batch_size
+    base_model = pretrained(LanguageModel, config, base_text, batch_size=batch_size)
+    adapted = language_model.with_adapters(base_model, config.rank, rngs=rngs)
+    return Subject(Bytes(make_objective(config)), adapted)
+
+
 def _train_and_evaluate(
     config: FinetuneConfig,
     run: Run,
-    base_text: text.Corpus,
-    target_text: text.Corpus,
+    subject: Subject,
+    texts: tuple[text.Corpus, text.Corpus],
     budgets: Budgets | None,
-) -> tuple[Trained, list[Result]]:
-    base_model = pretrained(
-        LanguageModel,
-        config,
-        base_text,
-        batch_size=config.pretrain_batch_size,
-    )
+) -> tuple[Trained, list[Result], list[Written]]:
+    base_text, target_text = texts
     optimizer = adam(config.learning_rate, config.steps)
-    objective, swept = make_objective(config), members(config)
+    swept = members(config)
     state, shared = start_sweep(
-        base_model,
-        [objective.with_weight("kl", member.get("kl_weight", 0.0)) for member in swept],
+        subject.kind,
+        subject.adapted,
+        [member.get("kl_weight", 0.0) for member in swept],
         text.batches(target_text, config.seed),
         budgets,
         optimizer=optimizer,
-        rank=config.rank,
-        seed=config.seed,
     )
     trained = train(
         run,
@@ -158,7 +213,30 @@ def _train_and_evaluate(
         "base_after": base.loss,
         "kl": base.kl,
     }
-    return trained, [
+    results = [
         Result(**{name: float(column[i]) for name, column in columns.items()} | member)
         for i, member in enumerate(swept)
+    ]
+    return trained, results, _written(config, subject, trained, shared)
+
+
+def _written(
+    config: FinetuneConfig, subject: Subject, trained: Trained, shared: Shared
+) -> list[Written]:
+    """Return what the base model and every member write after the prompts, if they can."""
+    if subject.tokenizer is None:
+        return []
+
+    def written(adapters: nnx.State) -> list[str]:
+        model = shared.with_adapters(adapters)
+        return llama.write(model, subject.tokenizer, config.prompts, config.prompt_tokens)
+
+    after = [
+        jax.tree.map(lambda leaf, i=i: leaf[i], trained.state.members.parameters)
+        for i in range(len(members(config)))
+    ]
+    texts = [written(adapters) for adapters in tqdm([shared.start, *after], desc="write")]
+    return [
+        Written(prompt, before, after)
+        for prompt, before, *after in zip(config.prompts, *texts, strict=True)
     ]

@@ -4,14 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from penalties_jax.recipes import plots
-from penalties_jax.recipes.report import Report
+from penalties_jax.recipes.report import Report, Table
 from penalties_jax.recipes.text import Corpus, unigram_loss
 
 IMAGES = ADAPTATION, CURVES = "adaptation.png", "curves.png"
 
 
 class Result(NamedTuple):
-    """What fine-tuning with one KL weight or budget did, on held-out text, in nats per byte.
+    """What fine-tuning with one KL weight or budget did, on held-out text.
+
+    In nats per byte or token.
 
     Attributes:
         kl_weight: The weight of KL(model || base model); of a budget, what it has come to.
@@ -32,10 +34,22 @@ class Result(NamedTuple):
     kl_budget: float | None = None
 
 
+class Written(NamedTuple):
+    """What a prompt is followed by: as the base model writes it, and as each member does."""
+
+    prompt: str
+    before: str
+    after: Sequence[str]
+
+
 def report(
-    results: Sequence[Result], records: Sequence[Mapping[str, Any]], base_text: Corpus
+    results: Sequence[Result],
+    records: Sequence[Mapping[str, Any]],
+    base_text: Corpus,
+    written: Sequence[Written] = (),
 ) -> Report:
-    """Return the report of the results, and of the training records of the log."""
+    """Return the report of the results, of the training records of the log, and of texts."""
+    unit = f"nats per {base_text.unit}"
     budgets = results[0].kl_budget is not None
     by, member = ("kl_budget", "KL budget") if budgets else ("kl_weight", "KL weight")
     in_order = sorted(results, key=lambda result: getattr(result, by))
@@ -44,21 +58,24 @@ def report(
         [result.target_before - result.target_after for result in in_order],
         labels=[f"{member} {getattr(result, by):g}" for result in in_order],
         axes=(
-            "forgetting: rise of the loss on the base text, nats per byte",
-            "adaptation: fall of the loss on the target text, nats per byte",
+            f"forgetting: rise of the loss on the base text, {unit}",
+            f"adaptation: fall of the loss on the target text, {unit}",
         ),
     )
     of_budgets = {
         "kl/held_out": "KL to the base model on held-out base text, and its budget",
         "kl/weight": "KL weight",
     }
+    of_gradients = {
+        "gradient/kl/weighted": "norm of the gradient of the weighted KL, in the logits"
+    }
     curves = plots.curves(
         records,
         panels={
-            "loss": "loss on the target text, nats per byte",
-            "kl": "KL to the base model, nats per byte",
+            "loss": f"loss on the target text, {unit}",
+            "kl": f"KL to the base model, {unit}",
             **(of_budgets if budgets else {}),
-            "gradient/kl/weighted": "norm of the gradient of the weighted KL, in the logits",
+            **(of_gradients if "gradient/kl/weighted" in records[0] else {}),
         },
         by=by,
         legend=member,
@@ -77,7 +94,19 @@ def report(
     return Report(
         template="finetune/report.html.jinja",
         table=(headers, rows),
-        units="losses and KL in nats per byte, on held-out text",
+        units=f"losses and KL in {unit}, on held-out text",
         images={ADAPTATION: adaptation, CURVES: curves},
-        values={"unigram": unigram_loss(base_text), "norms": norm_table},
+        values={
+            "unit": base_text.unit,
+            "unigram": unigram_loss(base_text),
+            "norms": norm_table if norms else None,
+            "written": [(each.prompt, _in_rows(each, results, by, member)) for each in written],
+        },
     )
+
+
+def _in_rows(written: Written, results: Sequence[Result], by: str, member: str) -> Table:
+    """Return a table of what the base model and every member write after a prompt."""
+    labels = ["before", *(f"{member} {getattr(result, by):g}" for result in results)]
+    texts = written.before, *written.after
+    return ("", "writes"), list(zip(labels, texts, strict=True))

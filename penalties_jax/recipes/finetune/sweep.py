@@ -1,17 +1,18 @@
-"""Fine-tune several members at once: one program, a stack of objectives and of adapters."""
+"""Fine-tune several members in one program: a stack of adapters, of KL weights or of budgets."""
 
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 import penalties_jax as pj
 from penalties_jax.recipes import training
-from penalties_jax.recipes.language_model import LanguageModel, mean_loss, with_adapters
+from penalties_jax.recipes.finetune.kinds import Bytes, Scores, Tokens, Windows
 from penalties_jax.recipes.text import Batches, Rounds
 from penalties_jax.recipes.training import Metrics, Step, descend
 
@@ -35,85 +36,79 @@ class Budgets(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What fine-tuning reads: two models, split into graph and rest, and the stacked objectives.
+    """What fine-tuning reads.
 
-    The base model is whole, the adapted one without the adapters.
+    Attributes:
+        kind: What is computed with the model.
+        model: The model, split into its graph and all but the adapters.
+        start: The adapters before the first step, with which the model is the base model.
+        kl_weights: The weight of each member's KL, where it has no budget.
+        batches: The text to train on.
+        budgets: What sets the weights instead, if anything.
     """
 
-    base: tuple[nnx.GraphDef, nnx.State]
-    adapted: tuple[nnx.GraphDef, nnx.State]
-    objectives: pj.Objective
+    kind: Bytes | Tokens
+    model: tuple[nnx.GraphDef, nnx.State]
+    start: nnx.State
+    kl_weights: Float[Array, " members"]
     batches: Batches
     budgets: Budgets | None
 
+    def with_adapters(self, adapters: nnx.State) -> Any:
+        """Return the model of a member."""
+        graph, rest = self.model
+        return nnx.merge(graph, adapters, rest)
 
-class Scores(NamedTuple):
-    """Means over windows of text, in nats per byte: two cross-entropies, and KL(member || base)."""
-
-    base_loss: Float[Array, " members"]
-    loss: Float[Array, " members"]
-    kl: Float[Array, " members"]
+    def reference(self, windows: Windows) -> Array:
+        """Return what the base model says of windows."""
+        return self.kind.reference(self.with_adapters(self.start), windows)
 
 
 def start_sweep(
-    base: LanguageModel,
-    objectives: Sequence[pj.Objective],
+    kind: Bytes | Tokens,
+    adapted: nnx.Module,
+    kl_weights: Sequence[float],
     batches: Batches,
     budgets: Budgets | None = None,
     *,
     optimizer: optax.GradientTransformation,
-    rank: int,
-    seed: int,
 ) -> tuple[State, Shared]:
     """Return the stacked members before their first step, all alike, and what they share."""
-    graph, adapters, rest = nnx.split(
-        with_adapters(base, rank, rngs=nnx.Rngs(seed)), nnx.LoRAParam, ...
-    )
+    graph, adapters, rest = nnx.split(adapted, nnx.LoRAParam, ...)
     member = training.State(adapters, optimizer.init(adapters))
     state = State(
-        members=pj.stack([member] * len(objectives)),
+        members=pj.stack([member] * len(kl_weights)),
         budgets=budgets and jax.vmap(lambda budget: budget.init())(budgets.controllers),
     )
-    shared = Shared(nnx.split(base), (graph, rest), pj.stack(objectives), batches, budgets)
-    return state, shared
+    # Numbers of an objective become arrays, as all that is read.
+    kind, weights = jax.tree.map(jnp.asarray, kind), jnp.array(kl_weights)
+    return state, Shared(kind, (graph, rest), adapters, weights, batches, budgets)
 
 
 def sweep_step(optimizer: optax.GradientTransformation, *, batch_size: int, length: int) -> Step:
     """Return `step(state, shared, index) -> (state, metrics)`, one step of every member.
 
-    All members see the same batch, and the base model's logits of it are computed once. An
-    objective's outputs are "logits", "reference_logits" and "targets". The metrics are its
-    own and, under "gradient/<name>", the norm of the gradient of each with respect to the logits,
-    where a divergence has gradient 0 at its minimum. Each has one value for each member.
+    All members see the same batch, and what the base model says of it is computed once. The
+    metrics are those of the kind; each has one value for each member.
 
-    With budgets, the weight of "kl" is that of the member's controller, "kl/weight", which reads
+    With budgets, the weight of the KL is that of the member's controller, "kl/weight", which reads
     "kl/measured", the KL of the member after the step; "kl/held_out" is what no controller reads.
     """
 
     def step(state: State, shared: Shared, index: Array) -> tuple[State, Metrics]:
         windows = shared.batches(index, batch_size, length)
-        reference_logits = nnx.merge(*shared.base)(windows[:, :-1])
+        reference = shared.reference(windows)
 
-        def update(
-            member: training.State, objective: pj.Objective
-        ) -> tuple[training.State, Metrics]:
+        def update(member: training.State, kl_weight: Array) -> tuple[training.State, Metrics]:
             def total(adapters):
-                outputs = {
-                    "logits": _logits(shared, adapters, windows),
-                    "reference_logits": reference_logits,
-                    "targets": windows[:, 1:],
-                }
-                value, metrics = objective(outputs, step=index)
-                return value, (metrics, outputs)
+                model = shared.with_adapters(adapters)
+                return shared.kind.total(model, kl_weight, reference, windows)
 
-            gradient, (metrics, outputs) = jax.grad(total, has_aux=True)(member.parameters)
-            norms = objective.grad_norms(outputs, step=index, wrt=("logits",))
-            metrics |= {f"gradient/{name}": norm for name, norm in norms.items()}
+            gradient, metrics = jax.grad(total, has_aux=True)(member.parameters)
             return descend(optimizer, member, gradient), metrics
 
         weights = kl_weights(state, shared)
-        weighted = jax.vmap(lambda objective, weight: objective.with_weight("kl", weight))
-        members, metrics = jax.vmap(update)(state.members, weighted(shared.objectives, weights))
+        members, metrics = shared.kind.over_members(update, state.members, weights)
         if not shared.budgets:
             return State(members, None), metrics
 
@@ -130,23 +125,14 @@ def sweep_step(optimizer: optax.GradientTransformation, *, batch_size: int, leng
 
 @jax.jit
 def kl_weights(state: State, shared: Shared) -> Float[Array, " members"]:
-    """Return the weight of each member's "kl", for the step at hand."""
+    """Return the weight of each member's KL, for the step at hand."""
     if shared.budgets:
         return jax.vmap(operator.call)(shared.budgets.controllers, state.budgets).weight
-    return shared.objectives.terms["kl"].weight
-
-
-def _logits(
-    shared: Shared, adapters: nnx.State, windows: Int[Array, "batch length"]
-) -> Float[Array, "batch length-1 256"]:
-    graph, rest = shared.adapted
-    return nnx.merge(graph, adapters, rest)(windows[:, :-1])
+    return shared.kl_weights
 
 
 @jax.jit
-def evaluate(
-    members: training.State, shared: Shared, windows: Int[Array, "windows length"]
-) -> Scores:
+def evaluate(members: training.State, shared: Shared, windows: Windows) -> Scores:
     """Score every member, and the base model, on `windows`, a few at a time."""
     scores = jax.lax.map(
         lambda window: score(members, shared, window[None]), windows, batch_size=16
@@ -154,17 +140,11 @@ def evaluate(
     return jax.tree.map(lambda values: values.mean(axis=0), scores)
 
 
-def score(members: training.State, shared: Shared, windows: Int[Array, "windows length"]) -> Scores:
+def score(members: training.State, shared: Shared, windows: Windows) -> Scores:
     """Score every member, and the base model, on `windows`."""
-    targets = windows[:, 1:]
-    base_logits = nnx.merge(*shared.base)(windows[:, :-1])
+    reference = shared.reference(windows)
 
     def of_member(adapters: nnx.State) -> Scores:
-        logits = _logits(shared, adapters, windows)
-        return Scores(
-            base_loss=mean_loss(base_logits, targets),
-            loss=mean_loss(logits, targets),
-            kl=pj.kl_from_logits(logits, base_logits),
-        )
+        return shared.kind.score(shared.with_adapters(adapters), reference, windows)
 
-    return jax.vmap(of_member)(members.parameters)
+    return shared.kind.over_members(of_member, members.parameters)

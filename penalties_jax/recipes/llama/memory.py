@@ -24,9 +24,9 @@ def fine_tuning(
 ) -> int:
     """Return how many numbers a step of fine-tuning adapters holds at once, about.
 
-    The base model is there once. Of each member there are the adapters with their optimiser, what
-    goes into each layer, what a gradient keeps inside the one layer that is computed again, and
-    its share of a block of logits.
+    The base model is there once, and the adapters of each member with their optimiser. Of one
+    member at a time there is what goes into each layer, what a gradient keeps inside the one layer
+    that is computed again, and a block of logits.
 
     Args:
         config: The sizes of the model.
@@ -34,7 +34,7 @@ def fine_tuning(
         rank: Of the adapters.
         batch_size: The sequences in a batch.
         context: The positions of a sequence.
-        rows: The positions whose logits are there at once, of each member.
+        rows: The positions whose logits are there at once.
     """
     positions = batch_size * context
     heads = (config.heads + 2 * config.key_heads) * config.head_width
@@ -42,7 +42,7 @@ def fine_tuning(
     scores = 4 * config.heads * context
     kept = positions * ((config.layers + 2) * config.width + layer + scores)
     logits = LOGITS * min(rows, positions) * config.vocabulary
-    return parameters(config) + members * (COPIES * adapters(config, rank) + kept + logits)
+    return parameters(config) + members * COPIES * adapters(config, rank) + kept + logits
 
 
 def _linear(config: LlamaConfig) -> list[tuple[int, int]]:
