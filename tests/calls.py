@@ -195,6 +195,14 @@ OTHERS = [
         penalties={"l1": pj.L1(), "lp": pj.Lp(p=0.5)},
     ),
     _given(
+        F.load_balance,
+        arrays={
+            "probabilities": np.abs(X),
+            "assigned": np.int32(X > 1),
+            "where": np.arange(4) != 1,
+        },
+    ),
+    _given(
         F.gradient_penalty,
         arrays={"x": X},
         numbers={"target_norm": 1.0},

@@ -253,6 +253,8 @@ class Case:
         """The oracle of what it takes, with other numbers than the settings' if they are given."""
         values = {name: parameter.default for name, parameter in self.parameters.items()}
         values |= self.settings | numbers | {"where": where}
+        if values.get("floor") is not None:
+            inputs = oracles.floored(*inputs, values["floor"])
         wanted = list(inspect.signature(self.entry.oracle).parameters)[self.inputs :]
         return self.entry.oracle(*inputs, **{name: values[name] for name in wanted})
 
@@ -308,10 +310,21 @@ class Case:
         """Each row's gradient in its logits, by complex steps of the terms."""
         inputs = self.probabilities(logits)
         for i, p in enumerate(inputs):
-            stepped = [*inputs[:i], p * (1 + 1e-100j), *inputs[i + 1 :]]
-            slopes = self.formula(*stepped).imag / 1e-100
+            slopes = np.zeros(p.shape)
+            for moved in self.moved_together(p.shape[-1]):
+                stepped = [*inputs[:i], p * (1 + 1e-100j * moved), *inputs[i + 1 :]]
+                slopes += moved * self.sums(*stepped).imag / 1e-100
             along = slopes - p * slopes.sum(-1, keepdims=True)
             yield along / self.numbers.get("temperature", 1.0)
+
+    def moved_together(self, classes):
+        """Masks of the classes whose terms are of one class each: of all, but with a floor."""
+        return np.eye(classes) if "floor" in self.settings else np.ones((1, classes))
+
+    def sums(self, *probabilities, **numbers):
+        """The terms that a class that is moved changes: its own, but with a floor all, summed."""
+        terms = self.formula(*probabilities, **numbers)
+        return terms.sum(-1, keepdims=True) if "floor" in self.settings else terms
 
     @property
     def precise_numbers(self):
@@ -341,11 +354,15 @@ class Case:
 
         def gradient(*rows, i):
             p = [oracles.probabilities(x, temperature) for x in rows]
-            above, below = (
-                self.formula(*p[:i], p[i] * (1 + step), *p[i + 1 :], **self.precise_numbers)
-                for step in (h, -h)
-            )
-            slopes = (above - below) / (2 * h)
+            slopes = 0
+            for moved in self.moved_together(p[i].shape[-1]):
+                above, below = (
+                    self.sums(
+                        *p[:i], p[i] * (1 + step * moved), *p[i + 1 :], **self.precise_numbers
+                    )
+                    for step in (h, -h)
+                )
+                slopes = slopes + moved * (above - below) / (2 * h)
             return (slopes - p[i] * slopes.sum(-1, keepdims=True)) / temperature
 
         for i in range(self.inputs):
@@ -492,10 +509,13 @@ PENALTIES = [
 ]
 
 
-def _kl(p, q, direction="forward"):
+def _kl(p, q, direction="forward", skew=None):
     if direction == "symmetric":
-        return (_kl(p, q) + _kl(q, p)) / 2
-    return p * log(p / q) - p + q if direction == "forward" else _kl(q, p)
+        return (_kl(p, q, skew=skew) + _kl(q, p, skew=skew)) / 2
+    if direction == "reverse":
+        return _kl(q, p, skew=skew)
+    m = (skew or 0) * p + (1 - (skew or 0)) * q
+    return p * log(p / m) - p + m
 
 
 def _js(p, q, mixture):
@@ -514,6 +534,9 @@ DIVERGENCES = [
             "": {},
             "reverse": {"direction": "reverse"},
             "symmetric": {"direction": "symmetric"},
+            "skew": {"skew": 0.3},
+            "floor": {"floor": -4.0},
+            "skew-floor-reverse": {"direction": "reverse", "skew": 0.2, "floor": -4.0},
         },
     ),
     Divergence(
@@ -522,7 +545,12 @@ DIVERGENCES = [
         _js,
         F.js_from_logits,
         of_hidden=F.linear_js,
-        variants={"": {"mixture": 0.2}, "even": {}, "other": {"mixture": 0.75}},
+        variants={
+            "": {"mixture": 0.2},
+            "even": {},
+            "other": {"mixture": 0.75},
+            "floor": {"mixture": 0.3, "floor": -4.0},
+        },
     ),
     Divergence(
         F.alpha_divergence,
@@ -662,6 +690,12 @@ CONSTRAINTS = [
         by_row=True,
     ),
     Constraint(
+        F.router_z_loss,
+        pj.RouterZLoss,
+        lambda logits: special.logsumexp(logits, axis=-1) ** 2,
+        by_row=True,
+    ),
+    Constraint(
         F.wasserstein,
         pj.Wasserstein,
         _transport,
@@ -757,6 +791,7 @@ OTHERS = {
     "linear_distillation": ("functional/test_linear.py", "it takes labels"),
     "linear_log_prob": ("functional/test_linear.py", "it takes tokens"),
     "linear_log_prob_and_entropy": ("functional/test_linear.py", "it takes tokens"),
+    "load_balance": ("functional/test_routing.py", "two inputs of different kinds"),
     "resolvent_diagonal": ("functional/test_tridiagonal.py", "linear algebra"),
     "sparsity_rate": ("functional/test_sparsity.py", "a measurement, of trees"),
     "sparsity_target_loss": ("functional/test_sparsity.py", "it takes trees of rates"),
@@ -773,6 +808,7 @@ OTHERS = {
     "GradientPenalty": ("test_terms.py", "it takes a callable"),
     "ImportanceMinimality": ("test_importance.py", "it takes a penalty"),
     "InterpolatedGradientPenalty": ("test_terms.py", "it takes a callable"),
+    "LoadBalance": ("functional/test_routing.py", "two inputs of different kinds"),
     "Objective": ("test_objective.py", "made of terms"),
     "SampledEntropy": ("test_terms.py", "the mean of what tokens are given"),
     "SparsityTarget": ("test_sparsity_target.py", "its function takes trees of rates"),
@@ -857,6 +893,7 @@ EXAMPLES = {name: case.config() for name, case in CONFIGS.items()} | {
     "CrossEntropy": pj.CrossEntropy(z_loss=0.1, temperature=0.7),
     "HardConcreteL0": pj.HardConcreteL0(),
     "ImportanceMinimality": pj.ImportanceMinimality(pj.SmoothL0(gamma=0.5), beta=0.5),
+    "LoadBalance": pj.LoadBalance(),
     "SampledEntropy": pj.SampledEntropy(maximize=True),
     "SparsityTarget": pj.SparsityTarget(target=0.5, kind="huber", delta=0.2),
 }
@@ -867,6 +904,8 @@ def inputs_of(config):
     case = next((case for case in CONFIGS.values() if case.config() == config), None)
     if case is None:
         values = jnp.abs(jnp.float32(oracles.lattice(0, *SHAPE)))
+        if isinstance(config, pj.LoadBalance):
+            return values, values > 1
         labels = jnp.arange(values[..., 0].size).reshape(values.shape[:-1]) % values.shape[-1]
         return (values, labels)[: config.takes[0]]
     return tuple(jax.nn.log_softmax(jnp.float32(x)) for x in case.data(shape=case.shape))

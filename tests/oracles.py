@@ -104,6 +104,19 @@ def _expm1(x):
     return mpmath.expm1(x) if x > -(mpmath.mpf(10) ** 40) else mpmath.mpf(-1)
 
 
+def floored(p, q, floor):
+    """P, and max(q, e^floor) over its sum, on the classes of which either has something.
+
+    Where Q is not normalised, over 1 and what is added to it.
+    """
+    nothing = mpmath.ldexp(1, -(BEYOND // 10)) if np.asarray(q).dtype == object else 1e-299
+    # A class that is stepped along the imaginary axis is as large as it was.
+    least = expm1(np.asarray(floor)) + 1
+    raised = np.atleast_1d(np.where(abs(q) > least, q, least))
+    raised = np.where((abs(p) <= nothing) & (abs(q) <= nothing), q, raised)
+    return p, raised / (1 + (raised - q).sum(-1, keepdims=True))
+
+
 # Divergences of one or many rows of log-probabilities, classes on the last axis.
 
 

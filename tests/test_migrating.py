@@ -101,6 +101,12 @@ def slope_norm(at):
     return np.linalg.norm(3 * at**2)
 
 
+def generalised_js(a, b, beta):
+    student, teacher = (log_softmax(x, axis=-1) for x in (a, b))
+    mixture = np.log((1 - beta) * np.exp(student) + beta * np.exp(teacher))
+    return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
+
+
 MIXTURE = np.log((np.exp(LOG_P) + np.exp(LOG_Q)) / 2)
 CENTERED = np.clip(X - X.mean(), -D, D)
 # What the same key draws for one example.
@@ -110,6 +116,10 @@ STEPS = np.arange(0, 100, 7)
 TOTAL = W * np.abs(X).sum() + D * np.sum(X**2)
 Z, NORMS, DEAD = (ARRAYS[name] for name in ("z", "norms", "dead"))
 EXPECTED = {
+    "generalized_jsd_loss(a, b, beta=0.3)": generalised_js(A, B, 0.3),
+    "generalized_jsd_loss(a, b, beta=0)": kl(LOG_Q, LOG_P),
+    "generalized_jsd_loss(a, b, beta=1)": kl(LOG_P, LOG_Q),
+    "generalized_jsd_loss(a, b, beta=0.3, temperature": generalised_js(A / 2, B / 2, 0.3),
     "NxPenalties.l1": W * np.abs(X).sum(),
     "NxPenalties.l2": np.sum(CENTERED**2),
     "NxPenalties.elastic_net": 0.3 * np.abs(X).sum() + 0.7 * np.sum(X**2),
@@ -160,8 +170,8 @@ def value(result, *, is_schedule):
 
 
 def test_every_table_is_read():
-    sections = ["optax", "Keras", "torch", "NxPenalties and Tinkex", "param-decomp", "SAELens"]
-    assert list(TABLES) == sections
+    packages = ["optax", "Keras", "torch", "TRL"]
+    assert list(TABLES) == [*packages, "NxPenalties and Tinkex", "param-decomp", "SAELens"]
     lines = re.findall(r"^\| `", GUIDE.read_text("utf-8").split("## From optax")[1], re.MULTILINE)
     assert len(lines) == len(ROWS)
     ours = {theirs for name, theirs, _ in ROWS if name not in PACKAGES}

@@ -8,6 +8,7 @@ from penalties_jax.functional import (
     gates,
     importance,
     penalties,
+    routing,
     samples,
     sparsity,
     tridiagonal,
@@ -19,6 +20,7 @@ from penalties_jax.functional.estimators import *
 from penalties_jax.functional.gates import *
 from penalties_jax.functional.importance import *
 from penalties_jax.functional.penalties import *
+from penalties_jax.functional.routing import *
 from penalties_jax.functional.samples import *
 from penalties_jax.functional.sparsity import *
 from penalties_jax.functional.tridiagonal import *
@@ -31,6 +33,7 @@ __all__ += estimators.__all__
 __all__ += gates.__all__
 __all__ += importance.__all__
 __all__ += penalties.__all__
+__all__ += routing.__all__
 __all__ += samples.__all__
 __all__ += sparsity.__all__
 __all__ += tridiagonal.__all__

@@ -57,6 +57,10 @@ class Count(NamedTuple):
     high: Int[Array, ""]
     low: Int[Array, ""]
 
+    def positions(self, dtype: Any) -> Float[Array, ""]:
+        """The number in a dtype, or 1 for none: what a mean divides by."""
+        return jnp.maximum(self.high.astype(dtype) * BASE + self.low, 1)
+
 
 class ImportanceStats(NamedTuple):
     r"""What the loss needs of a batch: $S_j$ of every component and the number of positions.
@@ -397,8 +401,7 @@ def _lost(a, b):
 
 
 def _mean(total, count):
-    positions = count.high.astype(total.dtype) * BASE + count.low
-    return total / jnp.maximum(positions, 1)
+    return total / count.positions(total.dtype)
 
 
 def _by_site(stats):

@@ -10,6 +10,7 @@ from penalties_jax.terms import (
     own,
     penalties,
     reduced,
+    routing,
     samples,
     sparsity,
 )
@@ -22,6 +23,7 @@ from penalties_jax.terms.importance import *
 from penalties_jax.terms.own import *
 from penalties_jax.terms.penalties import *
 from penalties_jax.terms.reduced import *
+from penalties_jax.terms.routing import *
 from penalties_jax.terms.samples import *
 from penalties_jax.terms.sparsity import *
 
@@ -35,5 +37,6 @@ __all__ += importance.__all__
 __all__ += own.__all__
 __all__ += penalties.__all__
 __all__ += reduced.__all__
+__all__ += routing.__all__
 __all__ += samples.__all__
 __all__ += sparsity.__all__

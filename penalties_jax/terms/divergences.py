@@ -13,6 +13,7 @@ from penalties_jax._pytree import abstract, config, fields, number, option
 from penalties_jax.functional.checks import (
     ASCENDING,
     AT_LEAST_ONE,
+    BELOW_ZERO,
     FINITE,
     NONNEGATIVE,
     ORDER,
@@ -145,7 +146,8 @@ class KLDivergence(Divergence):
     is that of the generalised divergence and the derivative is not its own: it isn't 0 where P = Q.
 
     Attributes:
-        direction: As in `pj.kl_divergence`.
+        direction, skew, floor: As in `pj.kl_divergence`; a skew that is None costs nothing, where
+            one that is a number of 0 may be another later.
         inputs: "logprobs"; "logits" for `pj.kl_from_logits`; or "hidden" for `pj.linear_kl`, of
             inputs (hidden_p, kernel_p, hidden_q, kernel_q), and bias_p and bias_q if there are any.
         temperature, softcap, block_size, class_axis_name: As in `pj.linear_kl`, and not for
@@ -160,6 +162,8 @@ class KLDivergence(Divergence):
     """
 
     direction: Direction = option(default="forward", choices=Direction)
+    skew: Numeric | None = number(default=None, valid=UNIT, kw_only=True)
+    floor: Numeric | None = number(default=None, valid=BELOW_ZERO, kw_only=True)
 
     _functions = by_input(
         Inputs, functional.kl_divergence, functional.kl_from_logits, functional.linear_kl
@@ -177,7 +181,7 @@ class JSDivergence(Divergence):
     r"""The generalised Jensen-Shannon divergence: `pj.js_divergence` as a config.
 
     Attributes:
-        mixture: As in `pj.js_divergence`.
+        mixture, floor: As in `pj.js_divergence`.
         inputs, temperature, softcap, block_size, class_axis_name: As in `pj.KLDivergence`.
         axis, weights, reduction, axis_name: As in `pj.KLDivergence`.
 
@@ -188,6 +192,7 @@ class JSDivergence(Divergence):
     """
 
     mixture: Numeric = number(default=0.5, valid=UNIT)
+    floor: Numeric | None = number(default=None, valid=BELOW_ZERO, kw_only=True)
 
     _functions = by_input(
         Inputs, functional.js_divergence, functional.js_from_logits, functional.linear_js

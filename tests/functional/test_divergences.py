@@ -24,7 +24,7 @@ from tests.catalogue import (
     only,
 )
 from tests.oracles import assert_close, gradient, lattice
-from tests.programs import quick_jit
+from tests.programs import jit_once, operations, quick_jit
 
 DIRECTIONS = choices_of(F.kl_divergence)["direction"]
 properties = hypothesis.settings(deadline=None, max_examples=30, derandomize=True, database=None)
@@ -91,13 +91,13 @@ def test_at_the_edges(variants):
         atol = 1e-37 if case.inputs == 2 else 1e-6
         assert_close(values, oracles.as_float32(case.exact_values(*rows)), rtol=1e-5, atol=atol)
         assert np.isfinite(second)
-        if case.function is F.kl_divergence:
+        if case.function is F.kl_divergence and not {"skew", "floor"} & {*case.settings}:
             direction = case.settings.get("direction", "forward")
             # The two halves of the symmetric one cancel; the others are exact entry by entry.
             atol = 3e-8 if direction == "symmetric" else 1e-34
             for slope, desired in zip(slopes, exact_kl_gradients(direction), strict=True):
                 assert_close(slope, desired, rtol=1e-5, atol=atol)
-        if case.function is F.js_divergence:
+        if case.function is F.js_divergence and "floor" not in case.settings:
             assert np.asarray(values)[0] == 0
             exact = exact_js_gradients(case.numbers["mixture"])
             for slope, desired, row in zip(slopes, exact, rows, strict=True):
@@ -490,3 +490,144 @@ def test_entropy_of_a_masked_logit_at_low_temperature():
     value, slopes = jax.jit(jax.value_and_grad(entropy, (0, 1)))(logits, 0.5)
     assert_close(value, special.entr(special.softmax([2.0, 4.0])).sum())
     assert all(np.isfinite(slope).all() for slope in slopes)
+
+
+# Options for where only one of the two has mass.
+
+# Log p and log q: a class impossible for q, one that neither has, and one below any floor.
+ALONE = np.array(
+    [
+        [[*np.log([0.5, 0.25, 0.25 - 1e-9, 1e-9]), -INF]],
+        [[np.log(0.75), -INF, *np.log([0.25 - 1e-12, 1e-12]), -INF]],
+    ]
+)
+
+
+def by_loops(kind, direction, skew=0.0, floor=None):
+    """A divergence to a mixture, from Q with a floor, class by class."""
+    p, q = np.exp(ALONE[:, 0])
+    if floor is not None:
+        raised = [max(b, math.exp(floor)) if a + b else 0.0 for a, b in zip(p, q, strict=True)]
+        q = np.array(raised) / sum(raised)
+
+    def to_mixture(p, q, b):
+        pairs = zip(p, b * p + (1 - b) * q, strict=True)
+        return sum(x * math.log(x / m) for x, m in pairs if x)
+
+    if kind == "js":
+        return (to_mixture(p, q, 0.5) + to_mixture(q, p, 0.5)) / 2
+    return directed(direction, lambda p, q: to_mixture(p, q, skew), p, q)
+
+
+def test_what_one_calls_impossible_costs_a_finite_amount():
+    """With a skew or a floor; the second input is Q in every direction."""
+    inputs = single(*ALONE)
+    assert np.isinf(F.kl_divergence(*inputs))
+    for direction in DIRECTIONS:
+        for options in ({"skew": 0.1}, {"floor": -8.0}, {"skew": 0.3, "floor": -8.0}):
+            desired = by_loops("kl", direction, **options)
+            for function in (F.kl_divergence, F.kl_from_logits):
+                value = function(*inputs, direction=direction, **options)
+                assert_close(value, desired, rtol=1e-5)
+    assert F.kl_divergence(*inputs, skew=0.1) <= -math.log(0.1)
+    for function in (F.js_divergence, F.js_from_logits):
+        assert_close(function(*inputs, floor=-2.0), by_loops("js", "", floor=-2.0))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_ends_of_a_skew(direction):
+    """At 1 value and gradient are 0; at 0, plain or traced, it is the divergence itself."""
+    inputs = single(LOG_P, LOG_Q)
+    plain = partial(F.kl_divergence, direction=direction)
+    assert operations(partial(plain, skew=0.0), *inputs) == operations(plain, *inputs)
+    assert operations(partial(plain, skew=0.1), *inputs) != operations(plain, *inputs)
+
+    @jit_once
+    def everything(skew):
+        total = partial(plain, skew=skew, reduction="sum")
+        return plain(*inputs, skew=skew, reduction="none"), jax.grad(total, (0, 1))(*inputs)
+
+    values, slopes = everything(1.0)
+    assert np.all(np.asarray(values) == 0)
+    assert all(np.all(np.asarray(slope) == 0) for slope in slopes)
+    values, slopes = everything(0.0)
+    assert_close(values, plain(*inputs, reduction="none"), rtol=1e-6)
+    desired = jax.grad(partial(plain, reduction="sum"), (0, 1))(*inputs)
+    for slope, expected in zip(slopes, desired, strict=True):
+        assert_close(slope, expected, rtol=1e-6, atol=1e-7)
+
+
+FORMS = {
+    "kl": (F.kl_divergence, F.kl_from_logits, DIRECTIONS),
+    "js": (F.js_divergence, F.js_from_logits, [None]),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_where_the_model_agrees_with_the_floored_reference(name):
+    """P = Q': value and gradients are 0, of logits and through `log_q`."""
+    of_logs, of_logits, directions = FORMS[name]
+    log_q = ALONE[1][:, [0, 1, 2, 4]]
+    # The last class neither has.
+    raised = np.maximum(np.exp(log_q), math.exp(-3.0)) * [1, 1, 1, 0]
+    log_p = np.where(raised > 0, np.log(np.where(raised > 0, raised, 1) / raised.sum()), -INF)
+    inputs = single(log_p, log_q)
+    for direction in directions:
+        options = {"floor": -3.0} | ({"direction": direction} if direction else {})
+        for function in (of_logs, of_logits):
+            value, slopes = jax.value_and_grad(partial(function, **options), (0, 1))(*inputs)
+            assert 0 <= value < 1e-13
+            # The declared derivative of KL(P||Q') through log P is P, which a softmax cancels.
+            zero = slopes if function is of_logits else slopes[1:]
+            assert all(np.abs(slope).max() < 2e-7 for slope in zero)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_derivatives_with_respect_to_skew_and_floor(name, x64):
+    """By differences, one number for each position, of classes that one or both exclude."""
+    of_logs, of_logits, directions = FORMS[name]
+    a, b = (lattice(seed, 3, 6) for seed in (20, 21))
+    a[:, 2], b[:, 2], b[0, 4], a[1, 5] = -INF, -INF, -INF, -INF
+    numbers = {"floor": np.array([-2.0, -3.1, -2.3])}
+    numbers |= {"skew": np.array([0.2, 0.9, 1e-2])} if name == "kl" else {}
+    for direction in directions[1:] or directions:
+        options = {"direction": direction} if direction else {}
+
+        def from_logits(numbers, options=options):
+            return of_logits(a, b, **numbers, **options, reduction="sum")
+
+        def from_log_softmax(numbers, options=options):
+            each = {key: x[:, None] for key, x in numbers.items()}
+            pair = jax.nn.log_softmax(a), jax.nn.log_softmax(b)
+            return of_logs(*pair, **each, **options, reduction="sum")
+
+        for form in (from_log_softmax, from_logits):
+            value, slopes = quick_jit(form), quick_jit(jax.grad(form))(numbers)
+            for key, x in numbers.items():
+                desired = gradient(lambda y, v=value, k=key: v(numbers | {k: y}), x, 1e-5)
+                assert_close(slopes[key], desired, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("function", [F.kl_divergence, F.kl_from_logits])
+def test_a_skew_or_a_floor_out_of_range(function):
+    x = jnp.zeros((2, 4))
+    for skew in (-0.1, 1.5, math.nan):
+        with pytest.raises(ValueError, match=r"skew must be in \[0, 1\]"):
+            function(x, x, skew=skew)
+    for floor in (0.0, 1e-6, math.nan):
+        with pytest.raises(ValueError, match="floor must be below 0"):
+            function(x, x, floor=floor)
+    with pytest.raises(ValueError, match="skew must broadcast"):
+        function(x, x, skew=np.full(3, 0.5))
+
+
+def test_a_skew_and_a_floor_of_what_is_excluded():
+    """A position that holds anything, with a mask; numbers of it too."""
+    x, where = jnp.zeros((2, 4)), np.array([True, False])
+    held, numbers = x.at[1].set(math.nan), np.array([[0.5], [math.nan]])
+    for function in (F.kl_divergence, F.kl_from_logits):
+        each = numbers[:, 0] if function is F.kl_from_logits else numbers
+        call = partial(function, skew=each, floor=-each, where=where)
+        value, slopes = jax.value_and_grad(call, (0, 1))(jax.nn.log_softmax(x), held)
+        assert_close(value, function(x, x, where=where) * 0, atol=1.0)
+        assert all(np.all(np.isfinite(slope)) for slope in slopes)

@@ -653,3 +653,41 @@ def test_logits_as_large_as_float32_holds():
     kernel = np.float32([[0, 1], [0, 1]])
     value = F.linear_cross_entropy(np.full((1, 2), 1e20, np.float32), kernel, np.array([0]))
     assert_close(value, 2e20, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("linear", "of_logits", "options"),
+    [
+        (F.linear_kl, F.kl_from_logits, {"skew": 0.2}),
+        (F.linear_kl, F.kl_from_logits, {"floor": -2.0, "skew": 0.1, "direction": "reverse"}),
+        (F.linear_js, F.js_from_logits, {"floor": -2.0, "mixture": 0.3}),
+    ],
+    ids=["skew", "both", "js"],
+)
+def test_a_skew_and_a_floor(linear, of_logits, options):
+    """Value and all gradients are those from logits, of classes that one or both exclude."""
+    shapes = {"hidden_p": (7, 3), "kernel_p": (3, 5), "hidden_q": (7, 3), "kernel_q": (3, 5)}
+    arrays = {
+        name: np.float32(oracles.lattice(i, *shape))
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    bias_p, bias_q = np.zeros((2, 5), np.float32)
+    bias_p[0] = bias_q[[0, 3]] = -np.inf
+    numbers = {name: x for name, x in options.items() if name != "direction"}
+    words = {name: x for name, x in options.items() if name == "direction"}
+    words["temperature"] = 1.5
+
+    def streamed(arrays, numbers):
+        biases = {"bias_p": bias_p, "bias_q": bias_q}
+        return linear(**arrays, **biases, block_size=3, **numbers, **words)
+
+    def whole(arrays, numbers):
+        p = arrays["hidden_p"] @ arrays["kernel_p"] + bias_p
+        q = arrays["hidden_q"] @ arrays["kernel_q"] + bias_q
+        return of_logits(p, q, **numbers, **words)
+
+    (found, slopes), (desired, expected) = (
+        quick_jit(jax.value_and_grad(f, (0, 1)))(arrays, numbers) for f in (streamed, whole)
+    )
+    assert_close(found, desired, rtol=1e-6)
+    jax.tree.map(lambda x, y: assert_close(x, y, rtol=1e-4, atol=1e-6), slopes, expected)

@@ -6,9 +6,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from penalties_jax.functional.checks import FINITE, NONNEGATIVE, UNIT, Range
+from penalties_jax.functional.checks import BELOW_ZERO, FINITE, NONNEGATIVE, UNIT, Range
 from penalties_jax.functional.derivatives import elementwise_derivatives
 
 Direction = Literal["forward", "reverse", "symmetric"]
@@ -30,6 +31,7 @@ class Distributions(NamedTuple):
         ratio: Of two, log q - log p, by `log_ratio`.
         label: Of one, which class is the label, for a cross entropy.
         log_normaliser: Of one from logits, their logsumexp.
+        under: Of two with a floor under Q, what they are without it.
     """
 
     probabilities: tuple[Float[Array, "*rows C"], ...]
@@ -37,6 +39,7 @@ class Distributions(NamedTuple):
     ratio: Any = None
     label: Bool[Array, "*rows C"] | None = None
     log_normaliser: Float[Array, "*rows 1"] | None = None
+    under: Any = None
 
 
 # What logits are scaled by, so that neither a difference of large ones nor a sum of many overflows.
@@ -84,6 +87,8 @@ class Formula(NamedTuple):
         slope_sums: The sums of those, from the `Mean` under each distribution, if these tell.
         of_normaliser: Of one distribution from logits, a function of its log-normaliser that is
             added to the sum: it changes where all logits do.
+        floored: Whether the last of its numbers is a floor under log q, and Q what that makes of
+            it, by `floors`: the other fields know nothing of it.
     """
 
     term: Callable[..., Array]
@@ -92,6 +97,12 @@ class Formula(NamedTuple):
     centred: tuple[Callable[..., Array], ...] | None = None
     slope_sums: Callable[..., tuple[Array, ...]] | None = None
     of_normaliser: Callable[..., Array] | None = None
+    floored: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of its numbers."""
+        return (*(parameter.name for parameter in self.parameters), *["floor"][: self.floored])
 
     @property
     def slopes_of_logits(self) -> tuple[Callable[..., Array], ...]:
@@ -102,6 +113,8 @@ class Formula(NamedTuple):
         """Raises ValueError for a plain number out of range."""
         for parameter in self.parameters:
             parameter.valid.check(**{parameter.name: parameters[parameter.name]})
+        if self.floored:
+            BELOW_ZERO.check(floor=parameters["floor"])
 
 
 @elementwise_derivatives(jnp.expm1)
@@ -168,36 +181,56 @@ def _kl_slope_sums(p, q):
 
 
 def _swapped(function):
-    def swapped(x):
-        return function(Distributions(x.probabilities[::-1], x.logs[::-1], -x.ratio))
+    def swapped(x, *numbers):
+        return function(Distributions(x.probabilities[::-1], x.logs[::-1], -x.ratio), *numbers)
 
     return swapped
 
 
 def _mean(f, g):
-    return lambda x: (f(x) + g(x)) / 2
+    return lambda x, *numbers: (f(x, *numbers) + g(x, *numbers)) / 2
 
 
-def _kl_formulas() -> dict[Direction, Formula]:
-    term, slopes, centred = _kl_term, (_kl_slope_p, _kl_slope_q), (_kl_centred_p, _kl_centred_q)
-    back = tuple(tuple(map(_swapped, reversed(each))) for each in (slopes, centred))
-    both = tuple(tuple(map(_mean, *each)) for each in zip((slopes, centred), back, strict=True))
+def _directions(forward: Formula) -> dict[Direction, Formula]:
+    """A divergence of P and Q, that of Q and P, and the mean of the two."""
 
-    def sums_back(p, q):
-        return _kl_slope_sums(*(x._replace(ratio=-x.ratio) for x in (q, p)))[::-1]
+    def swapped_sums(p, q):
+        return sums(*(x._replace(ratio=-x.ratio) for x in (q, p)))[::-1]
 
-    def sums_of_both(p, q):
-        pairs = zip(_kl_slope_sums(p, q), sums_back(p, q), strict=True)
-        return tuple((x + y) / 2 for x, y in pairs)
+    def mean_sums(p, q):
+        return tuple((x + y) / 2 for x, y in zip(sums(p, q), swapped_sums(p, q), strict=True))
 
+    term, slopes, numbers, centred, sums, *_ = forward
+    back = tuple(map(_swapped, reversed(slopes)))
+    centred_back = tuple(map(_swapped, reversed(centred)))
+    swapped_numbers = tuple(x._replace(slope=_swapped(x.slope)) for x in numbers)
     return {
-        "forward": Formula(term, slopes, (), centred, _kl_slope_sums),
-        "reverse": Formula(_swapped(term), back[0], (), back[1], sums_back),
-        "symmetric": Formula(_mean(term, _swapped(term)), both[0], (), both[1], sums_of_both),
+        "forward": forward,
+        "reverse": Formula(
+            _swapped(term), back, swapped_numbers, centred_back, sums and swapped_sums
+        ),
+        "symmetric": Formula(
+            _mean(term, _swapped(term)),
+            tuple(map(_mean, slopes, back)),
+            tuple(
+                x._replace(slope=_mean(x.slope, y.slope))
+                for x, y in zip(numbers, swapped_numbers, strict=True)
+            ),
+            tuple(map(_mean, centred, centred_back)),
+            sums and mean_sums,
+        ),
     }
 
 
-KL = _kl_formulas()
+KL = _directions(
+    Formula(
+        _kl_term,
+        (_kl_slope_p, _kl_slope_q),
+        (),
+        (_kl_centred_p, _kl_centred_q),
+        _kl_slope_sums,
+    )
+)
 
 
 # Jensen-Shannon, of the mixture m = b p + c q with c = 1 - b.
@@ -205,7 +238,7 @@ KL = _kl_formulas()
 
 def _mixture_share(d, b, c):
     """The share of Q in the mixture, c q / m."""
-    return lax.logistic(d + jnp.log(c) - jnp.log(b))
+    return lax.logistic(jnp.clip(d, -MOST, MOST) + jnp.log(c) - jnp.log(b))
 
 
 def _over_mixture(d, b, c):
@@ -217,12 +250,13 @@ def _over_mixture(d, b, c):
 @elementwise_derivatives(_mixture_share, _over_mixture, lambda d, b, c: _over_mixture(-d, c, b))
 def _log_mixture(d, b, c):
     """Log m - log p, where d = log q - log p."""
+    to_q = jnp.where(d < -INFINITE, -jnp.inf, jnp.minimum(d, MOST))
     near = jnp.log1p(c * jnp.expm1(jnp.minimum(d, LARGE)))
     # Where the former would overflow, or cancel: elsewhere the log of b may be too near to 0.
     far = (d > LARGE) | ((d < -1) & (c > 0.5))
-    at_p, at_q = jnp.log(b), jnp.log(c) + jnp.minimum(d, MOST)
+    at_p, at_q = jnp.log(b), jnp.log(c) + jnp.clip(d, -MOST, MOST)
     sum_of_both = jnp.maximum(at_p, at_q) + jnp.log(1 + jnp.exp(-jnp.abs(at_p - at_q)))
-    ratio = jnp.where((b == 0) & (d < -INFINITE), -jnp.inf, jnp.where(far, sum_of_both, near))
+    ratio = jnp.where(b == 0, to_q, jnp.where(far, sum_of_both, near))
     return jnp.where(c == 0, 0, ratio)
 
 
@@ -256,6 +290,75 @@ def _js_slope_b(x, b):
 
 
 JS = Formula(_js_term, (_js_slope_p, _js_slope_q), (Parameter("mixture", _js_slope_b, UNIT),))
+
+
+# Skewed Kullback-Leibler, from P to the mixture m = b p + c q with c = 1 - b; at b = 0, to the bit,
+# that to Q.
+
+
+def _skewed_term(x, b):
+    p, q = x.probabilities
+    return _generalised_term(p, b * p + (1 - b) * q, _log_mixture(x.ratio, b, 1 - b))
+
+
+def _skewed_slope_p(x, b):
+    p, _ = x.probabilities
+    ratio = _log_mixture(x.ratio, b, 1 - b)
+    share = _mixture_share(x.ratio, b, 1 - b)
+    return p * (share - jnp.where(jnp.abs(ratio) > INFINITE, share, ratio))
+
+
+def _skewed_slope_q(x, b):
+    p, _ = x.probabilities
+    return -p * _mixture_share(x.ratio, b, 1 - b)
+
+
+def _skewed_centred_p(x, b):
+    to_mixture = Distributions(x.probabilities, x.logs, _log_mixture(x.ratio, b, 1 - b))
+    share = _mixture_share(-x.ratio, 1 - b, b)
+    return (1 - b) * share * _kl_centred_q(x) + _kl_centred_p(to_mixture)
+
+
+def _skewed_centred_q(x, b):
+    return (1 - b) * _mixture_share(x.ratio, b, 1 - b) * _kl_centred_q(x)
+
+
+def _skewed_slope_b(x, b):
+    """-c (q - p)^2 / m; 0 where it is infinite."""
+    d, c = x.ratio, 1 - b
+    # Of the two forms the one that does not cancel.
+    at_p = jnp.expm1(jnp.minimum(d, 0)) * _over_mixture(jnp.minimum(d, 0), b, c)
+    at_q = -jnp.expm1(-jnp.maximum(d, 0)) * _over_mixture(-jnp.maximum(d, 0), c, b)
+    over_mixture = at_p + at_q
+    return -c * _kl_centred_q(x) * jnp.where(jnp.isinf(over_mixture), 0, over_mixture)
+
+
+SKEWED_KL = _directions(
+    Formula(
+        _skewed_term,
+        (_skewed_slope_p, _skewed_slope_q),
+        (Parameter("skew", _skewed_slope_b, UNIT),),
+        (_skewed_centred_p, _skewed_centred_q),
+    )
+)
+
+
+def kl_formula(
+    direction: Direction, skew: ArrayLike | None, floor: ArrayLike | None
+) -> tuple[Formula, dict[str, ArrayLike]]:
+    """The formula of a Kullback-Leibler divergence, and its numbers; plain without options."""
+    if skew is None or (isinstance(skew, (int, float)) and skew == 0):
+        return with_floor(KL[direction], floor)
+    return with_floor(SKEWED_KL[direction], floor, skew=skew)
+
+
+def with_floor(
+    formula: Formula, floor: ArrayLike | None, **numbers: ArrayLike
+) -> tuple[Formula, dict[str, ArrayLike]]:
+    """A formula and its numbers, with a floor if there is one."""
+    if floor is None:
+        return formula, numbers
+    return formula._replace(floored=True), numbers | {"floor": floor}
 
 
 def _alpha_near(d, b):

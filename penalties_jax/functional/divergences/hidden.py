@@ -15,6 +15,8 @@ from penalties_jax.functional.divergences.formulas import (
     JS,
     KL,
     Direction,
+    kl_formula,
+    with_floor,
 )
 from penalties_jax.functional.divergences.heads import (
     Head,
@@ -91,6 +93,8 @@ def linear_kl(
     bias_p: Real[ArrayLike, " C"] | None = None,
     bias_q: Real[ArrayLike, " C"] | None = None,
     direction: Direction = "forward",
+    skew: ArrayLike | None = None,
+    floor: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
     softcap: Softcap = None,
     block_size: int | None = None,
@@ -123,6 +127,7 @@ def linear_kl(
         bias_p: Added to the model's logits.
         bias_q: Added to the reference's.
         direction, weights, where, axis_name: As in `pj.kl_divergence`; so are result and errors.
+        skew, floor: As in `pj.kl_from_logits`: no product is computed again for them.
         temperature: The $T$ by which logits are divided, after they are capped; above 0: for all,
             or one for each position.
         softcap: The $c$ of heads whose logits are $c \tanh(z / c)$, as Gemma's are; above 0: for
@@ -146,7 +151,8 @@ def linear_kl(
     """
     heads = capped_by(softcap, Head(hidden_p, kernel_p, bias_p), Head(hidden_q, kernel_q, bias_q))
     options = Options(block_size, reduction, where, axis_name, class_axis_name, weights)
-    return divergence_of_heads(KL[direction], heads, options, temperature=temperature)
+    formula, numbers = kl_formula(direction, skew, floor)
+    return divergence_of_heads(formula, heads, options, temperature=temperature, **numbers)
 
 
 @public
@@ -159,6 +165,7 @@ def linear_js(
     bias_p: Real[ArrayLike, " C"] | None = None,
     bias_q: Real[ArrayLike, " C"] | None = None,
     mixture: ArrayLike = 0.5,
+    floor: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
     softcap: Softcap = None,
     block_size: int | None = None,
@@ -176,6 +183,7 @@ def linear_js(
     Args:
         hidden_p, kernel_p, hidden_q, kernel_q, bias_p, bias_q: As in `pj.linear_kl`.
         mixture: The $b$ of $M = b P + (1 - b) Q$, in [0, 1].
+        floor: As in `pj.kl_from_logits`.
         temperature, softcap, block_size, reduction, class_axis_name: As in `pj.linear_kl`.
         weights, where, axis_name: As in `pj.kl_divergence`; so are result and errors.
 
@@ -186,7 +194,8 @@ def linear_js(
     """
     heads = capped_by(softcap, Head(hidden_p, kernel_p, bias_p), Head(hidden_q, kernel_q, bias_q))
     options = Options(block_size, reduction, where, axis_name, class_axis_name, weights)
-    return divergence_of_heads(JS, heads, options, temperature=temperature, mixture=mixture)
+    formula, numbers = with_floor(JS, floor, mixture=mixture)
+    return divergence_of_heads(formula, heads, options, temperature=temperature, **numbers)
 
 
 @public

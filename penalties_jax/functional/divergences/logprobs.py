@@ -17,15 +17,17 @@ from penalties_jax.functional.checks import (
     public,
 )
 from penalties_jax.functional.derivatives import elementwise_derivatives, over
+from penalties_jax.functional.divergences.floors import floored_log_probabilities
 from penalties_jax.functional.divergences.formulas import (
     ALPHA,
     ENTROPY,
     JS,
-    KL,
     Direction,
     Distributions,
     Formula,
+    kl_formula,
     log_ratio,
+    with_floor,
 )
 from penalties_jax.functional.reduction import AxisName, Reduction, evaluate
 
@@ -38,6 +40,8 @@ def kl_divergence(
     log_q: Real[ArrayLike, "..."],
     *,
     direction: Direction = "forward",
+    skew: ArrayLike | None = None,
+    floor: ArrayLike | None = None,
     axis: int = -1,
     weights: ArrayLike = 1.0,
     reduction: Reduction = "mean",
@@ -55,11 +59,27 @@ def kl_divergence(
     A class with p = 0 contributes q, with p = q = 0 nothing, both with gradient 0; q = 0 where
     p > 0 makes the value inf, and its gradient stays finite.
 
+    Minimised over P, the model, KL(P||Q) is mode-seeking, or zero-forcing: P stays where Q has
+    mass. KL(Q||P), direction="reverse", is mode-covering, or zero-avoiding: P has mass wherever Q
+    does. Where only one of them has mass two options bound what that costs:
+
+    - `skew` b: from P to the mixture of both, $\mathrm{KL}(P \| b P + (1 - b) Q)$, at most
+      $-\ln b$. With direction="reverse" the roles are exchanged,
+      $\mathrm{KL}(Q \| b Q + (1 - b) P)$, and "symmetric" is the mean of the two. With P the
+      student, "reverse" is DistiLLM's skewed KL and "forward" its skewed reverse KL.
+    - `floor` f: Q is replaced by $Q' = \max(q, e^f) / \sum \max(q, e^f)$ over the classes of which
+      P or Q has something; with a skew, before that. The second input is Q in every direction.
+      Value and gradient are 0 where P = Q', and through `log_q` the gradient only passes what is
+      above the floor.
+
     Args:
         log_p: Natural log-probabilities, normalised along `axis`, shape [..., C, ...]. By
             convention the model.
         log_q: The same of the reference. Half precision is upcast but not renormalised.
         direction: "forward" is KL(P||Q), "reverse" KL(Q||P), "symmetric" the mean of the two.
+        skew: The b, in [0, 1]: 0 is no skew, as None is, and costs nothing if it is a plain number;
+            at 1 the divergence is 0. One for all, or an array that broadcasts to `log_p`.
+        floor: The f, a log-probability below 0, as skew; None is none.
         axis: The class axis. The other axes are the positions.
         weights: A finite factor of either sign, for all positions or one for each: a number, or
             an array that broadcasts to their shape. "mean" divides by the count, not by the sum of
@@ -78,7 +98,8 @@ def kl_divergence(
         TypeError: If an input is not an array, a number is a schedule, or `where` is not boolean.
 
     References:
-        Kullback & Leibler (1951), On information and sufficiency.
+        Kullback & Leibler (1951), On information and sufficiency. Ko et al. (2024), DistiLLM:
+        towards streamlined distillation for large language models.
 
     Examples:
         >>> log_p = jax.nn.log_softmax(jnp.array([[0.0, 1.0]]))
@@ -87,8 +108,13 @@ def kl_divergence(
         >>> log_q = jnp.log(jnp.array([[0.5, 0.5]]))
         >>> round(float(pj.kl_divergence(log_p, log_q)), 4)
         0.1109
+        >>> impossible = jnp.log(jnp.array([[1.0, 0.0]]))
+        >>> [round(float(pj.kl_divergence(log_p, impossible, **x)), 4)
+        ...  for x in ({}, {"skew": 0.1}, {"floor": -10.0})]
+        [inf, 1.3269, 6.7286]
     """
-    return _of_pair(KL[direction], log_p, log_q, axis, weights, reduction, where, axis_name)
+    formula, numbers = kl_formula(direction, skew, floor)
+    return _of_pair(formula, log_p, log_q, axis, weights, reduction, where, axis_name, **numbers)
 
 
 @public
@@ -97,6 +123,7 @@ def js_divergence(
     log_q: Real[ArrayLike, "..."],
     *,
     mixture: ArrayLike = 0.5,
+    floor: ArrayLike | None = None,
     axis: int = -1,
     weights: ArrayLike = 1.0,
     reduction: Reduction = "mean",
@@ -114,6 +141,7 @@ def js_divergence(
         log_p: Natural log-probabilities, normalised along `axis`, shape [..., C, ...].
         log_q: The same of the other distribution.
         mixture: The $b$, in [0, 1].
+        floor: Under the log-probabilities of Q, as in `pj.kl_divergence`.
         axis, weights, reduction, where, axis_name: As in `pj.kl_divergence`; so are result and
             errors.
 
@@ -125,7 +153,8 @@ def js_divergence(
         >>> round(float(pj.js_divergence(log_p, log_q)), 4)
         0.6931
     """
-    return _of_pair(JS, log_p, log_q, axis, weights, reduction, where, axis_name, mixture=mixture)
+    formula, numbers = with_floor(JS, floor, mixture=mixture)
+    return _of_pair(formula, log_p, log_q, axis, weights, reduction, where, axis_name, **numbers)
 
 
 @public
@@ -237,6 +266,9 @@ class _SumOfTerms(NamedTuple):
         """The sum over the classes, with the formula's slopes as its derivatives."""
         term, slopes, named, *_ = self.formula
         numbers = [parameters[parameter.name] for parameter in named]
+        if self.formula.floored:
+            log_p, log_q = logs
+            logs = log_p, floored_log_probabilities(log_p, log_q, parameters["floor"], axis)
 
         def of_logs(function):
             def applied(*arguments):

@@ -31,6 +31,7 @@ from penalties_jax.functional.checks import (
 )
 from penalties_jax.functional.derivatives import differentiated_as
 from penalties_jax.functional.divergences.blocks import map_rows
+from penalties_jax.functional.divergences.floors import above, excess, floored
 from penalties_jax.functional.divergences.formulas import (
     DOWN,
     INFINITE,
@@ -114,10 +115,17 @@ class Rows(NamedTuple):
 
 
 class Normaliser(NamedTuple):
-    """The largest logit of a row, and the sum of exp((logit - largest) / T)."""
+    """What makes probabilities of a row of logits.
+
+    Attributes:
+        peak: The largest logit.
+        total: The sum of exp((logit - largest) / T).
+        excess: Of Q with a floor, by how much that raises the sum of its probabilities.
+    """
 
     peak: Float[Array, "*rows"]
     total: Float[Array, "*rows"]
+    excess: Float[Array, "*rows"] | None = None
 
 
 class Statistics(NamedTuple):
@@ -125,7 +133,8 @@ class Statistics(NamedTuple):
 
     Attributes:
         normalisers: Of each distribution.
-        slope_sums: The sums of the slopes over the classes.
+        slope_sums: The sums of the slopes over the classes; with a floor also the sum of what
+            passes it of the gradient through log q'.
         parameters: The derivatives with respect to the parameters; with sharded classes, what this
             member adds to them.
     """
@@ -141,10 +150,10 @@ class Wanted(NamedTuple):
     logits: tuple[bool, ...]
     parameters: tuple[bool, ...]
 
-    @property
-    def slope_sums(self) -> tuple[bool, ...]:
-        """For which logits their slopes are summed; the temperature needs those of all."""
-        return tuple(own or self.parameters[0] for own in self.logits)
+    def slope_sums(self, formula: Formula) -> tuple[bool, ...]:
+        """For which logits their slopes are summed; the temperature and a floor need all."""
+        needed = self.parameters[0] or (formula.floored and self.parameters[-1])
+        return tuple(own or needed for own in self.logits)
 
 
 def divergence_of_logits(
@@ -227,7 +236,7 @@ def by_position(
         ValueError: If one does not broadcast to the positions.
     """
     check_fits(positions, **parameters)
-    names = ("temperature", *(parameter.name for parameter in formula.parameters))
+    names = ("temperature", *formula.names)
     arrays = (jnp.asarray(parameters[name], dtype) for name in names)
     return tuple(x.reshape((1,) * (len(positions) - x.ndim) + x.shape + (1,)) for x in arrays)
 
@@ -298,6 +307,7 @@ def _in_passes(formula, class_axis_name, wanted, rows):
     """A pass over the classes for each peak, one for each total, and one for the rest."""
     temperature = rows.parameters[0]
     normalisers = tuple(_normaliser(z, temperature, class_axis_name) for z in rows.wide_logits())
+    normalisers = _raised(formula, class_axis_name, rows, normalisers)
     slope_sums = _slope_sums(formula, class_axis_name, wanted, rows, normalisers)
     return _statistics(formula, class_axis_name, wanted, rows, normalisers, slope_sums)
 
@@ -305,9 +315,11 @@ def _in_passes(formula, class_axis_name, wanted, rows):
 def _at_once(formula, class_axis_name, wanted, rows):
     """A pass for the normalisers and, if means tell, the sums of the slopes; one for the rest."""
     temperature = rows.parameters[0]
-    of_means = formula.slope_sums if any(wanted.slope_sums) else None
+    told = any(wanted.slope_sums(formula)) and not formula.floored
+    of_means = formula.slope_sums if told else None
     found = moments(rows.wide_logits(), temperature, of_means is not None, class_axis_name)
     normalisers = tuple(Normaliser(x.peak, x.total) for x in found)
+    normalisers = _raised(formula, class_axis_name, rows, normalisers)
     if of_means:
         slope_sums = of_means(*(_mean(x, normalisers, temperature) for x in found))
     else:
@@ -326,21 +338,45 @@ def _mean(x, normalisers, temperature):
     return Mean(jnp.where(infinite, 0, ratio), jnp.where(infinite, 1, lone))
 
 
+def _raised(formula, class_axis_name, rows, normalisers):
+    """The normalisers, with that of a floor."""
+    if not formula.floored:
+        return normalisers
+    p, q = normalisers
+    x = _distributions(rows, class_axis_name, normalisers)
+    return p, q._replace(excess=_sum(excess(x, rows.parameters[-1]), class_axis_name))
+
+
 def _slope_sums(formula, class_axis_name, wanted, rows, normalisers):
-    x, others = _distributions(rows, class_axis_name, normalisers), rows.parameters[1:]
-
-    def total(slope):
-        part = jnp.sum(slope(x, *others), -1)
-        return part if class_axis_name is None else lax.psum(part, class_axis_name)
-
-    return tuple(
-        total(slope) if want else jnp.zeros_like(normalisers[0].total)
-        for slope, want in zip(formula.slopes_of_logits, wanted.slope_sums, strict=True)
+    x, others = _distributions(rows, class_axis_name, normalisers), _others(formula, rows)
+    none = jnp.zeros_like(normalisers[0].total)
+    wants = wanted.slope_sums(formula)
+    sums = tuple(
+        _sum(slope(x, *others), class_axis_name) if want else none
+        for slope, want in zip(formula.slopes_of_logits, wants, strict=True)
     )
+    if not formula.floored:
+        return sums
+    stays = above(x.under, rows.parameters[-1])
+    slope, share = (
+        _sum(jnp.where(stays, part, 0), class_axis_name)
+        for part in (formula.slopes_of_logits[1](x, *others), x.probabilities[1])
+    )
+    return *sums, slope - share * sums[1] if wants[1] else none
+
+
+def _sum(parts, class_axis_name):
+    part = jnp.sum(parts, -1)
+    return part if class_axis_name is None else lax.psum(part, class_axis_name)
+
+
+def _others(formula, rows):
+    """The parameters of the formula's functions."""
+    return rows.parameters[1 : 1 + len(formula.parameters)]
 
 
 def _statistics(formula, class_axis_name, wanted, rows, normalisers, slope_sums):
-    temperature, *others = rows.parameters
+    temperature, others = rows.parameters[0], _others(formula, rows)
 
     def total(terms, rows, normalisers):
         return jnp.sum(terms(_distributions(rows, class_axis_name, normalisers), *others), -1)
@@ -348,14 +384,19 @@ def _statistics(formula, class_axis_name, wanted, rows, normalisers, slope_sums)
     def slope_of_temperature(x, *others):
         # Through logits / T it is the sum of gradient x logit, of which a constant only counts
         # for what a shift of all logits changes.
-        gradients = _gradients(formula, x, others, slope_sums)
-        logs = (jnp.where(log < -INFINITE, -MOST, log) for log in x.logs)
+        gradients = _gradients(formula, x, rows, slope_sums)
+        logs = (jnp.where(log < -INFINITE, -MOST, log) for log in (x.under or x).logs)
         along = sum(map(jnp.multiply, gradients, logs))
         if formula.of_normaliser:
             along += _through_normaliser(formula, x, others) * x.log_normaliser
         return -along / temperature
 
-    slopes = slope_of_temperature, *(parameter.slope for parameter in formula.parameters)
+    def slope_of_floor(x, *others):
+        stays = above(x.under, rows.parameters[-1])
+        return jnp.where(stays, 0, _through_logs(formula, x, others, slope_sums)[1])
+
+    slopes = [slope_of_temperature, *(parameter.slope for parameter in formula.parameters)]
+    slopes += [slope_of_floor][: formula.floored]
     by_parameters = tuple(
         total(slope, rows, normalisers) if want else jnp.zeros_like(normalisers[0].total)
         for slope, want in zip(slopes, wanted.parameters, strict=True)
@@ -369,17 +410,25 @@ def _statistics(formula, class_axis_name, wanted, rows, normalisers, slope_sums)
     return value, Statistics(normalisers, slope_sums, by_parameters)
 
 
-def _gradients(formula, x, others, slope_sums):
+def _gradients(formula, x, rows, slope_sums):
     """Through logits / T."""
-    gradients = [
-        slope(x, *others) - p * total[..., None]
-        for slope, p, total in zip(
-            formula.slopes_of_logits, x.probabilities, slope_sums, strict=True
-        )
-    ]
+    others = _others(formula, rows)
+    gradients = _through_logs(formula, x, others, slope_sums)
     if formula.of_normaliser:
         gradients[0] += _through_normaliser(formula, x, others)
+    if formula.floored:
+        passed = jnp.where(above(x.under, rows.parameters[-1]), gradients[1], 0)
+        gradients[1] = passed - x.under.probabilities[1] * slope_sums[-1][..., None]
     return gradients
+
+
+def _through_logs(formula, x, others, slope_sums):
+    """Through logarithms of which the probabilities are the softmax."""
+    sums = slope_sums[: len(x.probabilities)]
+    return [
+        slope(x, *others) - p * total[..., None]
+        for slope, p, total in zip(formula.slopes_of_logits, x.probabilities, sums, strict=True)
+    ]
 
 
 def _through_normaliser(formula, x, others):
@@ -394,10 +443,10 @@ def gradients_of(
     formula: Formula, walk: Walk, rows: Rows, statistics: Statistics
 ) -> list[Float[Array, "*rows C"]]:
     """The gradients of each row's divergence through its logits, after they are capped."""
-    temperature, *others = rows.parameters
+    temperature = rows.parameters[0]
     rows, statistics = rows.apart(statistics)
     x = _distributions(rows, walk.class_axis_name, statistics.normalisers)
-    return [g / temperature for g in _gradients(formula, x, others, statistics.slope_sums)]
+    return [g / temperature for g in _gradients(formula, x, rows, statistics.slope_sums)]
 
 
 def _normaliser(z, temperature, class_axis_name):
@@ -422,17 +471,18 @@ def _distributions(rows, class_axis_name, normalisers):
             label=_label(rows, class_axis_name),
             log_normaliser=_log_normaliser(normalisers[0], temperature),
         )
-    normalisers = [Normaliser(*(x[..., None] for x in n)) for n in normalisers]
-    ratio = _from_peaks(difference(*logits), 1, normalisers, temperature)
+    by_class = [Normaliser(n.peak[..., None], n.total[..., None]) for n in normalisers]
+    ratio = _from_peaks(difference(*logits), 1, by_class, temperature)
     # A class of which both have nothing, unless one alone excludes it.
     (z_p, z_q), (p, q) = logits, probabilities
     nowhere = (p == 0) & (q == 0) & (jnp.isneginf(z_p) == jnp.isneginf(z_q))
     ratio = jnp.where(nowhere & (jnp.abs(ratio) > INFINITE), 0, ratio)
-    return Distributions(probabilities, logs, ratio)
+    x, raised = Distributions(probabilities, logs, ratio), normalisers[1].excess
+    return x if raised is None else floored(x, rows.parameters[-1], raised[..., None])
 
 
 def _log_normaliser(normaliser, temperature):
-    peak, total = (x[..., None] for x in normaliser)
+    peak, total = (x[..., None] for x in normaliser[:2])
     largest = float(jnp.finfo(peak.dtype).max)
     return jnp.clip(peak / temperature, -largest, largest) + jnp.log(total)
 
@@ -456,12 +506,12 @@ def _label(rows, class_axis_name):
 
 
 def _probabilities(z, temperature, normaliser):
-    peak, total = (x[..., None] for x in normaliser)
+    peak, total = (x[..., None] for x in normaliser[:2])
     return jnp.exp((z - peak) / temperature) / total
 
 
 def _log_probabilities(z, temperature, normaliser):
-    peak, total = (x[..., None] for x in normaliser)
+    peak, total = (x[..., None] for x in normaliser[:2])
     return (z - peak) / temperature - jnp.log(total)
 
 
