@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Real
 from penalties_jax.functional.checks import check_classes, check_same_shape, public
 from penalties_jax.functional.divergences.logits import z_loss
 from penalties_jax.functional.importance import ImportanceStats
-from penalties_jax.functional.reduction import AxisName, Reduction
+from penalties_jax.functional.reduction import AxisName, Reduction, promote
 
 __all__ = ["LoadStats", "load_balance", "router_z_loss"]
 
@@ -67,7 +67,8 @@ class LoadStats(NamedTuple):
         """The statistics of one batch, of arguments as in `pj.load_balance`."""
         check_classes(probabilities=probabilities)
         check_same_shape(probabilities=probabilities, assigned=assigned)
-        pair = probabilities, lax.stop_gradient(assigned)
+        (load,) = promote(lax.stop_gradient(assigned))
+        pair = probabilities, load
         return cls(ImportanceStats.from_batch(pair, _Itself(), where=where))
 
     @classmethod

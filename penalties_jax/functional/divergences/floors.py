@@ -23,14 +23,14 @@ def floored_log_probabilities(
     return raised - with_value(jnp.log(jnp.where(total > 0, total, 1)), log_z)
 
 
-def excess(x: Distributions, floor: Float[Array, "*rows 1"]) -> Float[Array, "*rows C"]:
+def excess(x: Distributions, floor: Float[Array, "..."]) -> Float[Array, "..."]:
     """By how much each class rises; their sum is Z - 1, without cancellation."""
     rises = ~(above(x, floor) | _nowhere(*x.logs))
     return jnp.where(rises, jnp.exp(floor) - x.probabilities[1], 0)
 
 
 def floored(
-    x: Distributions, floor: Float[Array, "*rows 1"], excess: Float[Array, "*rows 1"]
+    x: Distributions, floor: Float[Array, "..."], excess: Float[Array, "..."]
 ) -> Distributions:
     """P and Q', of P and Q and the sum of the `excess`."""
     (p, q), (log_p, log_q) = x.probabilities, x.logs
@@ -46,7 +46,7 @@ def floored(
     )
 
 
-def above(x: Distributions, floor: Float[Array, "*rows 1"]) -> Bool[Array, "*rows C"]:
+def above(x: Distributions, floor: Float[Array, "..."]) -> Bool[Array, "..."]:
     """Where log q is above the floor."""
     return x.logs[1] > floor
 

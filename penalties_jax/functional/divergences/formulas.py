@@ -193,33 +193,34 @@ def _mean(f, g):
 
 def _directions(forward: Formula) -> dict[Direction, Formula]:
     """A divergence of P and Q, that of Q and P, and the mean of the two."""
+    reverse = _reversed(forward)
+    return {"forward": forward, "reverse": reverse, "symmetric": _mean_of(forward, reverse)}
 
-    def swapped_sums(p, q):
-        return sums(*(x._replace(ratio=-x.ratio) for x in (q, p)))[::-1]
 
-    def mean_sums(p, q):
-        return tuple((x + y) / 2 for x, y in zip(sums(p, q), swapped_sums(p, q), strict=True))
+def _reversed(formula: Formula) -> Formula:
+    sums = formula.slope_sums
+    return Formula(
+        _swapped(formula.term),
+        tuple(map(_swapped, reversed(formula.slopes))),
+        tuple(x._replace(slope=_swapped(x.slope)) for x in formula.parameters),
+        tuple(map(_swapped, reversed(formula.slopes_of_logits))),
+        sums and (lambda p, q: sums(*(x._replace(ratio=-x.ratio) for x in (q, p)))[::-1]),
+    )
 
-    term, slopes, numbers, centred, sums, *_ = forward
-    back = tuple(map(_swapped, reversed(slopes)))
-    centred_back = tuple(map(_swapped, reversed(centred)))
-    swapped_numbers = tuple(x._replace(slope=_swapped(x.slope)) for x in numbers)
-    return {
-        "forward": forward,
-        "reverse": Formula(
-            _swapped(term), back, swapped_numbers, centred_back, sums and swapped_sums
-        ),
-        "symmetric": Formula(
-            _mean(term, _swapped(term)),
-            tuple(map(_mean, slopes, back)),
-            tuple(
-                x._replace(slope=_mean(x.slope, y.slope))
-                for x, y in zip(numbers, swapped_numbers, strict=True)
-            ),
-            tuple(map(_mean, centred, centred_back)),
-            sums and mean_sums,
-        ),
-    }
+
+def _mean_of(one: Formula, other: Formula) -> Formula:
+    parameters = zip(one.parameters, other.parameters, strict=True)
+    return Formula(
+        _mean(one.term, other.term),
+        tuple(map(_mean, one.slopes, other.slopes)),
+        tuple(x._replace(slope=_mean(x.slope, y.slope)) for x, y in parameters),
+        tuple(map(_mean, one.slopes_of_logits, other.slopes_of_logits)),
+        one.slope_sums and other.slope_sums and _mean_of_each(one.slope_sums, other.slope_sums),
+    )
+
+
+def _mean_of_each(f, g):
+    return lambda *x: tuple((a + b) / 2 for a, b in zip(f(*x), g(*x), strict=True))
 
 
 KL = _directions(
