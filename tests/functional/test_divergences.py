@@ -439,7 +439,9 @@ def test_properties():
         values = {
             name: case.call(*(a, b)[: case.inputs]) for name, case in FROM_LOG_PROBABILITIES.items()
         }
-        same = [case.call(a, a) for case in STRUCTURES.values() if case.inputs == 2]
+        # With a floor Q is another distribution.
+        pairs = [c for c in STRUCTURES.values() if c.inputs == 2 and "floor" not in c.settings]
+        same = [case.call(a, a) for case in pairs]
         complement = F.js_divergence(*map(jax.nn.log_softmax, (a, b)), mixture=0.8)
         return values | {"same": jnp.stack(same).max(), "complement": complement}
 

@@ -95,7 +95,8 @@ def test_accuracy_by_the_true_divergence(classes, count, dtype):
         some = value > 0
         error = np.abs(ours[some] / value[some] - 1)
         assert np.all(error <= required(value[some])), (name, error, value[some])
-        if dtype == jnp.float32:
+        # With a floor the oracle moves one class at a time.
+        if dtype == jnp.float32 and "floor" not in case.settings:
             total = partial(case.raw, block_size=None, reduction="sum")
             found = jax.grad(total, (0, 1))
             for slope, desired in zip(found(a, b), slopes, strict=True):
