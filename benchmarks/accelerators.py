@@ -57,6 +57,8 @@ SOFTCAP = 30.0
 # beside the kernel's gradient, which is summed in float32.
 SEQUENCES, HELD = (8, 1024), 600_000_000
 BETA, EXPONENT, WEIGHT = 0.5, 0.9, 0.1
+# Of a teacher's tokens, what may be moved: scatters in place are counted as whole copies.
+TOP, TOP_BAR = 64, 8.1
 # Of the bytes of a device's logits: what collectives may send.
 COLLECTIVES_BAR = 0.01
 
@@ -64,7 +66,12 @@ COLLECTIVES_BAR = 0.01
 # its own, which otherwise is the gradient's: two arrays more. On an H100, XLA fills the stack of
 # the gradients with zeros before: one more, for the textbook too.
 SCAN = "`kl_from_logits`, bfloat16, in a `scan`"
-KNOWN_MISSES = {(SCAN, "H100"), (SCAN, "v5e")}
+# A TPU scatters into copies, the textbook too.
+KNOWN_MISSES = {(SCAN, "H100"), (SCAN, "v5e")} | {
+    (f"`kl_to_top_k`, {dtype}", machine)
+    for dtype in ("float32", "bfloat16")
+    for machine in ("v5e", "v5p", "v6e")
+}
 
 
 @cache
@@ -370,6 +377,13 @@ def linear_cross_entropy(hidden, kernel, labels):
     return -jnp.mean(jnp.take_along_axis(log_p, labels[:, None], -1))
 
 
+def kl_to_top_k(logits, ids, log_q):
+    """KL(teacher||student) with a bucket, whose probability is what the tokens leave of 1."""
+    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), ids, -1)
+    p, q = (jnp.log1p(-jnp.sum(jnp.exp(x), -1)) for x in (log_p, log_q))
+    return jnp.mean(jnp.sum(jnp.exp(log_q) * (log_q - log_p), -1) + jnp.exp(q) * (q - p))
+
+
 def capped_linear_kl(hidden_p, kernel_p, hidden_q, kernel_q):
     """KL of all the logits, each within the cap."""
     return kl(*(_capped(h @ w) for h, w in ((hidden_p, kernel_p), (hidden_q, kernel_q))))
@@ -536,6 +550,16 @@ def cases() -> dict[str, Case]:
         relative=True,
         held=HELD + 4 * FEATURES * CLASSES,
     )
+    teacher = _struct((TOKENS, TOP), jnp.int32), _struct((TOKENS, TOP), jnp.float32)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        logits = _logits(dtype)
+        result[f"`kl_to_top_k`, {jnp.dtype(dtype).name}"] = _differentiated(
+            partial(pj.kl_to_top_k, direction="reverse"),
+            kl_to_top_k,
+            (logits, *teacher),
+            TOP_BAR,
+            quick=dtype == jnp.float32,
+        )._replace(held=logits.size * logits.dtype.itemsize // 20)
     if find_spec("jax_cce"):
         result["`linear_cross_entropy` of jax-cce"] = Case(
             jax.value_and_grad(import_module("jax_cce").linear_cross_entropy, (0, 1)),

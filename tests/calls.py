@@ -231,6 +231,33 @@ OTHERS = [
         numbers={"z_loss": 0.1, "temperature": 0.7},
         block_size=2,
     ),
+    _given(
+        F.kl_to_top_k,
+        arrays={
+            "logits": X,
+            "log_q": np.log(np.full((4, 2), 0.3, np.float32)),
+            "ids": np.int32([[0, 5], [1, 2], [4, 3], [2, 1]]),
+            "log_rest": np.log(np.full(4, 0.4, np.float32)),
+            "where": np.arange(4) != 1,
+            "weights": np.linspace(0.5, 2.0, 4, dtype=np.float32),
+        },
+        numbers={"temperature": 0.7},
+        direction="reverse",
+        block_size=2,
+    ),
+    _given(
+        F.linear_kl_to_top_k,
+        arrays={
+            "hidden": X,
+            "kernel": _lattice(6, 5, seed=1),
+            "bias": _lattice(5, seed=2),
+            "log_q": np.log(np.full((4, 2), 0.3, np.float32)),
+            "ids": np.int32([[0, 4], [1, 2], [4, 3], [2, 1]]),
+            "where": np.arange(4) != 1,
+        },
+        numbers={"temperature": 0.7, "softcap": 3.0},
+        block_size=5,
+    ),
     _given(F.straight_through, arrays={"hard": np.float32(X > 0), "soft": X}),
 ]
 

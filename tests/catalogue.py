@@ -784,11 +784,13 @@ OTHERS = {
     "cross_entropy_from_logits": ("functional/test_streaming.py", "it takes labels"),
     "balanced_loss": ("functional/test_sparsity.py", "two losses, weighted"),
     "gradient_penalty": ("functional/test_constraints.py", "it takes a callable"),
+    "kl_to_top_k": ("functional/test_top_k.py", "it takes tokens"),
     "importance_metrics": ("functional/test_importance.py", "a dict of numbers"),
     "importance_minimality": ("functional/test_importance.py", "it takes a penalty"),
     "interpolated_gradient_penalty": ("functional/test_constraints.py", "it takes a callable"),
     "linear_cross_entropy": ("functional/test_linear.py", "it takes labels"),
     "linear_distillation": ("functional/test_linear.py", "it takes labels"),
+    "linear_kl_to_top_k": ("functional/test_top_k.py", "it takes tokens"),
     "linear_log_prob": ("functional/test_linear.py", "it takes tokens"),
     "linear_log_prob_and_entropy": ("functional/test_linear.py", "it takes tokens"),
     "load_balance": ("functional/test_routing.py", "two inputs of different kinds"),
@@ -808,6 +810,7 @@ OTHERS = {
     "GradientPenalty": ("test_terms.py", "it takes a callable"),
     "ImportanceMinimality": ("test_importance.py", "it takes a penalty"),
     "InterpolatedGradientPenalty": ("test_terms.py", "it takes a callable"),
+    "KLToTopK": ("functional/test_top_k.py", "it takes tokens"),
     "LoadBalance": ("functional/test_routing.py", "two inputs of different kinds"),
     "Objective": ("test_objective.py", "made of terms"),
     "SampledEntropy": ("test_terms.py", "the mean of what tokens are given"),
@@ -892,6 +895,7 @@ EXAMPLES = {name: case.config() for name, case in CONFIGS.items()} | {
     "Function": pj.Function(squared_distance, center=0.5),
     "CrossEntropy": pj.CrossEntropy(z_loss=0.1, temperature=0.7),
     "HardConcreteL0": pj.HardConcreteL0(),
+    "KLToTopK": pj.KLToTopK("reverse", temperature=0.7),
     "ImportanceMinimality": pj.ImportanceMinimality(pj.SmoothL0(gamma=0.5), beta=0.5),
     "LoadBalance": pj.LoadBalance(),
     "SampledEntropy": pj.SampledEntropy(maximize=True),
@@ -907,5 +911,8 @@ def inputs_of(config):
         if isinstance(config, pj.LoadBalance):
             return values, values > 1
         labels = jnp.arange(values[..., 0].size).reshape(values.shape[:-1]) % values.shape[-1]
+        if isinstance(config, pj.KLToTopK):
+            ids = jnp.stack([labels, (labels + 2) % values.shape[-1]], -1)
+            return values, ids, jnp.log(jnp.full(ids.shape, 0.3))
         return (values, labels)[: config.takes[0]]
     return tuple(jax.nn.log_softmax(jnp.float32(x)) for x in case.data(shape=case.shape))

@@ -15,6 +15,9 @@ T = TypeVar("T")
 # Of one array of float32 logits in a block of rows: within the cache of a CPU's core.
 ROW_BYTES = 2**21
 
+# Of a mask of rows, of which a GPU writes and reads a block in its cache.
+MASK_BYTES = 2**26
+
 # What stands for a number of classes that is not known yet: a large vocabulary.
 MOST_CLASSES = 2**17
 
@@ -37,6 +40,10 @@ class Platform(NamedTuple):
     fuses: bool
     product_bytes: int
     halves: bool
+
+    def rows_in_mask(self, classes: Size) -> int:
+        """How many rows of logits make a block, where some classes of each are masked."""
+        return _rows(classes, 4 * MASK_BYTES) if self.fuses else rows_in_block(classes)
 
     def rows_in_product(self, classes: Size) -> int:
         """How many rows of hidden states make a block."""

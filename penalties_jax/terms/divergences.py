@@ -21,6 +21,7 @@ from penalties_jax.functional.checks import (
     UNIT,
 )
 from penalties_jax.functional.divergences.formulas import Direction
+from penalties_jax.functional.divergences.top_k import Tail
 from penalties_jax.functional.estimators import EstimateGradient, Estimator
 from penalties_jax.functional.reduction import AxisName, Reduction, evaluate
 from penalties_jax.terms.base import Numeric, Penalty
@@ -33,6 +34,7 @@ __all__ = [
     "JSDivergence",
     "KLDivergence",
     "KLEstimate",
+    "KLToTopK",
     "SampledEntropy",
     "Wasserstein",
     "ZLoss",
@@ -65,6 +67,8 @@ class OfClasses(Reduced):
     reduction: Reduction = option(default="mean", choices=Reduction, kw_only=True)
 
     _functions: ClassVar[dict[str, Callable[..., Any]]]
+    # Inputs that need not be there, after the biases.
+    _optional: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self):
         super().__post_init__()
@@ -93,25 +97,27 @@ class OfClasses(Reduced):
 
     def _run(self, program, inputs, where):
         needed, _ = self._arrays()
-        arrays, biases = inputs[: len(needed)], inputs[len(needed) :]
+        arrays, others = inputs[: len(needed)], inputs[len(needed) :]
+        _, biases = arrays_of(self._pure())
+        biases, others = others[: len(biases)], others[len(biases) :]
         if any(bias is None for bias in biases):
             # Of a head that has none, where the other may have one.
             zeros = jnp.zeros(jnp.shape(inputs[1])[-1:])
             biases = (zeros if bias is None else bias for bias in biases)
-        return super()._run(program, (*arrays, *biases), where)
+        return super()._run(program, (*arrays, *biases, *others), where)
 
     def _pure(self):
         return self._functions[self.inputs]
 
     def _arrays(self):
-        """The names of its inputs: those that it needs, and biases, which follow them."""
+        """The names of its inputs: those that it needs, and biases and others, which follow."""
         own = {field.name for field in fields(self)}
         needed, biases = arrays_of(self._pure())
-        return [name for name in needed if name not in own], biases
+        return [name for name in needed if name not in own], [*biases, *self._optional]
 
     def _call(self, function, row, options):
-        needed, biases = self._arrays()
-        return function(**dict(zip([*needed, *biases], row, strict=False)), **options)
+        needed, optional = self._arrays()
+        return function(**dict(zip([*needed, *optional], row, strict=False)), **options)
 
 
 @functools.cache
@@ -283,6 +289,35 @@ class CrossEntropy(OfClasses):
     _functions = by_input(
         Streamed, functional.cross_entropy_from_logits, functional.linear_cross_entropy
     )
+
+
+@config
+class KLToTopK(OfClasses):
+    r"""The KL divergence from a teacher's likeliest tokens: `pj.kl_to_top_k` as a config.
+
+    Attributes:
+        direction, tail: As in `pj.kl_to_top_k`.
+        inputs: "logits" of inputs (logits, ids, log_q), and log_rest if it is known, or "hidden"
+            for `pj.linear_kl_to_top_k`, of (hidden, kernel, ids, log_q), and bias and log_rest if
+            there are any: None stands for a bias that there is not.
+        temperature, softcap, block_size, class_axis_name, weights, reduction, axis_name: As in
+            `pj.KLDivergence`.
+
+    Examples:
+        >>> ids, log_q = jnp.array([[5, 2]]), jnp.log(jnp.full((1, 2), 0.25))
+        >>> round(float(pj.KLToTopK("reverse")(jnp.zeros((1, 8)), ids, log_q)), 4)
+        0.1438
+        >>> of_hidden = pj.KLToTopK("reverse", inputs="hidden")
+        >>> round(float(of_hidden(jnp.ones((1, 1)), jnp.zeros((1, 8)), ids, log_q)), 4)
+        0.1438
+    """
+
+    direction: Direction = option(default="forward", choices=Direction)
+    tail: Tail = option(default="bucket", choices=Tail, kw_only=True)
+    inputs: Streamed = option(default="logits", choices=Streamed, kw_only=True)
+
+    _functions = by_input(Streamed, functional.kl_to_top_k, functional.linear_kl_to_top_k)
+    _optional = ("log_rest",)
 
 
 @config

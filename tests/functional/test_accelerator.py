@@ -18,6 +18,15 @@ from tests.functional.test_streaming import (  # noqa: F401
     test_slopes_of_extreme_mixtures,
     test_value_and_gradients,
 )
+from tests.functional.test_top_k import (  # noqa: F401
+    test_agreement,
+    test_edges,
+    test_every_derivative_by_differences,
+    test_masked_classes,
+    test_padding,
+    test_rows_and_classes_sharded_over_devices,
+    test_the_whole_vocabulary,
+)
 from tests.programs import as_for_an_accelerator
 
 pytestmark = pytest.mark.slow

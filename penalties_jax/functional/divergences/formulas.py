@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import lax
@@ -65,11 +65,40 @@ class Mean(NamedTuple):
 
 
 class Parameter(NamedTuple):
-    """A number in a formula: its name, the term of the derivative in it, and its range."""
+    """A number in a formula: its name, the term of the derivative in it, and its range.
+
+    The derivative of what is no sum over classes has no term. There may be `several` of it at each
+    position, along an axis of their own.
+    """
 
     name: str
-    slope: Callable[..., Array]
+    slope: Any
     valid: Range
+    several: bool = False
+
+
+@runtime_checkable
+class Computed(Protocol):
+    """What can be computed of rows: a `Formula`, or what has functions of its own for them."""
+
+    @property
+    def slopes(self) -> tuple[Any, ...]:
+        """One for each distribution."""
+        ...
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """The numbers in it."""
+        ...
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all that it takes."""
+        ...
+
+    def check(self, parameters: Mapping[str, Any]) -> None:
+        """Raises ValueError for a plain number out of range."""
+        ...
 
 
 class Formula(NamedTuple):

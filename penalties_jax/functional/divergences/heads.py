@@ -28,7 +28,7 @@ from penalties_jax.functional.checks import (
     standard_promotion,
 )
 from penalties_jax.functional.divergences.blocks import map_rows, sum_rows
-from penalties_jax.functional.divergences.formulas import Formula
+from penalties_jax.functional.divergences.formulas import Computed
 from penalties_jax.functional.divergences.rows import (
     Options,
     Rows,
@@ -39,6 +39,8 @@ from penalties_jax.functional.divergences.rows import (
     gradients_of,
     statistics_of,
     sum_to,
+    times,
+    with_axis,
 )
 from penalties_jax.functional.divergences.softcap import Softcap, slope, slope_of_cap
 from penalties_jax.functional.platform import apart, by_platform
@@ -77,7 +79,7 @@ def capped_by(softcap: Softcap, *heads: Head) -> tuple[Head, ...]:
 class Part(NamedTuple):
     """A formula of the first heads, as many as it compares, its weight and its parameters."""
 
-    formula: Formula
+    formula: Computed
     weight: ArrayLike
     parameters: Mapping[str, ArrayLike]
 
@@ -88,25 +90,32 @@ class Inputs(NamedTuple):
     Attributes:
         heads: The heads.
         parameters: Of each part, by position.
-        labels: The classes of a cross entropy.
+        labels: The class of a cross entropy, or the tokens by which a teacher is known.
     """
 
     heads: tuple[Head, ...]
-    parameters: tuple[tuple[Float[Array, "*positions 1"], ...], ...]
-    labels: Int[Array, "*positions 1"] | None
+    parameters: tuple[tuple[Float[Array, "*positions n"], ...], ...]
+    labels: Int[Array, "*positions k"] | None
 
 
 def divergence_of_heads(
-    formula: Formula, heads: Sequence[Head], options: Options, **parameters: ArrayLike
+    formula: Computed,
+    heads: Sequence[Head],
+    options: Options,
+    *,
+    ids: Int[ArrayLike, "*positions k"] | None = None,
+    **parameters: ArrayLike,
 ) -> Float[Array, "..."]:
     """A formula of what heads predict, reduced."""
-    return sum_of_parts([Part(formula, 1.0, parameters)], heads, options)[0]
+    return sum_of_parts([Part(formula, 1.0, parameters)], heads, options, ids=ids)[0]
 
 
 def sum_of_parts(
     parts: Sequence[Part],
     heads: Sequence[Head],
     options: Options,
+    *,
+    ids: Int[ArrayLike, "*positions k"] | None = None,
     **labels: Int[ArrayLike, "*positions"],
 ) -> tuple[Float[Array, "..."], list[Float[Array, "..."]]]:
     """The weighted sum of the parts, and the parts, each reduced.
@@ -115,6 +124,7 @@ def sum_of_parts(
         parts: What is summed.
         heads: One or two.
         options: Of the function.
+        ids: The tokens by which a teacher is known, which the caller has checked.
         **labels: The classes of a cross entropy, by the name that errors give them.
 
     Raises:
@@ -127,7 +137,7 @@ def sum_of_parts(
     for formula, numbers in zip(formulas, parameters, strict=True):
         check_parameters(formula, numbers)
     options.check()
-    classes = next(iter(labels.values()), None)
+    classes = next(iter(labels.values()), ids)
     return _evaluate(formulas, shares, parameters, tuple(heads), classes, **options._asdict())
 
 
@@ -192,9 +202,10 @@ def _evaluate(
     )
     included = jnp.broadcast_to(True if where is None else where, positions)
     weights = jnp.broadcast_to(jnp.asarray(weights, dtype), positions)
-    (hidden, numbers), (shares, labels, included, weights), shared = lie_alike(
-        ([head.hidden for head in heads], numbers),
-        (shares, labels, included, weights),
+    labels = with_axis(labels, positions)
+    (hidden, numbers, labels), (shares, included, weights), shared = lie_alike(
+        ([head.hidden for head in heads], numbers, labels),
+        (shares, included, weights),
         [_of_all_rows(head) for head in heads],
         axis=-1,
     )
@@ -204,7 +215,7 @@ def _evaluate(
         heads = tuple(head._replace(hidden=jnp.where(entries, head.hidden, 0)) for head in heads)
         numbers = jax.tree.map(lambda x: x if x.size == 1 else jnp.where(entries, x, 1), numbers)
     walk = Walk(block_size, class_axis_name)
-    inputs = Inputs(heads, numbers, None if labels is None else labels[..., None])
+    inputs = Inputs(heads, numbers, labels)
     each = jnp.where(included, weights, 0)
     if reduction == "none":
         values: Any = _values_by_position(formulas, walk, vary_alike(inputs))
@@ -225,7 +236,7 @@ def _evaluate(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _values_by_position(
-    formulas: tuple[Formula, ...], walk: Walk, inputs: Inputs
+    formulas: tuple[Computed, ...], walk: Walk, inputs: Inputs
 ) -> list[Float[Array, "*positions"]]:
     """Each part's values, whose gradient computes the products again."""
     return _values(formulas, walk, inputs)
@@ -248,7 +259,7 @@ _values_by_position.defvjp(_values_by_position_forward, _values_by_position_back
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _total(
-    formulas: tuple[Formula, ...],
+    formulas: tuple[Computed, ...],
     walk: Walk,
     inputs: Inputs,
     shares: tuple[Float[Array, ""], ...],
@@ -351,7 +362,9 @@ def _values_and_gradients_on(formulas, walk, perturbed, platform, inputs, weight
             )
         ]
         numbers = tuple(
-            tuple(by[..., j] * x if want else None for x, want in zip(part, flags, strict=True))
+            tuple(
+                times(by[..., j], x) if want else None for x, want in zip(part, flags, strict=True)
+            )
             for j, (part, flags) in enumerate(
                 zip(through_parameters, perturbed.parameters, strict=True)
             )

@@ -243,7 +243,7 @@ def _tempered_entropy(log_p, temperature, axis):
     log_pi = scaled - jnp.log(jnp.sum(jnp.exp(scaled), axis, keepdims=True))
     # A row that is excluded as a whole has no peak, and an entropy of 0.
     log_pi = jnp.where(jnp.isneginf(log_p), -jnp.inf, log_pi)
-    return _SumOfTerms(ENTROPY)(log_pi, axis=axis)
+    return SumOfTerms(ENTROPY)(log_pi, axis=axis)
 
 
 def _of_pair(formula, log_p, log_q, axis, weights, reduction, where, axis_name, **parameters):
@@ -251,11 +251,11 @@ def _of_pair(formula, log_p, log_q, axis, weights, reduction, where, axis_name, 
     formula.check(parameters)
     FINITE.check(weights=weights)
     options = {"reduction": reduction, "where": where, "axis_name": axis_name}
-    inputs, total = (log_p, log_q), _SumOfTerms(formula)
+    inputs, total = (log_p, log_q), SumOfTerms(formula)
     return evaluate(total, inputs, parameters, weights=weights, axis=axis, **options)
 
 
-class _SumOfTerms(NamedTuple):
+class SumOfTerms(NamedTuple):
     """A formula as a function of log-probabilities; equal for equal formulas."""
 
     formula: Formula

@@ -7,7 +7,7 @@ divergence whose slope through log p_c is s_c, it is s_c - p_c sum(s) through th
 """
 
 from collections.abc import Mapping
-from functools import partial
+from functools import partial, singledispatch
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -36,6 +36,7 @@ from penalties_jax.functional.divergences.formulas import (
     DOWN,
     INFINITE,
     MOST,
+    Computed,
     Distributions,
     Formula,
     Mean,
@@ -89,14 +90,14 @@ class Rows(NamedTuple):
     Attributes:
         logits: Of each distribution.
         parameters: The temperature, and the formula's own.
-        labels: The classes of a cross entropy.
+        labels: The class of a cross entropy, or the tokens by which a teacher is known.
         included: Which rows count: what the others hold is not looked at.
         softcaps: The bounds of each distribution's logits, where they have some.
     """
 
     logits: tuple[Float[Array, "*rows C"], ...]
     parameters: tuple[Float[Array, "*rows 1"], ...]
-    labels: Int[Array, "*rows 1"] | None = None
+    labels: Int[Array, "*rows k"] | None = None
     included: Bool[Array, "*rows 1"] | None = None
     softcaps: tuple[Float[Array, "*rows 1"] | None, ...] = ()
 
@@ -134,14 +135,14 @@ class Statistics(NamedTuple):
     Attributes:
         normalisers: Of each distribution.
         slope_sums: The sums of the slopes over the classes; with a floor also the sum of what
-            passes it of the gradient through log q'.
+            passes it of the gradient through log q'. Of k tokens and a rest, the slopes.
         parameters: The derivatives with respect to the parameters; with sharded classes, what this
             member adds to them.
     """
 
     normalisers: tuple[Normaliser, ...]
-    slope_sums: tuple[Float[Array, "*rows"], ...]
-    parameters: tuple[Float[Array, "*rows"], ...]
+    slope_sums: tuple[Float[Array, "..."], ...]
+    parameters: tuple[Float[Array, "..."], ...]
 
 
 class Wanted(NamedTuple):
@@ -157,15 +158,18 @@ class Wanted(NamedTuple):
 
 
 def divergence_of_logits(
-    formula: Formula,
+    formula: Computed,
     logits: tuple[Any, ...],
     options: Options,
     *,
     scale: ArrayLike = 1.0,
     labels: Int[ArrayLike, "*positions"] | None = None,
+    ids: Int[ArrayLike, "*positions k"] | None = None,
     **parameters: ArrayLike,
 ) -> Float[Array, "..."]:
     """A formula of the softmax of logits [*positions, C], reduced and times `scale`.
+
+    Of one that takes `ids`, the caller has checked these.
 
     Raises:
         TypeError: If logits are not arrays, or labels are not integers.
@@ -179,10 +183,11 @@ def divergence_of_logits(
         check_labels(jnp.shape(logits[0])[:-1], labels=labels)
     check_parameters(formula, parameters)
     options.check()
+    labels = ids if labels is None else labels
     return _evaluate(formula, logits, labels, parameters, scale, **options._asdict())
 
 
-def check_parameters(formula: Formula, parameters: Mapping[str, ArrayLike]) -> None:
+def check_parameters(formula: Computed, parameters: Mapping[str, ArrayLike]) -> None:
     """Raises ValueError for a plain number out of range."""
     POSITIVE.check(temperature=parameters["temperature"])
     formula.check(parameters)
@@ -212,14 +217,14 @@ def _evaluate(
     numbers = by_position(formula, parameters, positions, dtype)
     scale = scale * jnp.asarray(weights, dtype)
     where = None if where is None else jnp.broadcast_to(where, positions)
-    (logits, numbers), (labels, scale, where), _ = lie_alike(
-        (logits, numbers), (labels, scale, where), axis=-1
+    labels = with_axis(labels, positions)
+    (logits, numbers, labels), (scale, where), _ = lie_alike(
+        (logits, numbers, labels), (scale, where), axis=-1
     )
     included = None if where is None else where[..., None]
     numbers = tuple(x if x.size == 1 else _only(included, x, 1) for x in numbers)
     scale = _only(where, scale, 0) if scale.ndim else scale
     walk = Walk(block_size, class_axis_name)
-    labels = None if labels is None else labels[..., None]
     values: Array = _divergences(formula, walk, vary_alike(Rows(logits, numbers, labels, included)))
     if class_axis_name is not None:
         values = lax.psum(values, class_axis_name)
@@ -227,22 +232,32 @@ def _evaluate(
     return reduce(values, reduction=reduction, where=where, axis_name=axis_name)
 
 
+def with_axis(labels: Any, positions: tuple[Size, ...]) -> Any:
+    """Labels with an axis after those of the positions, which ids have already."""
+    return labels if labels is None or labels.ndim > len(positions) else labels[..., None]
+
+
 def by_position(
-    formula: Formula, parameters: Mapping[str, ArrayLike], positions: tuple[Size, ...], dtype: Any
-) -> tuple[Float[Array, "*positions 1"], ...]:
+    formula: Computed, parameters: Mapping[str, ArrayLike], positions: tuple[Size, ...], dtype: Any
+) -> tuple[Float[Array, "*positions n"], ...]:
     """The temperature and the formula's parameters, each one for all positions or for each.
 
     Raises:
         ValueError: If one does not broadcast to the positions.
     """
-    check_fits(positions, **parameters)
-    names = ("temperature", *formula.names)
-    arrays = (jnp.asarray(parameters[name], dtype) for name in names)
-    return tuple(x.reshape((1,) * (len(positions) - x.ndim) + x.shape + (1,)) for x in arrays)
+    several = {parameter.name for parameter in formula.parameters if parameter.several}
+    check_fits(positions, **{name: x for name, x in parameters.items() if name not in several})
+
+    def laid(name):
+        x = jnp.asarray(parameters[name], dtype)
+        own = x.shape if name in several else (*x.shape, 1)
+        return x.reshape((1,) * (len(positions) + 1 - len(own)) + own)
+
+    return tuple(map(laid, ("temperature", *formula.names)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _divergences(formula: Formula, walk: Walk, rows: Rows) -> Float[Array, "*positions"]:
+def _divergences(formula: Computed, walk: Walk, rows: Rows) -> Float[Array, "*positions"]:
     """The divergence at each position; with sharded classes, what this member adds to it."""
     nothing = Wanted((False,) * len(rows.logits), (False,) * len(rows.parameters))
     return statistics_of(formula, walk, nothing, rows)[0]
@@ -263,20 +278,13 @@ def _divergences_backward(formula, walk, residuals, cotangent):
     rows, statistics = residuals
     if isinstance(cotangent, SymbolicZero):
         return (None,)
-    # A position that is masked out may hold anything.
-    ignored = cotangent == 0
-
-    def through(logit, gradient):
-        weighted = cotangent[..., None] * jnp.where(ignored[..., None], 0, gradient)
-        return weighted.astype(logit.dtype)
 
     def through_parameter(parameter, slope):
-        return sum_to(parameter, cotangent * jnp.where(ignored, 0, slope))
+        return sum_to(parameter, times(cotangent, slope))
 
-    gradients = gradients_of(formula, walk, rows, statistics)
     return (
         Rows(
-            tuple(map(through, rows.logits, gradients)),
+            tuple(cotangents_of(formula, walk, rows, statistics, cotangent)),
             tuple(map(through_parameter, rows.parameters, statistics.parameters)),
         ),
     )
@@ -285,6 +293,13 @@ def _divergences_backward(formula, walk, residuals, cotangent):
 _divergences.defvjp(_divergences_forward, _divergences_backward, symbolic_zeros=True)
 
 
+def times(weight: Float[Array, "*rows"], slope: Float[Array, "..."]) -> Float[Array, "..."]:
+    """What belongs to rows by the weight of each; one that weighs nothing may hold anything."""
+    weight = weight.reshape(weight.shape + (1,) * (slope.ndim - weight.ndim))
+    return weight * jnp.where(weight == 0, 0, slope)
+
+
+@singledispatch
 def statistics_of(
     formula: Formula, walk: Walk, wanted: Wanted, rows: Rows
 ) -> tuple[Float[Array, "*positions"], Statistics]:
@@ -439,6 +454,7 @@ def _through_normaliser(formula, x, others):
     return x.probabilities[0] * slope
 
 
+@singledispatch
 def gradients_of(
     formula: Formula, walk: Walk, rows: Rows, statistics: Statistics
 ) -> list[Float[Array, "*rows C"]]:
@@ -447,6 +463,22 @@ def gradients_of(
     rows, statistics = rows.apart(statistics)
     x = _distributions(rows, walk.class_axis_name, statistics.normalisers)
     return [g / temperature for g in _gradients(formula, x, rows, statistics.slope_sums)]
+
+
+@singledispatch
+def cotangents_of(
+    formula: Formula,
+    walk: Walk,
+    rows: Rows,
+    statistics: Statistics,
+    cotangent: Float[Array, "*rows"],
+) -> list[Float[Array, "*rows C"]]:
+    """The same by the cotangents of rows, in the dtypes of their logits."""
+    gradients = gradients_of(formula, walk, rows, statistics)
+    return [
+        times(cotangent, gradient).astype(logit.dtype)
+        for logit, gradient in zip(rows.logits, gradients, strict=True)
+    ]
 
 
 def _normaliser(z, temperature, class_axis_name):
@@ -521,9 +553,9 @@ def _only(included, x, other):
 
 
 def sum_to(
-    parameter: Float[Array, "*positions 1"], cotangent: Float[Array, "*rows"]
-) -> Float[Array, "*positions 1"]:
+    parameter: Float[Array, "*positions n"], cotangent: Float[Array, "..."]
+) -> Float[Array, "*positions n"]:
     """Sums the cotangents of rows over the axes along which a parameter is shared."""
-    each = cotangent[..., None]
+    each = cotangent.reshape(cotangent.shape + (1,) * (parameter.ndim - cotangent.ndim))
     axes = [axis for axis, n in enumerate(parameter.shape) if n != each.shape[axis]]
     return jnp.sum(each, axes, keepdims=True)
