@@ -184,7 +184,7 @@ def test_every_penalty_of_rows_has_positions(case):
         pj.Function(lambda x: jnp.sum(x)),
         pj.L2(),
     ],
-    ids=repr,
+    ids=["of samples", "a sum", "bound", "a function", "summed"],
 )
 def test_a_penalty_without_positions(penalty):
     on = ("log_p", "log_q")[: penalty.summands[0].takes[0]]
