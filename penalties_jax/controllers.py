@@ -260,8 +260,8 @@ class DualState(NamedTuple):
 class Weigher(Controller):
     """Moves the weight alone, by how one measurement compares with the target.
 
-    Each number may be an array [n], for n weights. A measurement that says nothing, NaN, moves no
-    weight.
+    Each number may be an array [n], for n weights. A measurement that says nothing, NaN or what
+    would make a weight infinite, moves none.
     """
 
     target: Any
@@ -275,6 +275,11 @@ class Weigher(Controller):
         if own and isinstance(self.target, Setpoint):
             object.__setattr__(self, "target", self.target.target)
         super().__post_init__()
+        if not self.measure.isidentifier() or self.measure in ("self", "state"):
+            raise ValueError(
+                f"{type(self).__name__}.measure must be the name of an argument of update, "
+                f"got {self.measure!r}"
+            )
         if own:
             object.__setattr__(self, "target", Setpoint(self.target))
 
@@ -294,13 +299,13 @@ class Weigher(Controller):
     def update(
         self, state: DualState, *, value: ArrayLike | None = None, **extra: Any
     ) -> DualState:
-        """The state after a step with this measurement; one of NaN changes no weight."""
+        """The state after a step with this measurement; one of NaN, or infinite, changes no weight."""
         measured = let_in_one(self.measure, {"value": value, **extra}.get(self.measure))
         if measured is None:
             raise TypeError(f"{type(self).__name__}.update needs {self.measure}=, the measurement")
         check_fits(jnp.shape(state.weight), **{self.measure: measured})
         moved = self._moved(state.weight, jnp.asarray(measured, jnp.float32), self.target(state))
-        weight = jnp.where(jnp.isnan(moved), state.weight, moved)
+        weight = jnp.where(jnp.isfinite(moved), moved, state.weight)
         count = jnp.asarray(optax.safe_increment(state.count))
         return DualState(count, weight.astype(jnp.float32))
 
@@ -382,7 +387,8 @@ class Budget(Weigher):
             `target` is a view of it, which `optax.inject_hyperparams` takes.
         step_size: The $\eta$, above 0.
         measure: The name of the argument of `update` that is the $v$. optax gives every extra
-            argument to every controller: each reads its own.
+            argument to every controller: each reads its own. A $v$ that is NaN, or infinite under
+            no $\lambda_{\max}$, changes no weight.
         initial_weight: The weight at step 0, at least 0.
         max_weight: The $\lambda_{\max}$, above 0.
 

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from penalties_jax._pytree import Pytree, config, has_schedule, number, option, resolve
-from penalties_jax.functional.checks import bare, standard_promotion
+from penalties_jax.functional.checks import bare, check_where, standard_promotion
 from penalties_jax.functional.derivatives import norm
 from penalties_jax.functional.reduction import promote
 from penalties_jax.terms.averages import Aggregate
@@ -113,6 +113,12 @@ class Term(Pytree):
         label = f"term {name!r}"
         inputs = pick_inputs(label, outputs, self.on)
         mask = _pick_optional(label, outputs, self.where)
+        segment_ids = _pick_optional(label, outputs, self.segments)
+        if segment_ids is not None:
+            # What padding holds is not for the penalty either.
+            check_where(mask, jnp.shape(segment_ids))
+            there = segment_ids != 0
+            mask = there if mask is None else mask & there
         penalty, average = jax.tree.map(gate, (self.penalty, self.aggregate))
         if average is None:
             value = penalty(*inputs, where=mask)
@@ -121,7 +127,6 @@ class Term(Pytree):
             if self.normalizer is not None:
                 normalizer = _pick_optional(label, outputs, self.normalizer)
                 average = average._with(normalizer=normalizer)
-            segment_ids = _pick_optional(label, outputs, self.segments)
             value = average(values, where=mask, segment_ids=segment_ids)
         value = check_scalar(label, value)
         counted = jnp.where((weight != 0) | jnp.isfinite(value), value, 0)

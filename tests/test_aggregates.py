@@ -307,7 +307,7 @@ def test_metrics_and_gradient_norms():
     values = (distributions()["chosen_p"] - distributions()["chosen_q"]) ** 2 / 2
     desired = loops(values, MASK, segment_ids=IDS, num_segments=2, length=7, normalizer=3)
     assert_close(metrics["name"], desired, rtol=1e-5)
-    assert_close(metrics["name/mean"], values[MASK].mean(), rtol=1e-5)
+    assert_close(metrics["name/mean"], values[MASK & (IDS > 0)].mean(), rtol=1e-5)
     assert_close([total, metrics["name/weighted"]], desired / 2, rtol=1e-5)
     norms = quick_jit(lambda outputs: objective.grad_norms(outputs, wrt=("chosen_p",)))(OUTPUTS)
     difference = distributions()["chosen_p"] - distributions()["chosen_q"]
@@ -346,3 +346,19 @@ def test_aggregate_is_the_function():
     assert PACKED(x, where=MASK, segment_ids=IDS) == F.aggregate(
         x, where=MASK, tokens="sum", segment_ids=IDS, num_segments=2
     )
+
+
+@pytest.mark.parametrize("held", [np.nan, -np.inf], ids=str)
+def test_padding_may_hold_anything(held):
+    ids = jnp.array([[1, 1, 2, 0], [1, 0, 0, 0]])
+    log_q = jnp.where(ids == 0, held, -jnp.ones(ids.shape))
+    penalty, average = pj.KLEstimate(gradient="kl"), pj.Aggregate(num_segments=2)
+    term = pj.Term(penalty, on=("log_p", "log_q"), aggregate=average, segments="ids")
+
+    def total(log_p):
+        outputs = {"log_p": log_p, "log_q": log_q, "ids": ids}
+        return pj.Objective(terms={"kl": term})(outputs)[0]
+
+    value, slopes = jax.value_and_grad(total)(jnp.full(ids.shape, -2.0))
+    np.testing.assert_allclose(value, np.e - 2, rtol=1e-6)
+    np.testing.assert_allclose(slopes, [[-1 / 6, -1 / 6, -1 / 3, 0], [-1 / 3, 0, 0, 0]], rtol=1e-6)

@@ -830,3 +830,17 @@ def test_a_rate_of_another_shape_is_refused():
     controller = pj.DualAscent(0.5)
     with pytest.raises(ValueError, match=r"rate must broadcast to shape \(\), got shape \(3,\)"):
         controller.update(controller.init(), rate=jnp.ones(3))
+
+
+@pytest.mark.parametrize(("highest", "weight"), [(np.inf, 0.5), (5.0, 5.0)])
+def test_an_infinite_measurement_is_not_for_ever(highest, weight):
+    budget = pj.Budget(0.5, 1.0, max_weight=highest)
+    state = budget.update(budget.update(budget.init(), value=1.0), value=np.inf)
+    np.testing.assert_allclose(state.weight, weight)
+    np.testing.assert_allclose(budget.update(state, value=0.25).weight, weight - 0.25)
+
+
+@pytest.mark.parametrize("measure", ["", "state", "self", "kl div"])
+def test_a_measure_is_the_name_of_an_argument(measure):
+    with pytest.raises(ValueError, match="measure must be the name of an argument of update, got"):
+        pj.Budget(0.1, measure=measure)

@@ -1,5 +1,6 @@
 """Estimates of a KL divergence from the log-probabilities of sampled tokens."""
 
+import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -120,7 +121,8 @@ class _Estimate(NamedTuple):
     gradient: EstimateGradient
 
     def __call__(self, log_p, log_q, importance=None, log_ratio_clip=None):
-        ratio = log_q - log_p
+        # A token that neither has is none.
+        ratio = jnp.where(jnp.isneginf(log_p) & jnp.isneginf(log_q), 0, log_q - log_p)
         if log_ratio_clip is not None:
             inside = jnp.abs(ratio) <= log_ratio_clip
             ratio = jnp.where(inside, ratio, log_ratio_clip * jnp.sign(ratio))
@@ -131,7 +133,7 @@ class _Estimate(NamedTuple):
             excluded = jnp.isneginf(log_p)
             ratio = jnp.where(excluded, 0, ratio)
             log_weight = jnp.where(excluded, log_p, log_p - importance)
-            weight, value = jnp.exp(log_weight), _weighted(self.estimator, ratio, log_weight)
+            value, weight = _weighted(self.estimator, ratio, log_weight)
         if self.gradient == "own":
             return value
         value, weight = lax.stop_gradient((value, weight))
@@ -150,13 +152,30 @@ _FORMULAS = {"k1": _k1, "k2": _k2, "k3": expm1_minus}
 
 
 def _weighted(estimator, ratio, log_weight):
-    weight = jnp.exp(log_weight)
-    if estimator != "k3":
-        return weight * _FORMULAS[estimator](ratio)
-    # The exponential alone overflows where its product with the weight, which is q over the
-    # sampler's probability, does not.
-    far = jnp.exp(log_weight + jnp.maximum(ratio, 0.5)) - weight * (1 + ratio)
-    return jnp.where(ratio > 1, far, weight * expm1_minus(jnp.minimum(ratio, 2)))
+    """The estimate times the weight, which overflows only where that does; and the weight."""
+    largest = float(jnp.finfo(ratio.dtype).max)
+    most = math.log(largest / 2)
+    root = jnp.exp(jnp.minimum(log_weight / 2, most))
+    weight = jnp.minimum(root * root, largest)
+    if estimator == "k2":
+        return _k2(root * ratio), weight
+    # Where q is 0 the value is infinite, and its derivative through p is 0.
+    infinite = jnp.isneginf(ratio)
+    ratio = jnp.where(infinite, 0, ratio)
+    if estimator == "k1":
+        value = _times_square(root, -ratio)
+    else:
+        # The product with the exponential is q over the sampler's probability.
+        product = jnp.exp(jnp.minimum(log_weight + jnp.maximum(ratio, 0.5), most))
+        far = product - _times_square(root, 1 + jnp.maximum(ratio, 0.5))
+        far = jnp.where(log_weight + ratio > most, jnp.inf, far)
+        near = _times_square(root, expm1_minus(jnp.minimum(ratio, 2)))
+        value = jnp.where(ratio > 1, far, near)
+    return jnp.where(infinite & (root > 0), jnp.inf, value), weight
+
+
+def _times_square(root, x):
+    return (root * x) * root
 
 
 @jax.custom_jvp

@@ -297,3 +297,31 @@ def test_default_is_k3():
 def test_an_unknown_estimator_lists_the_valid_ones():
     with pytest.raises(ValueError, match=r"(?s)(?=.*k4)(?=.*k1)(?=.*k2)(?=.*k3)"):
         F.kl_estimate(jnp.zeros(2), jnp.zeros(2), estimator="k4")
+
+
+INF = np.inf
+# log p, log q and the sampler's, and what k1, k2 and k3 are.
+EDGES = {
+    "neither has it": (-INF, -INF, None, (0, 0, 0)),
+    "a mask that is no infinity": (-1e30, -1.0, -1.0, (0, 0, 1)),
+    "the reference excludes it": (-1.0, -INF, -1.0, (INF, INF, INF)),
+    "equal, by a ratio beyond the range": (-1.0, -1.0, -95.0, (0, 0, 0)),
+    "by a sampler that excludes it": (-1.0, -1.0, -INF, (0, 0, 0)),
+    "beyond the range": (-100.0, -1.0, -200.0, (-INF, INF, INF)),
+    "a product within it": (-19.5, -19.25, -108.5, (-0.25, 0.03125, np.expm1(0.25) - 0.25)),
+}
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("gradient", ["own", "kl"])
+@pytest.mark.parametrize(("log_p", "log_q", "sampler", "values"), EDGES.values(), ids=EDGES)
+def test_at_the_edges_of_probabilities(log_p, log_q, sampler, values, estimator, gradient):
+    importance = {} if sampler is None else {"importance": jnp.float32(sampler)}
+    options = {"estimator": estimator, "gradient": gradient, **importance}
+    estimate = partial(F.kl_estimate, **options)
+    value, slopes = jax.value_and_grad(estimate, (0, 1))(jnp.float32(log_p), jnp.float32(log_q))
+    weight = np.exp(log_p - sampler) if sampler and 80 < log_p - sampler < 100 else 1.0
+    expected = values[("k1", "k2", "k3").index(estimator)]
+    np.testing.assert_allclose(value, expected and expected * weight, rtol=1e-4)
+    if sampler is None or log_p - sampler < 80:
+        assert not np.isnan(slopes).any()
