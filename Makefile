@@ -20,7 +20,7 @@ demo: $(VENV)/.recipes  ## set up, and fine-tune on real text with a KL penalty:
 
 demo-llm: $(VENV)/.smollm2  ## the same of SmolLM2, a language model of 135 million parameters: in runs/finetune-smollm2
 	$(BIN)/penalties-jax finetune --model smollm2 --out $(RUNS)/finetune-smollm2 --overwrite \
-		--steps 60 --batch-size 2 --learning-rate 2e-3 --evaluation-windows 16 $(ARGS)
+		--steps 60 --log-every 5 --batch-size 2 --learning-rate 2e-3 --evaluation-windows 16 $(ARGS)
 
 # Of a test with many cases one third on the oldest Python and jax, and another on the newest: all of
 # them, which make test-matrix has, take half an hour for each.

@@ -299,7 +299,7 @@ class Weigher(Controller):
     def update(
         self, state: DualState, *, value: ArrayLike | None = None, **extra: Any
     ) -> DualState:
-        """The state after a step with this measurement; one of NaN, or infinite, changes no weight."""
+        """The state after a step with this measurement; one of NaN changes no weight."""
         measured = let_in_one(self.measure, {"value": value, **extra}.get(self.measure))
         if measured is None:
             raise TypeError(f"{type(self).__name__}.update needs {self.measure}=, the measurement")

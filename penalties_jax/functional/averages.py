@@ -78,8 +78,8 @@ def aggregate(
 
     What others call it, and the arguments for it. Sequences without a token count in TRL (in all
     but bnpo, dapo, cispo and vespo, which have none) and in MaxText's own trainer, so that N is
-    there the number of rows, `normalizer=len(values)`, or of the sequences in packed ones. In verl and Tunix they don't, unless they
-    are in a number that verl is given, `global_batch_size`.
+    there the number of rows, `normalizer=len(values)`, or of the sequences in packed ones. In verl
+    and Tunix they don't, unless they are in a number that verl is given, `global_batch_size`.
 
     | library | its name | tokens | sequences | length | normalizer |
     | --- | --- | --- | --- | --- | --- |

@@ -153,6 +153,8 @@ def test_resuming_gives_the_same_bits_and_other_weights_are_refused(
     [line] = capsys.readouterr().err.splitlines()
     assert "can't resume" in line
     assert "--model" in line
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    main([*command(moved, copy), *weights, "--resume"])
 
 
 def test_budgets_hold_for_tokens_too(folder, texts, tmp_path):
@@ -172,6 +174,9 @@ def test_budgets_hold_for_tokens_too(folder, texts, tmp_path):
         ("--context 2000", "too short"),
         ("--batch-size 100000000", "of memory and there are"),
         ("--prompt-tokens 0", "--prompt-tokens must be"),
+        ("--prompt-tokens 2000000000", "of memory and there are"),
+        ("--budget-step-size 0.1", "--budget-step-size has no meaning without --kl-budget"),
+        (f"--model {'x' * 5000}", "can't read"),
     ],
 )
 def test_bad_input_is_one_line(folder, texts, tmp_path, capsys, words, problem):

@@ -1,6 +1,7 @@
 """The options of fine-tuning."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,13 +16,14 @@ OF_BYTES = (
     *("width", "layers", "heads", "pretrain_steps", "pretrain_learning_rate"),
     *("pretrain_batch_size", "l1_weight", "l2_weight", "on", "entropy_weight"),
 )
+OF_TOKENS = ("prompts", "prompt_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig(Options):
     """Fine-tune a language model on new text under a KL penalty, for several weights at once.
 
-    Losses and KL are in nats per byte; with --model, per token.
+    Losses and KL are in nats per byte; with --model, per token, as --context is then in tokens.
     """
 
     out: Path = Path("runs/finetune")
@@ -29,7 +31,8 @@ class FinetuneConfig(Options):
 
     model: str | None = None
     """A pretrained model of the Llama family, in place of a small one that is pretrained here: a
-    folder as on Hugging Face, a GGUF file, or smollm2, which the extra llm brings."""
+    folder as on Hugging Face, a GGUF file, or smollm2, which the extra llm brings. Its sizes are
+    its own, and penalties of logits, which are never held, have no meaning with it."""
 
     base_text: Path | None = None
     """A UTF-8 file to pretrain on, and to tell by what is forgotten; by default Python's own help
@@ -102,12 +105,20 @@ def check(config: FinetuneConfig) -> None:
     check_options(config, members=len(members(config)), may_be_zero=weights)
     if config.kl_weights is not None and config.kl_budget is not None:
         raise UsageError("--kl-budget takes the place of --kl-weights: give one of them")
-    usual = FinetuneConfig()
-    unused = [name for name in OF_BYTES if getattr(config, name) != getattr(usual, name)]
+    if config.kl_budget is None:
+        _check_unused(config, ("budget_step_size",), "without --kl-budget")
     if config.model is None:
+        _check_unused(config, OF_TOKENS, "without --model")
         check_memory(config, numbers)
-    elif unused:
-        raise UsageError(f"{flag(unused[0])} has no meaning with --model")
+    else:
+        _check_unused(config, OF_BYTES, "with --model")
+
+
+def _check_unused(config: FinetuneConfig, names: Sequence[str], where: str) -> None:
+    usual = FinetuneConfig()
+    for name in names:
+        if getattr(config, name) != getattr(usual, name):
+            raise UsageError(f"{flag(name)} has no meaning {where}")
 
 
 def numbers(config: FinetuneConfig) -> int:

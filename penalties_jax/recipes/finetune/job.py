@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import penalties_jax as pj
 from penalties_jax.recipes import language_model, llama, text
-from penalties_jax.recipes.devices import choose_mesh, make_mesh
+from penalties_jax.recipes.devices import choose_mesh, is_main, make_mesh
 from penalties_jax.recipes.finetune.config import FinetuneConfig, check, members
 from penalties_jax.recipes.finetune.kinds import Bytes, Tokens
 from penalties_jax.recipes.finetune.results import IMAGES, Result, Written, report
@@ -47,7 +47,7 @@ def finetune(config: FinetuneConfig) -> list[Result]:
     base = text.read_text(config.base_text, text.help_topics)
     target = text.read_text(config.target_text, text.standard_library)
     loaded = load(config, config.model) if config.model else None
-    described = {"model": f"{config.model}, sha256 {_digest(loaded.model)}"} if loaded else {}
+    described = {"model": f"Llama, sha256 {_digest(loaded.model)}"} if loaded else {}
     if loaded:
         base, target = (llama.in_tokens(corpus, loaded.tokenizer) for corpus in (base, target))
     base_windows = 1 if loaded else config.pretrain_batch_size
@@ -72,10 +72,18 @@ def load(config: FinetuneConfig, path: str) -> llama.Loaded:
         UsageError: If not.
     """
     checkpoint = llama.open_checkpoint(path)
+    encode = checkpoint.tokenizer.encode
+    prompt = max(len(encode(each, add_special_tokens=False)) for each in config.prompts)
+    if not prompt:
+        raise UsageError("--prompts needs texts of at least one token")
 
     def numbers(config: FinetuneConfig) -> int:
         sizes = {"batch_size": config.batch_size, "context": config.context, "rank": config.rank}
-        return llama.fine_tuning(checkpoint.config, members=len(members(config)), **sizes)
+        texts = {"texts": len(config.prompts), "length": prompt + config.prompt_tokens}
+        return max(
+            llama.fine_tuning(checkpoint.config, members=len(members(config)), **sizes),
+            llama.writing(checkpoint.config, **texts),
+        )
 
     check_memory(config, numbers)
     return llama.Loaded(llama.build(checkpoint), checkpoint.tokenizer)
@@ -235,7 +243,8 @@ def _written(
         jax.tree.map(lambda leaf, i=i: leaf[i], trained.state.members.parameters)
         for i in range(len(members(config)))
     ]
-    texts = [written(adapters) for adapters in tqdm([shared.start, *after], desc="write")]
+    progress = tqdm([shared.start, *after], desc="write", unit="model", disable=not is_main())
+    texts = [written(adapters) for adapters in progress]
     return [
         Written(prompt, before, after)
         for prompt, before, *after in zip(config.prompts, *texts, strict=True)

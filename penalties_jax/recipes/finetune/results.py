@@ -53,12 +53,21 @@ def report(
     budgets = results[0].kl_budget is not None
     by, member = ("kl_budget", "KL budget") if budgets else ("kl_weight", "KL weight")
     in_order = sorted(results, key=lambda result: getattr(result, by))
+    # Of the small model the base text is what it has learnt; of others it is one text of many.
+    distance = {
+        "byte": (
+            "forgetting: rise of the loss on the base text",
+            [r.base_after - r.base_before for r in in_order],
+        ),
+        "token": ("KL to the base model on the base text", [r.kl for r in in_order]),
+    }
+    moved, distances = distance[base_text.unit]
     adaptation = plots.frontier(
-        [result.base_after - result.base_before for result in in_order],
+        distances,
         [result.target_before - result.target_after for result in in_order],
         labels=[f"{member} {getattr(result, by):g}" for result in in_order],
         axes=(
-            f"forgetting: rise of the loss on the base text, {unit}",
+            f"{moved}, {unit}",
             f"adaptation: fall of the loss on the target text, {unit}",
         ),
     )

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jaxtyping import Array, Float
+from tqdm import tqdm
 
 import penalties_jax as pj
 from penalties_jax.recipes import training
+from penalties_jax.recipes.devices import is_main
 from penalties_jax.recipes.finetune.kinds import Bytes, Scores, Tokens, Windows
 from penalties_jax.recipes.text import Batches, Rounds
 from penalties_jax.recipes.training import Metrics, Step, descend
@@ -131,13 +133,17 @@ def kl_weights(state: State, shared: Shared) -> Float[Array, " members"]:
     return shared.kl_weights
 
 
-@jax.jit
+# Windows that are scored at once.
+FEW = 16
+
+
 def evaluate(members: training.State, shared: Shared, windows: Windows) -> Scores:
     """Score every member, and the base model, on `windows`, a few at a time."""
-    scores = jax.lax.map(
-        lambda window: score(members, shared, window[None]), windows, batch_size=16
-    )
-    return jax.tree.map(lambda values: values.mean(axis=0), scores)
+    parts = [windows[first : first + FEW] for first in range(0, len(windows), FEW)]
+    with tqdm(parts, desc="evaluate", unit="part", disable=not is_main()) as progress:
+        scores = [jax.jit(score)(members, shared, part) for part in progress]
+    shares = jnp.array([len(part) for part in parts]) / len(windows)
+    return jax.tree.map(lambda *values: shares @ jnp.stack(values), *scores)
 
 
 def score(members: training.State, shared: Shared, windows: Windows) -> Scores:

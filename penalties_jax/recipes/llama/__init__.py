@@ -14,6 +14,7 @@ from penalties_jax.recipes.llama.generation import write as write
 from penalties_jax.recipes.llama.memory import adapters as adapters
 from penalties_jax.recipes.llama.memory import fine_tuning as fine_tuning
 from penalties_jax.recipes.llama.memory import parameters as parameters
+from penalties_jax.recipes.llama.memory import writing as writing
 from penalties_jax.recipes.llama.model import Llama as Llama
 from penalties_jax.recipes.llama.model import LlamaConfig as LlamaConfig
 from penalties_jax.recipes.llama.model import with_adapters as with_adapters

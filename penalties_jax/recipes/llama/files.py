@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from penalties_jax.recipes.llama.checkpoint import Checkpoint, build
+from penalties_jax.recipes.llama.checkpoint import Checkpoint, build, reading
 from penalties_jax.recipes.llama.folders import open_folder
 from penalties_jax.recipes.llama.gguf_files import open_gguf
 from penalties_jax.recipes.llama.model import Llama
@@ -42,7 +42,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         UsageError: As `load`, but for the parameters.
     """
     path = _packaged(PACKAGED[str(path)]) if str(path) in PACKAGED else Path(path)
-    checkpoint = open_folder(path) if path.is_dir() else open_gguf(path)
+    with reading(path):
+        is_folder = path.is_dir()
+    checkpoint = open_folder(path) if is_folder else open_gguf(path)
     checkpoint.check()
     return checkpoint
 

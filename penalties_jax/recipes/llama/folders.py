@@ -30,13 +30,14 @@ NAMES = {
 }
 # What may be in a config, and the only value of it that is computed here.
 ONLY = {
-    "model_type": "llama",
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
+    "sliding_window": None,
 }
+ARCHITECTURE = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 # Constants, which older folders have.
 BUFFERS = "rotary_emb.inv_freq"
 
@@ -94,6 +95,9 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _config(path: Path) -> LlamaConfig:
     config = _json(path)
+    given = {name: value for name in ARCHITECTURE if (value := config.get(name))}
+    if not given or not given.items() <= ARCHITECTURE.items():
+        raise UsageError(f"{path} is of {given or 'no architecture'}: supported is {ARCHITECTURE}")
     for name, only in ONLY.items():
         if (value := config.get(name, only)) != only:
             raise UsageError(f"{path} has the {name} {value!r}: only {only!r} is supported")

@@ -45,6 +45,12 @@ def fine_tuning(
     return parameters(config) + members * COPIES * adapters(config, rank) + kept + logits
 
 
+def writing(config: LlamaConfig, *, texts: int, length: int) -> int:
+    """Return how many numbers writing texts of that length holds at once: their keys and values."""
+    position = 2 * config.layers * config.key_heads * config.head_width
+    return parameters(config) + texts * (length * position + LOGITS * config.vocabulary)
+
+
 def _linear(config: LlamaConfig) -> list[tuple[int, int]]:
     """Return the inputs and outputs of the linear layers of a block."""
     width, inner = config.width, config.inner_width
