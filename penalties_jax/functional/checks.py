@@ -105,6 +105,9 @@ def _as_it_is(x):
 def _array(name, others, x):
     if isinstance(x, (jax.Array, float)):
         return x
+    # Which jax would take for an int32, and refuse.
+    if type(x) is int and abs(x) >= 2**31:
+        return float(x)
     if holds_array(x):
         x = x.__jax_array__()
     if not (is_numeric(x) or isinstance(x, others)):
