@@ -449,9 +449,11 @@ def pick_inputs(label: str, outputs: Outputs, on: Any) -> tuple[Any, ...]:
     return tuple(pick(label, outputs, key) for key in ((on,) if isinstance(on, str) else on))
 
 
-def _pick_optional(label, outputs, key):
+def _pick_optional(label, outputs, key) -> Any:
     """What a key stands for, or a function of the outputs returns; None for None."""
-    return key(outputs) if callable(key) else key and pick(label, outputs, key)
+    if key is None:
+        return None
+    return key(outputs) if callable(key) else pick(label, outputs, key)
 
 
 def _by_position(label, penalty, inputs, mask):

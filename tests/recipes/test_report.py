@@ -12,6 +12,7 @@ from penalties_jax.recipes.training import Trained
 from tests.recipes.logs import read_log
 
 PNG = b"\x89PNG\r\n\x1a\n"
+VALUES = {"unit": "byte", "unigram": 1.0, "norms": ((), []), "written": []}
 
 
 class Result(NamedTuple):
@@ -25,7 +26,7 @@ def test_results_are_logged_written_and_printed(tmp_path, capsys):
         table=(("name", "value"), [("x<y", "1")]),
         units="nats",
         images={"adaptation.png": PNG, "curves.png": PNG + b"2"},
-        values={"unigram": 1.234, "norms": (("norm",), [("5",)])},
+        values=VALUES | {"unigram": 1.234, "norms": (("norm",), [("5",)])},
     )
     trained = Trained(None, 7, Log(tmp_path), {})
     write_results(run, trained, [Result(0.5)], report, "")
@@ -53,7 +54,7 @@ def diverged(tmp_path):
         table=(("name",), [("a",), ("b",), ("c",)]),
         units="nats",
         images={"adaptation.png": PNG, "curves.png": PNG},
-        values={"unigram": 1.0, "norms": ((), [])},
+        values=VALUES,
     )
 
     def write(steps):
