@@ -105,16 +105,14 @@ def _as_it_is(x):
 def _array(name, others, x):
     if isinstance(x, (jax.Array, float)):
         return x
-    # Which jax would take for an int32, and refuse.
-    if type(x) is int and abs(x) >= 2**31:
-        return float(x)
     if holds_array(x):
         x = x.__jax_array__()
     if not (is_numeric(x) or isinstance(x, others)):
         if callable(x):
             raise TypeError(f"{name} is a schedule, {x!r}: pass its value at the step")
         raise TypeError(f"{name} must be an array, got a {type(x).__name__}: {x!r}")
-    return x
+    # jax takes a whole number for an int32, and refuses a larger one.
+    return float(x) if type(x) is int and abs(x) >= 2**31 else x
 
 
 def let_in_one(name: str, x: Any) -> Any:

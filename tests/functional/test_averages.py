@@ -317,3 +317,7 @@ def test_ids_that_are_excluded_may_be_anything():
     ids = np.where(MASK, IDS, 99)
     actual = pj.aggregate(np.float32(VALUES), where=MASK, segment_ids=ids, num_segments=SEGMENTS)
     assert_close(actual, loops(VALUES, MASK, **ROWS["packed"]), rtol=1e-5)
+
+
+def test_a_number_of_tokens_beyond_int32():
+    assert_close(F.aggregate(np.ones((2, 4)), normalizer=2**31), 2.0**-30, rtol=1e-6)

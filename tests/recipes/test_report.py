@@ -35,7 +35,7 @@ def test_results_are_logged_written_and_printed(tmp_path, capsys):
     html = (tmp_path / "report.html").read_text()
     assert "<title>Fine-tuning under a KL penalty</title>" in html
     assert "<h1>Fine-tuning under a KL penalty</h1>" in html
-    assert "frequencies alone score 1.23 on" in html
+    assert "frequencies of bytes alone score\n1.23 on" in html
     assert "<td>x&lt;y</td>" in html
     assert "<td>a &lt;b&gt; &amp; c</td>" in html
     for png in report.images.values():
