@@ -320,4 +320,4 @@ def test_ids_that_are_excluded_may_be_anything():
 
 
 def test_a_number_of_tokens_beyond_int32():
-    assert_close(F.aggregate(np.ones((2, 4)), normalizer=2**31), 2.0**-30, rtol=1e-6)
+    assert_close(pj.aggregate(np.ones((2, 4)), normalizer=2**31), 2.0**-30, rtol=1e-6)
