@@ -98,7 +98,7 @@ def kl_to_top_k(
         temperature: The $T$ by which the student's logits are divided, above 0: for all positions,
             or one for each.
         block_size: Rows that are processed at once, for each device of the mesh that arrays lie on;
-            if None, 2 MiB of logits on a CPU and 64 MiB of their mask elsewhere.
+            if None, 2 MiB of logits on a CPU and 32 MiB of their mask elsewhere.
         weights, reduction, where, axis_name: As in `pj.kl_divergence`; so is the result.
         class_axis_name: Axes of `jax.shard_map` over which the classes are sharded.
 
