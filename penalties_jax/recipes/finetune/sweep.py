@@ -141,11 +141,12 @@ def evaluate(members: training.State, shared: Shared, windows: Windows) -> Score
     """Score every member, and the base model, on `windows`, a few at a time."""
     parts = [windows[first : first + FEW] for first in range(0, len(windows), FEW)]
     with tqdm(parts, desc="evaluate", unit="part", disable=not is_main()) as progress:
-        scores = [jax.jit(score)(members, shared, part) for part in progress]
+        scores = [score(members, shared, part) for part in progress]
     shares = jnp.array([len(part) for part in parts]) / len(windows)
     return jax.tree.map(lambda *values: shares @ jnp.stack(values), *scores)
 
 
+@jax.jit
 def score(members: training.State, shared: Shared, windows: Windows) -> Scores:
     """Score every member, and the base model, on `windows`."""
     reference = shared.reference(windows)
