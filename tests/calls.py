@@ -253,6 +253,7 @@ OTHERS = [
             "bias": _lattice(5, seed=2),
             "log_q": np.log(np.full((4, 2), 0.3, np.float32)),
             "ids": np.int32([[0, 4], [1, 2], [4, 3], [2, 1]]),
+            "log_rest": np.log(np.full(4, 0.4, np.float32)),
             "where": np.arange(4) != 1,
         },
         numbers={"temperature": 0.7, "softcap": 3.0},

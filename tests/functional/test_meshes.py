@@ -38,7 +38,9 @@ SHAPES = ((*POSITIONS, SIZES["C"]), POSITIONS, POSITIONS[:1], ())
 KEY = jax.random.key(0)
 
 # What is needed beside arrays, where no entry of the catalogue says so.
+# None stands for an array that is left out.
 SETTINGS = {
+    "aggregate": {"segment_ids": None},
     "gradient_penalty": {"f": lambda x: jnp.sum(x**3)},
     "importance_metrics": {"penalties": {"l0": pj.SmoothL0(gamma=0.5)}},
     "importance_minimality": {"penalty": pj.SmoothL0(gamma=0.5)},
@@ -48,7 +50,16 @@ SETTINGS = {
     "sparsity_target_loss": {"kind": "huber"},
 }
 # What hyperparameters are near to, where neither a setting nor a default is a number.
-NUMBERS = {"center": 0.3, "clip": 0.7, "reference_count": 8.0, "t": 0.5, "target": 0.5}
+NUMBERS = {
+    "center": 0.3,
+    "clip": 0.7,
+    "floor": -3.0,
+    "log_rest": -1.0,
+    "reference_count": 8.0,
+    "skew": 0.3,
+    "t": 0.5,
+    "target": 0.5,
+}
 
 
 class Call(NamedTuple):
@@ -174,6 +185,8 @@ def _call(function, settings):
         value, kind = settings.get(name, parameter.default), kind_of(parameter.annotation)
         if name == "key":
             options[name] = KEY
+        elif name in settings and value is None:
+            continue
         elif kind is None:
             options |= {name: value} if name in settings else {}
         elif kind[0] != "Number" and parameter.default is parameter.empty:
