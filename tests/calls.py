@@ -78,7 +78,7 @@ class Call:
         arrays = {name: x.copy() for name, x in self.floating.items() if np.ndim(x) > 1}
         for i, x in enumerate(arrays.values()):
             if self.of_classes:
-                x[0, ..., 0] = x[1, ..., 1 + i] = -np.inf
+                x[0, ..., 0] = x[1, ..., (1 + i) % x.shape[-1]] = -np.inf
                 x[2] = -np.inf
                 x[2, ..., i] = 0
                 if "where" in self.arrays:
