@@ -141,7 +141,7 @@ def evaluate(members: training.State, shared: Shared, windows: Windows) -> Score
     """Score every member, and the base model, on `windows`, a few at a time."""
     parts = [windows[first : first + FEW] for first in range(0, len(windows), FEW)]
     with tqdm(parts, desc="evaluate", unit="part", disable=not is_main()) as progress:
-        scores = [score(members, shared, part) for part in progress]
+        scores = [jax.block_until_ready(score(members, shared, part)) for part in progress]
     shares = jnp.array([len(part) for part in parts]) / len(windows)
     return jax.tree.map(lambda *values: shares @ jnp.stack(values), *scores)
 
