@@ -128,6 +128,10 @@ class Normaliser(NamedTuple):
     total: Float[Array, "*rows"]
     excess: Float[Array, "*rows"] | None = None
 
+    def by_class(self) -> tuple[Float[Array, "*rows 1"], Float[Array, "*rows 1"]]:
+        """Peak and total, beside the classes of their row."""
+        return self.peak[..., None], self.total[..., None]
+
 
 class Statistics(NamedTuple):
     """What is kept of a row for its derivative; 0 is what is not asked for.
@@ -503,7 +507,7 @@ def _distributions(rows, class_axis_name, normalisers):
             label=_label(rows, class_axis_name),
             log_normaliser=_log_normaliser(normalisers[0], temperature),
         )
-    by_class = [Normaliser(n.peak[..., None], n.total[..., None]) for n in normalisers]
+    by_class = [Normaliser(*n.by_class()) for n in normalisers]
     ratio = _from_peaks(difference(*logits), 1, by_class, temperature)
     # A class of which both have nothing, unless one alone excludes it.
     (z_p, z_q), (p, q) = logits, probabilities
@@ -514,7 +518,7 @@ def _distributions(rows, class_axis_name, normalisers):
 
 
 def _log_normaliser(normaliser, temperature):
-    peak, total = (x[..., None] for x in normaliser[:2])
+    peak, total = normaliser.by_class()
     largest = float(jnp.finfo(peak.dtype).max)
     return jnp.clip(peak / temperature, -largest, largest) + jnp.log(total)
 
@@ -538,12 +542,12 @@ def _label(rows, class_axis_name):
 
 
 def _probabilities(z, temperature, normaliser):
-    peak, total = (x[..., None] for x in normaliser[:2])
+    peak, total = normaliser.by_class()
     return jnp.exp((z - peak) / temperature) / total
 
 
 def _log_probabilities(z, temperature, normaliser):
-    peak, total = (x[..., None] for x in normaliser[:2])
+    peak, total = normaliser.by_class()
     return (z - peak) / temperature - jnp.log(total)
 
 

@@ -419,7 +419,7 @@ def _gradient(walk, rows, statistics, by_scores, dtype):
     """Through the logits, from that through the scores of tokens and of the rest, over T."""
     (normaliser,), (by_ids, by_rest) = statistics.normalisers, by_scores
     ids, _ = _own_ids(rows, walk.class_axis_name)
-    peak, total, by_rest = (x[..., None] for x in (normaliser.peak, normaliser.total, by_rest))
+    (peak, total), by_rest = normaliser.by_class(), by_rest[..., None]
     (z,) = rows.wide_logits()
     # The tokens' own may be above the peak.
     below = jnp.where(z > peak, peak, z)

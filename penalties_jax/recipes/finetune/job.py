@@ -153,7 +153,7 @@ def _cause(config: FinetuneConfig, trained: Trained) -> str:
 def _digest(model: llama.Llama) -> str:
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(nnx.state(model)):
-        digest.update(np.asarray(leaf).tobytes())
+        digest.update(np.asarray(leaf).data)
     return digest.hexdigest()[:16]
 
 
