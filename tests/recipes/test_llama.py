@@ -337,7 +337,7 @@ BAD_FOLDERS = {
         write("model.safetensors.index.json", b'{"weight_map": {"a": "b.safetensors"}}'),
         "b.safetensors: No such file",
     ),
-    "architecture": (config(model_type="gemma"), "has the model_type 'gemma': only 'llama' is"),
+    "architecture": (config(model_type="gemma"), r"is of \{'model_type': 'gemma'\}: supported is"),
     "activation": (config(hidden_act="gelu"), "has the hidden_act 'gelu': only 'silu'"),
     "biases": (config(attention_bias=True), "has the attention_bias True: only False"),
     "a bias": (rename(UP, UP.replace("weight", "bias")), "has 'model.*up_proj.bias', which is not"),
