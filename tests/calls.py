@@ -259,6 +259,11 @@ OTHERS = [
         numbers={"temperature": 0.7, "softcap": 3.0},
         block_size=5,
     ),
+    _given(
+        F.token_targets,
+        arrays={"scores": X, "where": X < 1},
+        numbers={"mean": 0.3, "temperature": 0.25},
+    ),
     _given(F.straight_through, arrays={"hard": np.float32(X > 0), "soft": X}),
 ]
 

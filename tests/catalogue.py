@@ -798,6 +798,7 @@ OTHERS = {
     "sparsity_rate": ("functional/test_sparsity.py", "a measurement, of trees"),
     "sparsity_target_loss": ("functional/test_sparsity.py", "it takes trees of rates"),
     "straight_through": ("functional/test_gates.py", "how gates get their gradients"),
+    "token_targets": ("functional/test_sparsity.py", "ranks, without derivatives"),
     "Elementwise": ("test_own.py", "it takes a function"),
     "Function": ("test_own.py", "it takes a function"),
     "Separable": ("test_own.py", "a base"),

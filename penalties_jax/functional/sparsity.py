@@ -5,8 +5,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree, Real, Shaped
+from numpy.lib.array_utils import normalize_axis_index
 
 from penalties_jax.functional.checks import (
     NONNEGATIVE,
@@ -31,12 +33,15 @@ from penalties_jax.functional.reduction import (
     spread,
 )
 
-__all__ = ["balanced_loss", "sparsity_rate", "sparsity_target_loss"]
+__all__ = ["balanced_loss", "sparsity_rate", "sparsity_target_loss", "token_targets"]
 
 Kind = Literal["l2", "l1", "kl", "huber", "adaptive"]
 
 # What the kl kind takes for a rate, or a share that is computed, of 0.
 FLOOR = 1e-8
+
+# The temperatures beyond which targets are a step, or all alike.
+COLDEST, HOTTEST = 1e-9, 1e9
 
 
 @public
@@ -158,6 +163,116 @@ def sparsity_target_loss(
         return structure.unflatten(losses)
     counts = [included for _, included in pairs]
     return add_up(losses, counts, reduction=reduction, axis_name=axis_name)
+
+
+@public
+def token_targets(
+    scores: Real[ArrayLike, "..."],
+    mean: ArrayLike,
+    *,
+    temperature: ArrayLike = 0.25,
+    axis: int = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+) -> Float[Array, "..."]:
+    r"""Targets of single positions, of a given mean, higher where a score is lower.
+
+    Where a score says how difficult a position is, as the entropy of a prediction does, easy
+    positions are to be skipped more often. Only the order of scores counts, so that they have no
+    units and may be infinite. A share $l_i$ of the positions has a higher score than position i,
+    and a share $u_i$ one that is at least as high:
+
+    $$t_i = \frac{C(u_i, m) - C(l_i, m)}{u_i - l_i}, \quad C(u, m) = T \ln\left(1 +
+    \frac{(e^{u / T} - 1)(e^{m / T} - 1)}{e^{1 / T} - 1}\right)$$
+
+    $C$ is Frank's copula: convex in $u$, which makes targets rise as scores fall, with slopes in
+    [0, 1], and $C(1, m) = m$, to which the sum over positions telescopes. Without ties $t_i$ is a
+    sigmoid of $u / T$, averaged over a cell of width $1 / n$. Equal scores have equal targets.
+
+    Targets are constants: no gradient reaches scores, mean or temperature.
+
+    Args:
+        scores: How difficult each position is, of shape [..., n] with the positions along `axis`.
+            One that is NaN has a target of NaN.
+        mean: The $m$, in [0, 1]: the mean of the targets, a number or an array that broadcasts to
+            the shape of `scores` without `axis`, such as one for each sequence.
+        temperature: The $T$, above 0, of a shape as `mean`'s: towards 0 the easiest $m n$ positions
+            have target 1 and the others 0; towards infinity all have $m$.
+        axis: What the mean is taken along.
+        where: Mask that broadcasts to `scores`: positions that exist. The others have target 0 and
+            no part in the mean.
+
+    Returns:
+        An array of the shape of `scores`, in [0, 1]: targets for `pj.sparsity_target_loss`.
+
+    Raises:
+        ValueError, TypeError: As `pj.l1`; for a mean outside of [0, 1]; if there is no such axis.
+
+    References:
+        Frank (1979), On the simultaneous associativity of F(x, y) and x + y - F(x, y).
+
+    Examples:
+        >>> entropies = jnp.array([0.1, 2.0, 0.7, 0.1])
+        >>> [round(float(target), 2) for target in pj.token_targets(entropies, 0.5)]
+        [0.72, 0.19, 0.38, 0.72]
+    """
+    UNIT.check(mean=mean)
+    POSITIVE.check(temperature=temperature)
+    shape = jnp.shape(scores)
+    axis = normalize_axis_index(axis, len(shape))
+    check_fits(shape[:axis] + shape[axis + 1 :], mean=mean, temperature=temperature)
+    check_where(where, shape)
+    return _token_targets(scores, mean, temperature, where, axis=axis)
+
+
+@partial(jax.jit, static_argnames="axis")
+def _token_targets(scores, mean, temperature, where, *, axis):
+    scores, mean, temperature = lax.stop_gradient(promote(scores, mean, temperature))
+    where = jnp.broadcast_to(True if where is None else where, scores.shape)
+    (scores, where), (mean, temperature), _ = lie_alike(
+        (scores, where), (mean, temperature), axis=axis
+    )
+    rows = (jnp.moveaxis(x, axis, -1) for x in (scores, where))
+    targets = _targets_of_rows(*rows, mean, jnp.clip(temperature, COLDEST, HOTTEST))
+    return jnp.moveaxis(targets, -1, axis)
+
+
+@partial(jnp.vectorize, signature="(n),(n),(),()->(n)")
+def _targets_of_rows(scores, where, mean, temperature):
+    positions = jnp.arange(scores.size)
+    scores = jnp.where(where, scores, 0)
+    # Difficult ones first, and last those that don't exist.
+    absent, easiness, order = lax.sort((~where, -scores, positions), num_keys=2)
+    rises = (easiness[1:] != easiness[:-1]) | (absent[1:] != absent[:-1])
+    edge = jnp.ones(1, bool)
+    begins, ends = jnp.concatenate([edge, rises]), jnp.concatenate([rises, edge])
+    lower = lax.cummax(jnp.where(begins, positions, 0))
+    upper = lax.cummin(jnp.where(ends, positions + 1, scores.size), reverse=True)
+    count = jnp.maximum(jnp.sum(where), 1)
+    lower, width = (x.astype(scores.dtype) / count for x in (lower, upper - lower))
+    targets = _frank_slope(lower, width, mean, temperature)
+    targets = jnp.where(absent, 0, jnp.where(jnp.isnan(easiness), easiness, targets))
+    _, targets = lax.sort((order, targets), num_keys=1)
+    return targets
+
+
+def _frank_slope(lower, width, mean, temperature):
+    """The mean slope in u of Frank's copula from `lower` on, which is sigma(x) averaged over h."""
+    h = width / temperature
+    rest = 1 - mean
+    odds = _log1mexp(mean / temperature) - _log1mexp(rest / temperature)
+    x = (lower - rest) / temperature + odds
+    # Of sigma and 1 - sigma the smaller, which keeps its digits.
+    above = x > -h / 2
+    x = jnp.where(above, -x - h, x)
+    near = jnp.log1p(lax.logistic(x) * jnp.expm1(jnp.minimum(h, 1)))
+    far = jax.nn.softplus(x + h) - jax.nn.softplus(x)
+    slope = jnp.where(h < 1, near, far) / h
+    return jnp.where(above, 1 - slope, slope)
+
+
+def _log1mexp(x):
+    """The logarithm of 1 - e^-x."""
+    return jnp.log(-jnp.expm1(-x))
 
 
 @public

@@ -55,6 +55,7 @@ NUMBERS = {
     "clip": 0.7,
     "floor": -3.0,
     "log_rest": -1.0,
+    "mean": 0.5,
     "reference_count": 8.0,
     "skew": 0.3,
     "t": 0.5,

@@ -2,11 +2,13 @@
 
 import math
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from scipy.special import xlogy
@@ -14,6 +16,7 @@ from scipy.special import xlogy
 import penalties_jax.functional as F  # noqa: N812
 from tests.catalogue import choices_of
 from tests.oracles import as_float32, assert_close, gradient
+from tests.programs import jit_once
 
 KINDS = choices_of(F.sparsity_target_loss)["kind"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -340,3 +343,201 @@ def test_an_array_of_targets_is_none_for_a_tree_of_rates():
         F.sparsity_target_loss(rates, jnp.array([0.2, 0.5]))
     per_layer = F.sparsity_target_loss(rates, {"a": 0.2, "b": jnp.array(0.5)}, reduction="mean")
     assert float(per_layer) == 0
+
+
+# Targets of single positions.
+
+MEANS = (0.0, 1e-6, 0.25, 0.5, 0.9, 1.0)
+TEMPERATURES = (1e-3, 0.05, 0.25, 2.0, 1e3)
+
+
+def copula_targets(scores, mean, temperature):
+    """Of one row, with 60 digits, by the formula as it is written."""
+    with mpmath.workdps(60):
+        m, one = mpmath.mpf(float(mean)), mpmath.mpf(1)
+        t = mpmath.mpf(float(temperature))
+
+        def copula(u):
+            rises = mpmath.expm1(u / t) * mpmath.expm1(m / t) / mpmath.expm1(1 / t)
+            return t * mpmath.log1p(rises)
+
+        def target(score):
+            lower = one * sum(other > score for other in scores) / len(scores)
+            upper = one * sum(other >= score for other in scores) / len(scores)
+            return float((copula(upper) - copula(lower)) / (upper - lower))
+
+        return [target(score) for score in scores]
+
+
+@pytest.mark.parametrize("mean", MEANS)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_token_targets_are_slopes_of_franks_copula(mean, temperature, x64):
+    scores = np.random.default_rng(5).integers(0, 9, 12) / 8
+    targets = F.token_targets(scores, mean, temperature=temperature)
+    assert targets.dtype == jnp.float64
+    assert_close(targets, copula_targets(scores, mean, temperature), rtol=1e-10, atol=1e-15)
+    assert_close(np.mean(targets), mean, rtol=1e-13)
+
+
+SCORES = st.lists(
+    st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, -0.0, 1.0, math.inf, -math.inf]),
+    min_size=9,
+    max_size=9,
+)
+UNITS = st.floats(0, 1, width=32)
+
+
+@hypothesis.settings(deadline=None, max_examples=200, derandomize=True, database=None)
+@hypothesis.given(
+    SCORES, st.lists(st.booleans(), min_size=9, max_size=9), UNITS, st.floats(-9, 9).map(np.exp)
+)
+def test_token_targets_have_their_mean_range_and_order(scores, where, mean, temperature):
+    scores, where, mean = np.float32(scores), np.array(where), np.float32(mean)
+    targets = np.asarray(
+        F.token_targets(
+            *map(jnp.asarray, (scores, mean)), temperature=jnp.float32(temperature), where=where
+        )
+    )
+    assert targets.dtype == np.float32
+    assert np.all((targets >= 0) & (targets <= 1))
+    assert np.all(targets[~where] == 0)
+    kept = targets[where]
+    assert_close(kept.sum(), where.sum() * np.float64(mean), rtol=2e-6, atol=1e-7)
+    falls = np.diff(kept[np.argsort(-scores[where], kind="stable")])
+    assert np.all(falls >= -1e-6)
+    for score in scores[where]:
+        assert len({*targets[where & (scores == score)]}) == 1
+
+
+def test_token_targets_of_a_long_sequence():
+    scores = jnp.asarray(np.random.default_rng(6).normal(size=100_000), jnp.float32)
+    for mean in (0.3, 1e-3):
+        for temperature in (1e-6, 0.01, 0.25):
+            targets = np.asarray(F.token_targets(scores, mean, temperature=temperature))
+            assert_close(np.mean(targets, dtype=np.float64), mean, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-12])
+def test_cold_targets_are_a_threshold(temperature):
+    targets = F.token_targets(
+        jnp.array([0.5, -math.inf, math.inf, 0.25, 3.0]), 0.4, temperature=temperature
+    )
+    assert_close(targets, [0, 1, 0, 1, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1e9, 1e30, math.inf])
+def test_hot_targets_and_those_of_equal_scores_are_the_mean(temperature):
+    targets = F.token_targets(jnp.arange(5.0), 0.4, temperature=temperature)
+    assert_close(targets, [0.4] * 5, rtol=1e-6)
+    for score in (0.0, math.inf, -math.inf):
+        assert_close(F.token_targets(jnp.full(5, score), 0.4), [0.4] * 5, rtol=1e-6)
+
+
+def test_the_default_temperature():
+    """At a mean of a half, from nearly a sigmoid of -2 to one of 2."""
+    targets = np.asarray(F.token_targets(jnp.arange(1000.0), 0.5))
+    assert_close(targets[[0, -1]], [1 / (1 + np.exp(-2)), 1 / (1 + np.exp(2))], rtol=5e-3)
+
+
+@pytest.mark.parametrize("mean", [0, 1, 0.0, 1.0])
+def test_a_mean_at_an_end_is_exact(mean):
+    scores = jnp.array([0.5, -math.inf, math.inf, 0.25, 0.25])
+    for temperature in TEMPERATURES:
+        assert np.all(np.asarray(F.token_targets(scores, mean, temperature=temperature)) == mean)
+
+
+def test_means_of_several_sequences_along_an_axis():
+    random = np.random.default_rng(7)
+    scores = random.normal(size=(3, 7, 4)).astype(np.float32)
+    where, means = random.random((3, 7, 1)) < 0.7, np.float32(random.random((3, 4)))
+    where[0] = False
+
+    @jit_once
+    def targets(scores, means, where):
+        return F.token_targets(scores, means, axis=1, where=where)
+
+    actual = targets(scores, means, where)
+    rows = jax.vmap(jax.vmap(lambda s, m, w: F.token_targets(s, m, where=w)))(
+        scores.swapaxes(1, 2), means, np.broadcast_to(where, scores.shape).swapaxes(1, 2)
+    )
+    assert_close(actual, np.asarray(rows).swapaxes(1, 2))
+    counts = np.broadcast_to(where, scores.shape).sum(1)
+    assert_close(actual.sum(1), counts * means, rtol=1e-5)
+    targets(scores, means / 2, where)
+
+
+def test_what_padding_holds_is_no_score():
+    where = jnp.array([True, False, True, False])
+    expected = F.token_targets(jnp.array([1.0, 2.0]), 0.3)
+    for padding in (math.nan, math.inf, -math.inf, 1.0):
+        scores = jnp.array([1.0, padding, 2.0, padding])
+        targets = F.token_targets(scores, 0.3, where=where)
+        assert targets.tolist() == [float(expected[0]), 0, float(expected[1]), 0]
+
+
+def test_a_score_that_is_nan_has_no_target():
+    assert np.isnan(F.token_targets(jnp.array([1.0, math.nan, 2.0]), 0.3)).tolist() == [0, 1, 0]
+
+
+def test_token_targets_are_constants():
+    def total(*inputs):
+        scores, mean, temperature = inputs
+        return jnp.sum(F.token_targets(scores, mean, temperature=temperature) ** 2)
+
+    slopes = jax.grad(total, (0, 1, 2))(jnp.arange(4.0), 0.0, 0.25)
+    assert not any(np.any(slope) for slope in slopes)
+
+
+def test_token_targets_on_a_sharded_batch():
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
+    scores = np.random.default_rng(8).normal(size=(8, 6)).astype(np.float32)
+    expected = F.token_targets(scores, 0.3)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(scores, jax.NamedSharding(mesh, P("batch")))
+        compiled = jax.jit(lambda x: F.token_targets(x, 0.3)).lower(placed).compile()
+        targets = compiled(placed)
+    assert "all-gather" not in compiled.as_text()
+    assert targets.sharding.spec == P("batch", None)
+    assert_close(targets, np.asarray(expected), rtol=1e-6)
+
+
+def test_rates_of_tokens_meet_their_targets():
+    """The loss's minimum: each token's rate at its target, their mean at the mean."""
+    entropies = jnp.array([[0.5, 1.5, 0.1, 3.0], [0.2, 0.2, 0.2, 0.0]])
+    where = jnp.array([[True] * 4, [True, True, True, False]])
+    targets = F.token_targets(entropies, 0.6, where=where)
+
+    def loss(logits):
+        rates = jax.nn.sigmoid(logits)
+        return F.sparsity_target_loss(rates, targets, kind="kl", reduction="sum", where=where)
+
+    logits = jnp.zeros((2, 4))
+    for _ in range(300):
+        logits -= 4 * jax.grad(loss)(logits)
+    rates = jax.nn.sigmoid(logits)
+    assert_close(jnp.where(where, rates, 0), np.asarray(targets), atol=1e-3)
+    assert_close(F.sparsity_rate(1 - rates, where=where), 0.6, rtol=1e-3)
+
+
+def test_bad_input_of_token_targets():
+    scores = jnp.ones((2, 3))
+    for mean in (-0.01, 1.01, math.nan, np.array([0.5, 2.0])):
+        with pytest.raises(ValueError, match=r"mean must be in \[0, 1\]"):
+            F.token_targets(scores, mean)
+    for temperature in (0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="temperature must be above 0"):
+            F.token_targets(scores, 0.5, temperature=temperature)
+    with pytest.raises(ValueError, match=r"mean must broadcast to shape \(2,\), got shape \(3,\)"):
+        F.token_targets(scores, jnp.ones(3))
+    with pytest.raises(ValueError, match=r"temperature must broadcast to shape \(3,\)"):
+        F.token_targets(scores, 0.5, temperature=jnp.ones(2), axis=0)
+    with pytest.raises(ValueError, match=r"where must broadcast to shape \(2, 3\)"):
+        F.token_targets(scores, 0.5, where=jnp.ones(2, bool))
+    with pytest.raises(TypeError, match="where must be boolean"):
+        F.token_targets(scores, 0.5, where=jnp.ones(3))
+    with pytest.raises(ValueError, match="axis 2 is out of bounds"):
+        F.token_targets(scores, 0.5, axis=2)
+    with pytest.raises(ValueError, match="axis -1 is out of bounds"):
+        F.token_targets(jnp.array(1.0), 0.5)
+    with pytest.raises(TypeError, match="mean is a schedule"):
+        F.token_targets(scores, lambda step: 0.5)
