@@ -14,6 +14,7 @@ from penalties_jax import (
     _pytree,
     controllers,
     functional,
+    hypergradients,
     objective,
     schedules,
     serialization,
@@ -23,6 +24,7 @@ from penalties_jax import (
 from penalties_jax._pytree import *
 from penalties_jax.controllers import *
 from penalties_jax.functional import *
+from penalties_jax.hypergradients import *
 from penalties_jax.objective import *
 from penalties_jax.schedules import *
 from penalties_jax.serialization import *
@@ -42,6 +44,7 @@ __all__ = ["functional"]
 __all__ += _pytree.__all__
 __all__ += controllers.__all__
 __all__ += functional.__all__
+__all__ += hypergradients.__all__
 __all__ += objective.__all__
 __all__ += schedules.__all__
 __all__ += serialization.__all__

@@ -1,4 +1,4 @@
-"""Penalties on parameters and on outputs as optax transformations, and the step in their state."""
+"""Penalties and rates of skipped work as optax transformations, and the step in their state."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -15,15 +15,19 @@ from optax._src.base import NO_PARAMS_MSG
 from penalties_jax.functional.checks import (
     ANY,
     AT_LEAST_ONE,
+    FINITE,
     NONNEGATIVE,
+    POSITIVE,
+    UNIT,
     bare,
+    let_in_one,
     standard_promotion,
 )
 from penalties_jax.functional.reduction import promote
-from penalties_jax.objective import Objective, Outputs
+from penalties_jax.objective import Objective, Outputs, as_scalar
 from penalties_jax.terms.base import Numeric, Penalty, check_one_input, is_absent
 
-__all__ = ["add_objective", "add_penalty", "proximal", "step_of"]
+__all__ = ["add_objective", "add_penalty", "proximal", "scale_by_sparsity", "step_of"]
 
 Mask = Any | Callable[[optax.Params], Any]
 
@@ -232,6 +236,79 @@ def add_objective(
         )
 
     return optax.GradientTransformationExtraArgs(transformation.init, update)
+
+
+def scale_by_sparsity(
+    power: Numeric = 0.5, *, least: Numeric = 0.1
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales the updates by the share that is computed: $u \max(1 - s, \epsilon)^p$.
+
+    A gradient that comes from a share $1 - s$ of the positions is as noisy as that of a batch so
+    much smaller, for which a smaller learning rate is right: in proportion for SGD, $p = 1$; by the
+    root for Adam, $p = 1/2$. A negative power raises it: before SGD, $p = -1$ makes up for a mean
+    over all positions in which the skipped ones have gradient 0. It belongs after
+    `optax.scale_by_adam`, which takes most of a factor before it out again.
+
+    The rate $s$ comes as an extra argument, `optimizer.update(updates, state, params, rate=rate)`;
+    other extra arguments are ignored. `optax.masked` limits it to some parameters, such as those
+    of the layers that skip. Inside `optax.MultiSteps` the rate is that of the last microbatch.
+
+    Args:
+        power: The $p$: a number, a scalar array of shape [] or a schedule, which sees the number of
+            updates.
+        least: The $\epsilon$, above 0, as `power`: where a gate has closed and all is skipped,
+            there are still updates that may open it.
+
+    Returns:
+        A transformation that keeps each update's dtype, and needs no parameters. Updates that are
+        not floating-point pass through.
+
+    Raises:
+        TypeError: In `update`, if it is called without `rate=`, or that is no number.
+        ValueError: If a number is out of range; in `update`, if the rate is no scalar.
+
+    References:
+        Goyal et al. (2017), Accurate, large minibatch SGD, section 2.1. Malladi et al. (2022), On
+        the SDEs and scaling rules for adaptive gradient algorithms.
+
+    Examples:
+        >>> import optax
+        >>> optimizer = optax.chain(pj.scale_by_sparsity(), optax.sgd(1.0))
+        >>> params = jnp.array([2.0, -2.0])
+        >>> state = optimizer.init(params)
+        >>> updates, _ = optimizer.update(jnp.ones(2), state, params, rate=jnp.array(0.75))
+        >>> updates.tolist()
+        [-0.5, -0.5]
+    """
+    power, least = bare((power, least))
+    FINITE.check(power=power)
+    POSITIVE.check(least=least)
+
+    def init(params):
+        del params
+        return PenaltyState(jnp.zeros((), jnp.int32))
+
+    @standard_promotion()
+    def update(updates, state, params=None, *, rate=None, **extra):
+        del params, extra
+        if rate is None:
+            raise TypeError(
+                "pj.scale_by_sparsity needs the rate: optimizer.update(updates, state, params, "
+                "rate=rate)"
+            )
+        rate = as_scalar("rate", let_in_one("rate", rate))
+        UNIT.check(rate=rate)
+        rate, p, epsilon = promote(rate, _at(power, state.count), _at(least, state.count))
+        factor = jnp.maximum(1 - rate, epsilon) ** p
+
+        def scaled(u):
+            floating = jnp.issubdtype(jnp.result_type(u), jnp.floating)
+            return jnp.asarray(promote(u)[0] * factor, u.dtype) if floating else u
+
+        count = optax.safe_increment(state.count)
+        return jax.tree.map(scaled, updates), PenaltyState(count)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def step_of(state: Any) -> Int[Array, "..."]:

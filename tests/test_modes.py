@@ -118,11 +118,15 @@ def _objective(count):
 def _step(count):
     params = {"a": jnp.ones(3, jnp.bfloat16), "frozen": jnp.ones(2, jnp.float8_e4m3fn)}
     weight = pj.anneal(0.0, 1.0, start=0, end=9)
-    transforms = pj.add_penalty(pj.L2(), weight), pj.proximal(pj.L1(), np.float64(0.5), weight)
+    transforms = (
+        pj.add_penalty(pj.L2(), weight),
+        pj.proximal(pj.L1(), np.float64(0.5), weight),
+        pj.scale_by_sparsity(weight),
+    )
     updates = jax.tree.map(jnp.zeros_like, params)
     for transform in transforms:
         state = transform.init(params)._replace(count=count)
-        updates, _ = transform.update(updates, state, params)
+        updates, _ = transform.update(updates, state, params, rate=0.5)
     return updates
 
 

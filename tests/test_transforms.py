@@ -658,6 +658,151 @@ def test_monitoring_changes_nothing():
             assert_trees_close(updates_of(make()), updates_of(plain), rtol=0)
 
 
+# Rates of skipped work.
+
+
+@pytest.mark.parametrize(
+    ("settings", "rate", "factor"),
+    [
+        ({}, 0.75, 0.5),
+        ({}, 0.0, 1.0),
+        ({}, 1.0, 0.1**0.5),
+        ({"power": 1.0}, 0.75, 0.25),
+        ({"power": -1}, 0.75, 4.0),
+        ({"power": -1.0, "least": 0.5}, 0.75, 2.0),
+        ({"power": 0.0}, 1.0, 1.0),
+        ({"power": pj.anneal(0.0, 2.0, start=0, end=2)}, 0.5, 0.5),
+        ({"power": 1.0, "least": lambda count: 0.25 * (count + 1)}, 1.0, 0.5),
+    ],
+)
+def test_updates_by_the_share_that_is_computed(settings, rate, factor):
+    """Those of the second step, of a number and of an array."""
+    optimizer = pj.scale_by_sparsity(**settings)
+    for own in (rate, np.float32(rate), jnp.float32(rate)):
+        state = optimizer.init(PARAMS)
+        for _ in range(2):
+            updates, state = jax.jit(optimizer.update)(GRADIENTS, state, rate=own)
+        assert_trees_close(updates, jax.tree.map(lambda g: factor * g, GRADIENTS), rtol=1e-6)
+        assert int(pj.step_of(state)) == 2
+
+
+def test_a_rate_scales_the_learning_rate_of_adam():
+    """After it: before it the factor, if it stays the same, cancels."""
+    adam, scale = optax.scale_by_adam(), pj.scale_by_sparsity(1.0)
+    params = jnp.ones(3)
+    gradients = jnp.array([0.5, -2.0, 3.0])
+
+    def steps(*parts):
+        optimizer = optax.chain(*parts)
+
+        def step(state, rate):
+            updates, state = optimizer.update(gradients, state, params, rate=rate)
+            return state, updates
+
+        return jax.lax.scan(step, optimizer.init(params), jnp.array([0.75, 0.75, 0.5]))[1]
+
+    plain = np.asarray(steps(adam))
+    assert_close(steps(adam, scale), np.array([[0.25], [0.25], [0.5]]) * plain, rtol=1e-6)
+    assert_close(steps(scale, adam)[:2], plain[:2], rtol=1e-5)
+
+
+RATED = {
+    "chain": lambda make: optax.chain(optax.identity(), make()),
+    "masked": lambda make: optax.masked(make(), ONLY_TWO),
+    "multi_transform": lambda make: optax.multi_transform(
+        {True: make(), False: optax.identity()}, ONLY_TWO
+    ),
+    "apply_if_finite": lambda make: optax.apply_if_finite(make(), 2),
+    "inject_hyperparams": lambda make: optax.inject_hyperparams(make)(power=1.0, least=0.1),
+    "MultiSteps": lambda make: optax.MultiSteps(make(), 2),
+}
+
+
+@pytest.mark.parametrize("wrap", RATED.values(), ids=RATED.keys())
+def test_a_rate_in_wrappers(wrap):
+    """The last of two updates has the last rate."""
+    optimizer = wrap(lambda power=1.0, least=0.1: pj.scale_by_sparsity(power, least=least))
+    params = {"two": TWO, "other": jnp.array([100.0])}
+    state = optimizer.init(params)
+    update = jit_once(optimizer.update)
+    for rate in (0.25, 0.5):
+        updates, state = update(params, state, params, rate=jnp.float32(rate), value=1.0)
+    assert updates["two"].tolist() == [1.5, -2.0]
+    assert updates["two"].dtype == jnp.bfloat16
+    limited = isinstance(state, optax.MaskedState) or hasattr(state, "inner_states")
+    assert float(updates["other"][0]) == (100.0 if limited else 50.0)
+
+
+def test_the_power_that_is_injected():
+    optimizer = optax.inject_hyperparams(pj.scale_by_sparsity)(
+        power=pj.anneal(0.0, 2.0, start=0, end=2)
+    )
+    state, one = optimizer.init(jnp.ones(())), jnp.ones(())
+    for expected in (1.0, 0.5, 0.25):
+        updates, state = optimizer.update(one, state, rate=0.5)
+        assert float(updates) == expected
+        assert float(state.hyperparams["power"]) == -np.log2(expected)
+
+
+def test_a_rate_passes_by_what_is_not_floating():
+    gradients = {
+        "half": jnp.array([4.0, -4.0], jnp.float16),
+        "int": jnp.array([3, -3]),
+        "bool": jnp.array([True]),
+        "key": jax.random.key(0),
+        "none": None,
+        "masked": optax.MaskedNode(),
+    }
+    optimizer = pj.scale_by_sparsity()
+    updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(gradients), rate=0.75)
+    assert jax.tree.structure(updates) == jax.tree.structure(gradients)
+    assert updates["half"].dtype == jnp.float16
+    assert updates["half"].tolist() == [2, -2]
+    for name in ("int", "bool", "key"):
+        assert (updates[name] == gradients[name]).all()
+
+
+def test_a_rate_never_widens(x64):
+    optimizer = pj.scale_by_sparsity(pj.anneal(0.0, 1.0, start=0, end=4), least=0.5)
+    ones = jnp.ones(3, jnp.float32)
+    update = jax.jit(lambda state: optimizer.update(ones, state, rate=0.5))
+    assert doubles(update(optimizer.init(ones))) == []
+
+
+def test_a_rate_of_a_model_of_flax():
+    linear = nnx.Linear(1, 1, use_bias=False, kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+    chain = optax.chain(pj.scale_by_sparsity(1.0), optax.sgd(1.0))
+    optimizer = nnx.Optimizer(linear, chain, wrt=nnx.Param)
+    ones = jax.tree.map(jnp.ones_like, nnx.state(linear, nnx.Param))
+    optimizer.update(linear, ones, rate=nnx.Variable(jnp.float32(0.75)))
+    assert linear.kernel[...].tolist() == [[0.75]]
+
+
+def test_a_rate_that_is_none():
+    optimizer = optax.chain(pj.scale_by_sparsity(), optax.sgd(1.0))
+    state = optimizer.init(PARAMS)
+    with pytest.raises(TypeError, match=r"^pj\.scale_by_sparsity needs the rate: .*rate=rate\)$"):
+        optimizer.update(GRADIENTS, state, PARAMS)
+    for rate, error, message in [
+        (jnp.array([0.5, 0.25]), ValueError, r"rate must be a scalar, got \(2,\)"),
+        ({"a": jnp.array(0.5)}, TypeError, "rate must be an array, got a dict"),
+        ("0.5", TypeError, "rate must be an array, got a str"),
+        ([0.5], TypeError, "rate must be an array, got a list"),
+        (1.5, ValueError, r"rate must be in \[0, 1\], got 1.5"),
+        (np.float32(np.nan), ValueError, r"rate must be in \[0, 1\], got .*nan"),
+    ]:
+        with pytest.raises(error, match=message):
+            optimizer.update(GRADIENTS, state, PARAMS, rate=rate)
+    for settings, message in [
+        ({"power": np.nan}, "power must be finite"),
+        ({"power": np.inf}, "power must be finite"),
+        ({"least": 0.0}, "least must be above 0"),
+        ({"least": -0.5}, "least must be above 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pj.scale_by_sparsity(**settings)
+
+
 # The solutions of scikit-learn.
 
 
