@@ -42,15 +42,16 @@ def hypergradient_step(
 
     After plain SGD of learning rate $\alpha$ it is $-\alpha \nabla V(\theta') \cdot \nabla
     f_k(\theta)$: a weight rises while its penalty pulls the parameters to where the validation
-    loss is lower. The step is one of gradient descent on $\ln w_k$: weights stay positive, and one
+    loss is lower. The step is one of gradient descent on $\ln w_k$: weights keep their sign, and one
     of 0 stays 0. No step changes a weight by more than a factor of e, and a hypergradient that is
     not finite changes none. A weight that is a schedule stays as it is, and so does that of a term
     which is disabled.
 
-    Neither parameters nor optimizer move: call it with those that the next update begins at. It
-    takes one more derivative than that update, through whatever the optimizer does to gradients: a
-    parameter whose gradient is 0 takes no part, since Adam's root has no derivative there. It looks
-    one step ahead: where weights settle is near those that are best after many, not at them.
+    Neither parameters nor optimizer move: call it with those that the next update begins at, in one
+    jitted function with that update, whose gradient it shares. It differentiates whatever the
+    optimizer does to gradients. A parameter whose gradient is 0 takes no part, since the root in
+    Adam has no derivative there. It looks one step ahead: where the weights settle need not be best
+    after many.
 
     Args:
         objective: The terms, whose weights are scalars of shape [], or of a stack under `jax.vmap`.

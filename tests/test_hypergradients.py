@@ -171,25 +171,27 @@ def test_a_validation_loss_of_its_own():
 def test_a_parameter_without_a_gradient():
     """Adam divides by the root of a sum of its squares, whose derivative at 0 is infinite."""
     objective = pj.Objective(
-        lambda outputs: (outputs["used"] - outputs["target"]) ** 2,
-        {"l2": pj.Term(pj.L2(), on="used", weight=0.1)},
+        lambda outputs: (outputs["w"][0] - outputs["target"]) ** 2,
+        {"l2": pj.Term(pj.L2(), on="w", weight=0.1)},
     )
-    params = {"used": jnp.array(2.0), "unused": jnp.zeros(3), "none": None}
+    optimizer = optax.adam(0.1, eps=0.1)
 
-    def hypergradient(params, forward):
-        optimizer = optax.adam(0.1, eps=0.1)
+    @jax.jit
+    def hypergradient(w):
+        _, metrics = pj.hypergradient_step(
+            objective,
+            lambda w, target: {"w": w, "target": target},
+            optimizer,
+            w,
+            optimizer.init(w),
+            1.999,
+            1.0,
+            learning_rate=1.0,
+        )
+        return metrics["l2/hypergradient"]
 
-        @quick_jit
-        def run(params, state):
-            return pj.hypergradient_step(
-                objective, forward, optimizer, params, state, 1.999, 1.0, learning_rate=1.0
-            )[1]
-
-        return float(run(params, optimizer.init(params))["l2/hypergradient"])
-
-    alone = hypergradient(params["used"], lambda used, target: {"used": used, "target": target})
-    beside = hypergradient(params, lambda params, target: {**params, "target": target})
-    assert_close(beside, alone, rtol=1e-6)
+    alone, beside = hypergradient(jnp.array([2.0])), hypergradient(jnp.array([2.0, 0.0, 0.0]))
+    assert_close(beside, float(alone), rtol=1e-6)
     assert abs(alone) > 1e-3
 
 
@@ -293,6 +295,41 @@ def test_a_divergence_that_is_streamed():
     streamed = slopes(pj.KLDivergence(inputs="logits", block_size=5), ("logits", "others"))
     plain = slopes(pj.KLDivergence(), ("log_logits", "log_others"))
     assert_close(streamed, np.asarray(plain), rtol=1e-4)
+
+
+def test_what_a_step_costs():
+    """In operations, beside an update alone, with which it shares a gradient."""
+    params = [jnp.asarray(lattice(seed, 64, 64)) / 64 for seed in range(3)]
+    batches = [jnp.asarray(lattice(seed, 128, 64)) for seed in (3, 4)]
+    objective = pj.Objective(
+        lambda outputs: jnp.mean(jnp.square(outputs["y"])),
+        {"l1": pj.Term(pj.L1(reduction="mean"), on="hidden", weight=0.1)},
+    )
+
+    def mlp(params, x):
+        *inner, last = params
+        for kernel in inner:
+            x = jnp.tanh(x @ kernel)
+        return {"hidden": x, "y": x @ last}
+
+    for optimizer in (optax.sgd(0.1), optax.adam(0.1)):
+
+        def update(objective, params, state, optimizer=optimizer):
+            slopes = jax.grad(lambda params: objective(mlp(params, batches[0]))[0])(params)
+            return optimizer.update(slopes, state, params)
+
+        def both(objective, params, state, optimizer=optimizer, update=update):
+            moved, _ = pj.hypergradient_step(
+                objective, mlp, optimizer, params, state, *batches, learning_rate=1.0
+            )
+            return moved, update(objective, params, state)
+
+        arguments = objective, params, optimizer.init(params)
+        alone, with_it = (
+            jax.jit(run).lower(*arguments).compile().cost_analysis()["flops"]
+            for run in (update, both)
+        )
+        assert with_it < 2.5 * alone
 
 
 # A sweep.

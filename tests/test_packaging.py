@@ -69,7 +69,7 @@ def test_metadata_passes_twine(built):
 
 def test_version_is_that_of_the_newest_release_in_the_changelog():
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    entries = re.findall("^## (.*)$", changelog, re.MULTILINE)
+    entries = re.findall("^## (?!Unreleased$)(.*)$", changelog, re.MULTILINE)
     versions, dates = zip(*(entry.split(" - ") for entry in entries), strict=True)
     assert versions[0] == pj.__version__
     assert list(dates) == sorted(map(str, map(date.fromisoformat, dates)), reverse=True)
