@@ -42,10 +42,10 @@ def hypergradient_step(
 
     After plain SGD of learning rate $\alpha$ it is $-\alpha \nabla V(\theta') \cdot \nabla
     f_k(\theta)$: a weight rises while its penalty pulls the parameters to where the validation
-    loss is lower. The step is one of gradient descent on $\ln w_k$: weights keep their sign, and one
-    of 0 stays 0. No step changes a weight by more than a factor of e, and a hypergradient that is
-    not finite changes none. A weight that is a schedule stays as it is, and so does that of a term
-    which is disabled.
+    loss is lower. The step is one of gradient descent on $\ln w_k$: weights keep their sign, and
+    one of 0 stays 0. No step changes a weight by more than a factor of e, and a hypergradient that
+    is not finite changes none. A weight that is a schedule stays as it is, and so does that of a
+    term which is disabled.
 
     Neither parameters nor optimizer move: call it with those that the next update begins at, in one
     jitted function with that update, whose gradient it shares. It differentiates whatever the
