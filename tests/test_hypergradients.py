@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from scipy import special
 from sklearn import linear_model
 
@@ -264,6 +265,39 @@ def test_the_weights_never_widen(x64):
     result = step_of(objective_of(WEIGHTS), optimizer, START, state)
     assert doubles(result[1]) == []
     assert {result[0].terms[name].weight.dtype for name in WEIGHTS} == {jnp.dtype("float32")}
+
+
+def test_a_model_of_flax():
+    """Its parameters are Variables."""
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    model.kernel[...], model.bias[...] = START["kernel"], START["bias"]
+    definition, params = nnx.split(model, nnx.Param)
+
+    def of_model(params, batch):
+        model = nnx.merge(definition, params)
+        return forward({"kernel": model.kernel[...], "bias": model.bias[...]}, batch)
+
+    optimizer = OPTIMIZERS["adam"]
+    expected = step_of(objective_of(WEIGHTS), optimizer, START, optimizer.init(START))[1]
+
+    @jax.jit
+    def run(objective, params, state):
+        return pj.hypergradient_step(
+            objective,
+            of_model,
+            optimizer,
+            params,
+            state,
+            TRAIN,
+            VALIDATION,
+            learning_rate=2.0,
+            step=2,
+        )[1]
+
+    metrics = run(objective_of(WEIGHTS), params, optimizer.init(params))
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_close(metrics[name], float(value), rtol=1e-5, atol=1e-7)
 
 
 def test_a_divergence_that_is_streamed():
