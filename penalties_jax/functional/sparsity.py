@@ -1,13 +1,14 @@
-"""Rates of skipped work, and losses that pull them to a target."""
+"""Rates of skipped work, losses that pull them to a target, and gathering what is computed."""
 
+import operator
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, PyTree, Real, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Real, Shaped
 from numpy.lib.array_utils import normalize_axis_index
 
 from penalties_jax.functional.checks import (
@@ -15,6 +16,7 @@ from penalties_jax.functional.checks import (
     POSITIVE,
     UNIT,
     check_fits,
+    check_same_shape,
     check_where,
     public,
 )
@@ -33,7 +35,15 @@ from penalties_jax.functional.reduction import (
     spread,
 )
 
-__all__ = ["balanced_loss", "sparsity_rate", "sparsity_target_loss", "token_targets"]
+__all__ = [
+    "Active",
+    "balanced_loss",
+    "gather_active",
+    "scatter_active",
+    "sparsity_rate",
+    "sparsity_target_loss",
+    "token_targets",
+]
 
 Kind = Literal["l2", "l1", "kl", "huber", "adaptive"]
 
@@ -305,6 +315,183 @@ def balanced_loss(
     NONNEGATIVE.check(accuracy_weight=accuracy_weight, sparsity_weight=sparsity_weight)
     losses = {"accuracy": accuracy_loss, "sparsity": sparsity_loss}
     return _balance(losses, {"accuracy": accuracy_weight, "sparsity": sparsity_weight})
+
+
+class Active(NamedTuple):
+    """Which positions `pj.gather_active` took, and which of its slots are in use.
+
+    Attributes:
+        indices: The position of each slot, of shape [*batch, capacity]: ascending, each once.
+        mask: Whether the position is among those of `where`; the values of the others are 0.
+
+    Examples:
+        >>> x, scores = jnp.arange(4.0), jnp.array([0.1, 0.9, 0.3, 0.8])
+        >>> _, active = pj.gather_active(x, scores, 2)
+        >>> active.indices.tolist(), active.mask.tolist()
+        ([1, 3], [True, True])
+    """
+
+    indices: Int[Array, "*batch capacity"]
+    mask: Bool[Array, "*batch capacity"]
+
+
+@public
+def gather_active(
+    x: Shaped[ArrayLike, "*batch_n_rest"],
+    scores: Real[ArrayLike, "*batch n"],
+    capacity: int,
+    *,
+    where: Bool[ArrayLike, "*batch n"] | None = None,
+) -> tuple[Shaped[Array, "*batch_capacity_rest"], Active]:
+    """The `capacity` positions of highest score, in their order.
+
+    What follows runs on them alone, and `pj.scatter_active` puts it back: the capacity is static,
+    so the work of a program is too. Of equal scores the first are taken, and a score of NaN is
+    below all others. Where fewer positions exist than there are slots, the rest of the slots are
+    masked, and 0. The gradient flows to `x` at the positions taken; scores have none: it is the
+    `gate` of `pj.scatter_active` that teaches them.
+
+    Args:
+        x: What lies at the positions, of shape [*batch, n, ...].
+        scores: How worthwhile each position is, of shape [*batch, n].
+        capacity: How many positions of each example to take, an integer from 1 to n.
+        where: Which positions may be taken, of the shape of `scores`; all if None.
+
+    Returns:
+        The values, of shape [*batch, capacity, ...] and the dtype of `x`, and their `pj.Active`.
+
+    Raises:
+        ValueError: If a shape does not fit, or `capacity` is below 1 or above n.
+        TypeError: If `where` is not boolean, or `capacity` no integer.
+
+    References:
+        Raposo et al. (2024), Mixture-of-depths: dynamically allocating compute in transformer-based
+        language models.
+
+    Examples:
+        >>> x, scores = jnp.array([1.0, 2.0, 3.0, 4.0]), jnp.array([0.1, 0.9, 0.3, 0.8])
+        >>> values, active = pj.gather_active(x, scores, 2)
+        >>> pj.scatter_active(10 * values, active, x).tolist()
+        [1.0, 20.0, 3.0, 40.0]
+    """
+    _check_positions(jnp.shape(scores), x=x)
+    if where is not None:
+        check_where(where, jnp.shape(scores))
+        check_same_shape(scores=scores, where=where)
+    size = jnp.shape(scores)[-1]
+    capacity = operator.index(capacity)
+    if not 1 <= capacity <= size:
+        raise ValueError(f"capacity must be from 1 to the number of positions, {size}, got {capacity}")
+    return _gather_active(x, scores, where, capacity=capacity)
+
+
+@public
+def scatter_active(
+    values: Shaped[ArrayLike, "*batch_capacity_rest"],
+    active: Active,
+    like: Shaped[ArrayLike, "*batch_n_rest"],
+    *,
+    gate: Real[ArrayLike, "*batch n"] | None = None,
+) -> Shaped[Array, "*batch_n_rest"]:
+    r"""Puts values back where `pj.gather_active` took them from: $l + g (v - l)$ there.
+
+    Everywhere else it is `like` ($l$): what skipped positions pass on, such as the input of a
+    layer, or an interpolation. The `gate` carries the gradient of the scores: the gate itself where
+    it is straight-through, the score as in mixture of depths. Without it $g = 1$, and scores learn
+    nothing.
+
+    Args:
+        values: The $v$, of shape [*batch, capacity, ...].
+        active: The slots, as `pj.gather_active` returned them.
+        like: The $l$, of shape [*batch, n, ...].
+        gate: The $g$ of all positions, of shape [*batch, n]; it is read at the active ones.
+
+    Returns:
+        An array of the shape of `like`, of the dtype that `values` and `like` promote to.
+
+    Raises:
+        ValueError: If a shape does not fit.
+        TypeError: If `active` is no `pj.Active`.
+
+    References:
+        As `pj.gather_active`.
+
+    Examples:
+        >>> x, gate = jnp.array([1.0, 2.0, 3.0]), jnp.array([0.0, 0.5, 1.0])
+        >>> values, active = pj.gather_active(x, gate, 2)
+        >>> pj.scatter_active(-values, active, x, gate=gate).tolist()
+        [1.0, 0.0, -3.0]
+    """
+    if not isinstance(active, Active):
+        raise TypeError(f"active must be a pj.Active, as pj.gather_active returns, got {active!r}")
+    slots = jnp.shape(active.indices)
+    _check_positions(slots, values=values)
+    positions = (*slots[:-1], *jnp.shape(like)[len(slots) - 1 : len(slots)])
+    _check_positions(positions, like=like)
+    expected = positions + jnp.shape(values)[len(slots) :]
+    if jnp.shape(like) != expected or slots[-1] > positions[-1]:
+        raise ValueError(
+            "values and like must have the shapes [*batch, capacity, ...] and [*batch, n, ...], "
+            f"got {jnp.shape(values)} and {jnp.shape(like)}"
+        )
+    if gate is not None and jnp.shape(gate) != positions:
+        raise ValueError(f"gate must have the shape {positions}, got {jnp.shape(gate)}")
+    return _scatter_active(values, active, like, gate)
+
+
+def _check_positions(shape, **arrays):
+    for name, x in arrays.items():
+        if not shape or jnp.shape(x)[: len(shape)] != shape:
+            raise ValueError(f"{name} must start with the shape {shape}, got {jnp.shape(x)}")
+
+
+@partial(jax.jit, static_argnames="capacity")
+def _gather_active(x, scores, where, *, capacity):
+    scores = lax.stop_gradient(scores)
+    excluded = jnp.zeros(scores.shape, bool) if where is None else ~where
+    keys = excluded, -promote(scores)[0], lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+    excluded, _, positions = lax.sort(keys, num_keys=2)
+    indices, mask = lax.sort((positions[..., :capacity], ~excluded[..., :capacity]), num_keys=1)
+    active = Active(indices, mask)
+    values = take_active(x, active)
+    return jnp.where(_beside(mask, values), values, 0), active
+
+
+@jax.jit
+def _scatter_active(values, active, like, gate):
+    like = jnp.asarray(like, jnp.result_type(values, like))
+    before = take_active(like, active)
+    # Before the gate, whose derivative would else be NaN where an empty slot is.
+    after = jnp.where(_beside(active.mask, before), values, before)
+    if gate is not None:
+        after = before + _beside(take_active(gate, active), before) * (after - before)
+    return _by_example(_put, active, like, after.astype(like.dtype))
+
+
+def take_active(x: Array, active: Active) -> Array:
+    """What lies at the positions of all slots."""
+    return _by_example(_take, active, x)
+
+
+def _by_example(function, active, *arrays):
+    """Of each example by itself, so that a sharded batch stays as it is."""
+    for _ in active.indices.shape[:-1]:
+        function = jax.vmap(function)
+    return function(active.indices, *arrays)
+
+
+def _take(indices, x):
+    return x.at[indices].get(mode="promise_in_bounds", unique_indices=True, indices_are_sorted=True)
+
+
+def _put(indices, x, values):
+    at = x.at[indices]
+    return at.set(values, mode="promise_in_bounds", unique_indices=True, indices_are_sorted=True)
+
+
+def _beside(x, values):
+    """Of one number a position, beside all that lies there."""
+    return x.reshape(*x.shape, *(1,) * (values.ndim - x.ndim))
 
 
 @jax.jit

@@ -1,5 +1,6 @@
 """A learned gate with a target rate, for Flax NNX."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,9 +11,11 @@ from jaxtyping import Array, Bool, Float
 from penalties_jax._pytree import in_range
 from penalties_jax.controllers import SparsityControl
 from penalties_jax.functional.checks import NONNEGATIVE, public
+from penalties_jax.functional.reduction import promote
 from penalties_jax.functional.sparsity import Kind
-from penalties_jax.nnx.base import Configured, field_of, held
+from penalties_jax.nnx.base import field_of, held
 from penalties_jax.nnx.losses import PenaltyValue
+from penalties_jax.nnx.skipping import Compute, Skipping, put_back
 from penalties_jax.terms import SparsityTarget
 from penalties_jax.terms.base import Numeric
 from penalties_jax.terms.gates import Gate, check_gate, default_gate, with_temperature
@@ -32,7 +35,7 @@ class ImportancePredictor(nnx.Module):
         return self.out(nnx.relu(self.hidden(x)))[..., 0]
 
 
-class SparsityGate(Configured):
+class SparsityGate(Skipping):
     r"""A gate for each position, learned, whose rate of closed gates is pulled to a target.
 
     An importance predictor (linear d to d/2, ReLU, linear to 1) gives logits, and a gate, a
@@ -40,7 +43,8 @@ class SparsityGate(Configured):
     Each call in training records `weight * pj.SparsityTarget(target, kind)` of its gates for
     `pj.nnx.collect_penalties`. With gates $m$ of shape [...] that is
     $w \, \ell(1 - \operatorname{mean}(m), t)$. Multiply what is to be skipped by the gate, so that
-    the predictor also learns which positions matter.
+    the predictor also learns which positions matter; or have it computed by `run`, which with
+    `compute="gather"` leaves out what is skipped.
 
     With noise the rate of training is the mean probability of a closed gate; without noise a gate
     is closed where that is above 1/2. The two agree once probabilities are near 0 or 1. To train
@@ -56,11 +60,12 @@ class SparsityGate(Configured):
         temperature: That of the default gate's derivative, above 0. It, the target and the weight
             are numbers, arrays or schedules, and attributes that can be set, as the gate is.
             Schedules are read at the step that `pj.nnx.set_step` or `pj.nnx.advance` has set.
+        compute, capacity: How `run` computes, as in `pj.nnx.SparseMoEResNetBKLayer`.
         rngs: The random keys: of the initial parameters, and the stream "gate" of the noise.
 
     Raises:
-        ValueError: If a number is out of range, `kind` is unknown, or a gate and a temperature are
-            given.
+        ValueError: If a number is out of range, an option is unknown, a gate and a temperature are
+            given, or a capacity to "mask".
         TypeError: If `gate` is none.
 
     Examples:
@@ -69,6 +74,10 @@ class SparsityGate(Configured):
         >>> mask = gate(jnp.ones((2, 5, 8)))
         >>> mask.shape, bool(jnp.all((mask == 0) | (mask == 1)))
         ((2, 5), True)
+        >>> gate = pj.nnx.SparsityGate(8, compute="gather", capacity=2, rngs=nnx.Rngs(0))
+        >>> block = nnx.Linear(8, 8, rngs=nnx.Rngs(1))
+        >>> gate.run(block, jnp.ones((2, 5, 8))).shape
+        (2, 5, 8)
     """
 
     penalty = held("penalty")
@@ -86,9 +95,11 @@ class SparsityGate(Configured):
         kind: Kind = "huber",
         gate: Gate | None = None,
         temperature: Numeric | None = None,
+        compute: Compute = "mask",
+        capacity: int | None = None,
         rngs: nnx.Rngs,
     ):
-        super().__init__()
+        super().__init__(compute, capacity, target)
         self.penalty = SparsityTarget(target, kind, from_mask=True)
         self.weight = weight
         self.gate = default_gate(gate, temperature)
@@ -124,12 +135,53 @@ class SparsityGate(Configured):
             temperature: A temperature in place of the module's own.
             step: The step for schedules, in place of the module's own.
         """
+        return self._gate(self.predictor(x), where, control, temperature, step)
+
+    def run(
+        self,
+        function: Callable[[Array], Array],
+        x: Float[Array, "*batch n d"],
+        *,
+        like: Float[Array, "*batch n e"] | None = None,
+        where: Bool[Array, "..."] | None = None,
+        control: SparsityControl | None = None,
+        temperature: ArrayLike | None = None,
+        step: ArrayLike | None = None,
+        capacity: int | None = None,
+    ) -> Float[Array, "*batch n e"]:
+        """What a function makes of the positions whose gate is open: $l + m (f(x) - l)$.
+
+        What it skipped is remembered until the next call (`get_sparsity_stats`).
+
+        Args:
+            function: What is computed, such as a layer: from [*batch, positions, d] to [*batch,
+                positions, e], each position by itself, of all positions or of gathered ones. In
+                evaluation it changes no state of its own.
+            x: The features of the positions, from which their gates are predicted too.
+            like: What skipped positions pass on, the $l$; `x` if None.
+            where: Which positions exist; the others are skipped, and no part of the rate.
+            control, temperature, step: As in a call of the gate.
+            capacity: As in a call of a `pj.nnx.SparseMoEResNetBKLayer`.
+        """
+        logits = self.predictor(x)
+        mask = self._gate(logits, where, control, temperature, step)
+        passed = x if like is None else like
+
+        def output(values, active, computed):
+            return put_back(function(values), active, passed, computed)
+
+        return self._compute(output, x, mask, logits, where, capacity)
+
+    def _gate(self, logits, where, control, temperature, step):
         gate = with_temperature(self.gate, temperature)
         key = None if self.deterministic else self.rngs()
-        mask = self._at(gate, step)(self.predictor(x), key)
+        mask = self._at(gate, step)(logits, key)
         if not self.deterministic:
             penalty, weight = self.penalty, self.weight
             if control is not None:
                 penalty, weight = penalty._with(target=control.target), control.weight
             self.recorded[...] += self._at(weight * penalty, step)(mask, where=where)
         return mask
+
+    def _target(self):
+        return promote(self._at(self.target))[0]

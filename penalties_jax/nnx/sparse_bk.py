@@ -6,28 +6,25 @@ import itertools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from penalties_jax._pytree import in_range
-from penalties_jax.functional.checks import NONNEGATIVE, POSITIVE, public
-from penalties_jax.functional.gates import logistic_gate, top_k_gate
+from penalties_jax.functional.checks import NONNEGATIVE, POSITIVE, UNIT, check_same_shape, public
+from penalties_jax.functional.gates import logistic_gate
 from penalties_jax.functional.reduction import promote
-from penalties_jax.functional.sparsity import Kind, balanced_loss, sparsity_rate
+from penalties_jax.functional.sparsity import Active, Kind, balanced_loss
 from penalties_jax.functional.tridiagonal import resolvent_diagonal
-from penalties_jax.nnx.base import Configured, field_of, held
+from penalties_jax.nnx.base import field_of, held
+from penalties_jax.nnx.experts import MixtureOfExperts
 from penalties_jax.nnx.gates import ImportancePredictor
+from penalties_jax.nnx.skipping import Compute, Skipping, put_back
 from penalties_jax.terms import SparsityTarget
 from penalties_jax.terms.base import Numeric
 
 # What the learned potential is clipped to.
 LARGEST_POTENTIAL = 3.0
 INTERPOLATION_CHANNELS = (2, 16, 16, 2)
-
-
-class Measurement(nnx.Variable[Float[Array, ""]]):
-    """What a layer measured at its last call; NaN before the first."""
 
 
 class SparseBKCore(nnx.Module):
@@ -38,7 +35,8 @@ class SparseBKCore(nnx.Module):
     $G_{kk} = [(H - i I)^{-1}]_{kk}$ (`pj.resolvent_diagonal`). A position with mask 0 is skipped:
     it drops its couplings to its neighbours, in its own example only, and its features come from
     three convolutions of width 3 over those of the computed positions. The mask carries its
-    gradient.
+    gradient. With the `pj.Active` of gathered positions the potential is theirs alone, and so is
+    the work on the resolvent.
 
     Args:
         n_seq: The length of the sequences.
@@ -48,7 +46,8 @@ class SparseBKCore(nnx.Module):
         rngs: The random keys of the initial parameters.
 
     Raises:
-        ValueError: If `n_seq` is below 1; in a call, if a shape is not [batch, n_seq].
+        ValueError: If `n_seq` is below 1; in a call, if a shape is not [batch, n_seq], or that of
+            the slots.
 
     Examples:
         >>> from flax import nnx
@@ -72,67 +71,58 @@ class SparseBKCore(nnx.Module):
         )
 
     def __call__(
-        self, potential: Float[Array, "batch n"], mask: Float[Array, "batch n"]
+        self,
+        potential: Float[Array, "batch slots"],
+        mask: Float[Array, "batch n"],
+        active: Active | None = None,
     ) -> Float[Array, "batch n 2"]:
-        """The features; the mask is 1 for positions to compute, 0 for those to skip."""
-        for name, x in (("potential", potential), ("mask", mask)):
-            if x.ndim != 2 or x.shape[1] != self.n_seq:
-                raise ValueError(f"{name} must have the shape [batch, {self.n_seq}], got {x.shape}")
+        """The features of all positions.
+
+        Args:
+            potential: That of all positions or, with `active`, of the gathered ones.
+            mask: 1 for positions to compute, 0 for those to skip.
+            active: Which positions are gathered, by `pj.gather_active`; the others are to be 0 in
+                the mask.
+        """
+        slots = self.n_seq if active is None else active.indices.shape[-1]
+        for name, x, length in (("potential", potential, slots), ("mask", mask, self.n_seq)):
+            if x.ndim != 2 or x.shape[1] != length:
+                raise ValueError(f"{name} must have the shape [batch, {length}], got {x.shape}")
+        coupled = mask[:, :-1] * mask[:, 1:]
+        if active is not None:
+            # Two slots beside each other are coupled if their positions are.
+            after = active.indices[:, :-1]
+            adjacent = active.indices[:, 1:] == after + 1
+            coupled = jnp.where(adjacent, jnp.take_along_axis(coupled, after, 1, mode="clip"), 0)
         diagonal = jnp.clip(potential, -LARGEST_POTENTIAL, LARGEST_POTENTIAL) - 2
-        resolvent = resolvent_diagonal(diagonal, mask[:, :-1] * mask[:, 1:], causal=self.causal)
-        computed = mask[..., None]
-        features = computed * jnp.stack([resolvent.real, resolvent.imag], -1)
+        resolvent = resolvent_diagonal(diagonal, coupled, causal=self.causal)
+        parts = jnp.stack([resolvent.real, resolvent.imag], -1)
+        features = put_back(parts, active, jnp.zeros((*mask.shape, 2), parts.dtype), mask)
         interpolated = features
         for i, convolution in enumerate(self.interpolation):
             interpolated = convolution(nnx.relu(interpolated) if i else interpolated)
-        return features + (1 - computed) * interpolated
+        return features + (1 - mask[..., None]) * interpolated
 
 
-class MixtureOfExperts(nnx.Module):
-    """A feed-forward of several experts, all computed, of which each position keeps `top_k`."""
-
-    def __init__(self, features: int, experts: int, top_k: int, dropout: float, *, rngs: nnx.Rngs):
-        if experts < 1:
-            raise ValueError(f"num_experts must be at least 1, got {experts}")
-        if not 1 <= top_k <= experts:
-            raise ValueError(f"top_k must be from 1 to num_experts, {experts}, got {top_k}")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout must be from 0 to 1, got {dropout}")
-        initializer = nnx.initializers.lecun_normal(batch_axis=(0,))
-        self.top_k = top_k
-        self.router = nnx.Linear(features, experts, use_bias=False, rngs=rngs)
-        shape = (experts, features, 4 * features)
-        self.up = nnx.Param(initializer(rngs.params(), shape, jnp.float32))
-        shape = (experts, 4 * features, features)
-        self.down = nnx.Param(initializer(rngs.params(), shape, jnp.float32))
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "*positions d"]) -> Float[Array, "*positions d"]:
-        """The weighted sum of the preferred experts."""
-        logits = self.router(x)
-        preferred = lax.stop_gradient(top_k_gate(logits, self.top_k, None))
-        weights = preferred * jax.nn.softmax(logits)
-        if self.top_k > 1:
-            weights = weights / jnp.sum(weights, -1, keepdims=True)
-        hidden = jax.nn.gelu(jnp.einsum("...d,edh->...eh", x, self.up[...]))
-        return self.dropout(
-            jnp.einsum("...eh,ehd->...d", weights[..., None] * hidden, self.down[...])
-        )
-
-
-class SparseMoEResNetBKLayer(Configured):
+class SparseMoEResNetBKLayer(Skipping):
     r"""A mixture-of-experts feed-forward with sparse resolvent features, at a target sparsity.
 
-    The output is $h + a W \varphi(h)$, with $h$ the mixture of experts of the input, $\varphi$ the
-    features of a `pj.nnx.SparseBKCore` whose potential is linear in $h$, and a learned scale $a$.
-    All experts are computed; those that the router prefers are kept, weighted by its probabilities
-    (which sum to 1 over them if there are several).
+    The output is $m h + a W \varphi$, with $h$ the mixture of experts of the input, $\varphi$ the
+    features of a `pj.nnx.SparseBKCore` whose potential is linear in $h$, a learned scale $a$, and
+    the gates $m$: a skipped position has no experts, and features that are interpolated. Of the
+    experts those that the router prefers are computed, and weighted by its probabilities (which sum
+    to 1 over them if there are several).
 
     Which positions it computes is decided by an importance predictor and `pj.logistic_gate`, as in
     `pj.nnx.SparsityGate`. The rate of skipped positions carries its gradient, so the predictor
-    learns from the sparsity loss of the last call and from the accuracy loss. Every position is
-    computed and then masked: the layer teaches what can be skipped, and takes as long at every
-    rate.
+    learns from the sparsity loss of the last call and from the accuracy loss.
+
+    With `compute="mask"` every position is computed and then masked, which takes as long at every
+    rate. With "gather" only `capacity` positions of each example are, those of the most open gates:
+    experts, potential and resolvent run on them alone. That many are computed in training, open or
+    not, so that closed gates learn too; open ones beyond it are skipped (`"dropped"` of
+    `get_sparsity_stats`). In evaluation the gates decide, and the least of a few capacities that
+    has room for all of them is taken, in the same program.
 
     Args:
         d_model: The size of the last axis, at least 2.
@@ -146,10 +136,15 @@ class SparseMoEResNetBKLayer(Configured):
         causal: As in `pj.nnx.SparseBKCore`.
         temperature: That of the gate's derivative, above 0. It, the target and the weight of the
             sparsity loss are as the numbers of a `pj.nnx.SparsityGate`.
+        compute: "mask" or "gather".
+        capacity: How many positions of each example "gather" computes, from 1 to `n_seq`; a static
+            attribute that can be set. By default 1.1 times what the target leaves, which then has
+            to be a plain number.
         rngs: The random keys: of the initial parameters, and the streams "dropout" and "gate".
 
     Raises:
-        ValueError: If a number is out of range or `sparsity_loss_type` is unknown.
+        ValueError: If a number is out of range, an option is unknown, or a capacity is given to
+            "mask".
 
     References:
         Shazeer et al. (2017), Outrageously large neural networks: the sparsely-gated
@@ -183,9 +178,11 @@ class SparseMoEResNetBKLayer(Configured):
         *,
         causal: bool = False,
         temperature: Numeric = 1.0,
+        compute: Compute = "mask",
+        capacity: int | None = None,
         rngs: nnx.Rngs,
     ):
-        super().__init__()
+        super().__init__(compute, capacity, target_sparsity)
         self.sparsity = SparsityTarget(target_sparsity, sparsity_loss_type)
         self.sparsity_loss_weight = sparsity_loss_weight
         self.temperature = temperature
@@ -195,9 +192,7 @@ class SparseMoEResNetBKLayer(Configured):
         self.core = SparseBKCore(n_seq, causal=causal, rngs=rngs)
         self.out = nnx.Linear(2, d_model, rngs=rngs)
         self.scale = nnx.Param(jnp.ones((), jnp.float32))
-        # With a dtype: a weakly typed NaN would be traced again once a rate takes its place.
-        self.rate = Measurement(jnp.full((), jnp.nan, jnp.float32))
-        self.computed = Measurement(jnp.full((), jnp.nan, jnp.float32))
+        self._room(n_seq)
         self.rngs = rngs.gate.fork()
 
     def __call__(
@@ -205,39 +200,50 @@ class SparseMoEResNetBKLayer(Configured):
         x: Float[Array, "batch n d"],
         *,
         where: Bool[Array, "batch n"] | None = None,
-        mask: Float[Array, "batch n"] | None = None,
+        mask: Float[Array, "batch n"] | Bool[Array, "batch n"] | None = None,
         temperature: ArrayLike | None = None,
+        capacity: int | None = None,
     ) -> Float[Array, "batch n d"]:
         """The output of the layer; what it skipped is remembered until the next call.
 
         Args:
             x: The input, of shape [batch, n_seq, d_model]; another is a ValueError.
-            where: Which positions exist; the others are no part of the rate.
-            mask: Which positions to compute, in place of the learned gate: all of them make the
-                layer dense.
+            where: Which positions exist; the others are skipped, and no part of the rate.
+            mask: Which positions to compute, in place of the learned gate: 1, 0 or in between, or
+                boolean. All of them make the layer dense.
             temperature: A temperature in place of the layer's own.
+            capacity: How many positions to compute, in place of the layer's own choice, in
+                evaluation too.
         """
         if x.ndim != 3 or x.shape[1] != self.core.n_seq:
             raise ValueError(f"x must have the shape [batch, {self.core.n_seq}, d], got {x.shape}")
+        logits = self.predictor(x)
         if mask is None:
-            mask = self.gate(x, temperature=temperature)
-        feed_forward = self.experts(x)
-        features = self.core(self.potential(feed_forward)[..., 0], mask)
-        included = mask if where is None else jnp.where(where, mask, 0)
-        self.rate[...] = sparsity_rate(mask, where=where)
-        self.computed[...] = jnp.sum(lax.stop_gradient(included)) / max(x.shape[0], 1)
-        return feed_forward + self.scale[...] * self.out(features)
+            mask = self._gate(logits, temperature)
+        else:
+            UNIT.check(mask=mask)
+            check_same_shape(mask=mask, positions=logits)
+            (mask,) = promote(mask)
+        return self._compute(self._output, x, mask, logits, where, capacity)
+
+    def _output(self, values, active, mask):
+        """The output at all positions, of the input at those that are computed."""
+        feed_forward = self.experts(values)
+        features = self.core(self.potential(feed_forward)[..., 0], mask, active)
+        nothing = jnp.zeros((*mask.shape, feed_forward.shape[-1]), feed_forward.dtype)
+        kept = put_back(feed_forward, active, nothing, mask)
+        return kept + self.scale[...] * self.out(features)
 
     def gate(
         self, x: Float[Array, "batch n d"], *, temperature: ArrayLike | None = None
     ) -> Float[Array, "batch n"]:
         """Which positions the layer computes: 1, or skips: 0."""
+        return self._gate(self.predictor(x), temperature)
+
+    def _gate(self, logits, temperature):
         key = None if self.deterministic else self.rngs()
-        return logistic_gate(
-            self.predictor(x),
-            key,
-            temperature=self._at(self.temperature) if temperature is None else temperature,
-        )
+        temperature = self._at(self.temperature) if temperature is None else temperature
+        return logistic_gate(logits, key, temperature=temperature)
 
     def get_sparsity_loss(self, target_sparsity: ArrayLike | None = None) -> Float[Array, ""]:
         """The sparsity loss of the last call, unweighted; at another target, if one is given."""
@@ -267,17 +273,6 @@ class SparseMoEResNetBKLayer(Configured):
         )
         sparsity = {"current_sparsity": self.rate[...], "target_sparsity": self._target()}
         return total, parts | sparsity
-
-    def get_sparsity_stats(self) -> dict[str, Float[Array, ""]]:
-        """The rate of the last call, how many positions it computed, and the target.
-
-        "num_computed" is a mean over the examples, from 0 to n_seq.
-        """
-        return {
-            "sparsity_ratio": self.rate[...],
-            "num_computed": self.computed[...],
-            "target_sparsity": self._target(),
-        }
 
     def _target(self):
         return promote(self._at(self.target_sparsity))[0]

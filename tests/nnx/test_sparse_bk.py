@@ -155,9 +155,12 @@ def test_experts_are_those_of_a_loop(top_k):
     assert_close(experts, experts_by_hand(layer.experts, X), rtol=1e-4, atol=1e-5)
     layer.scale[...] = jnp.float32(0.5)
     layer.eval()
-    features = core_by_hand(layer.core, layer.potential(experts)[..., 0], layer.gate(X))
+    mask = layer.gate(X)
+    assert 0 < float(jnp.mean(mask)) < 1
+    features = core_by_hand(layer.core, layer.potential(experts)[..., 0], mask)
     kernel, bias = (np.asarray(p[...], np.float64) for p in (layer.out.kernel, layer.out.bias))
-    expected = np.asarray(experts, np.float64) + 0.5 * (features @ kernel + bias)
+    kept = np.asarray(mask[..., None] * experts, np.float64)
+    expected = kept + 0.5 * (features @ kernel + bias)
     assert_close(call(layer, X), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -242,7 +245,7 @@ def test_stats_are_those_of_the_mask():
 
     for included, options in ((mask, None), (mask[:, :4], where)):
         for stats in (inside(layer, X, options), layer.get_sparsity_stats()):
-            assert stats.keys() == {"sparsity_ratio", "num_computed", "target_sparsity"}
+            assert stats.keys() == {"sparsity_ratio", "num_computed", "dropped", "target_sparsity"}
             assert float(stats["num_computed"]) == included.sum() / len(mask)
             assert_close(stats["sparsity_ratio"], 1 - included.mean())
             assert float(stats["target_sparsity"]) == 0.5

@@ -1,0 +1,156 @@
+"""What modules share that compute some of their positions and skip the others."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from penalties_jax.functional.checks import option_of
+from penalties_jax.functional.sparsity import Active, gather_active, scatter_active, sparsity_rate
+from penalties_jax.nnx.base import Configured
+from penalties_jax.terms.base import Numeric
+
+Compute = Literal["mask", "gather"]
+
+# The slots that there are, for each that a target leaves to compute.
+HEAD_ROOM = 1.1
+# How many capacities evaluation chooses from, from the module's own to all positions.
+SIZES = 4
+
+
+class Measurement(nnx.Variable[Float[Array, ""]]):
+    """What a module measured at its last call; NaN before the first."""
+
+    @classmethod
+    def none(cls) -> "Measurement":
+        """One that has not been made."""
+        # With a dtype: a weakly typed NaN would be traced again once a rate takes its place.
+        return cls(jnp.full((), jnp.nan, jnp.float32))
+
+
+class Skipping(Configured):
+    """A module that computes positions at which a gate is open, masked or gathered.
+
+    Attributes:
+        compute: Whether all positions are computed and then masked ("mask"), or only as many as
+            there is room for ("gather").
+        capacity: How much room "gather" has: how many positions of each example. None is `share`
+            of them, what the target at construction leaves, times 1.1.
+    """
+
+    def __init__(self, compute: Compute, capacity: int | None, target: Numeric):
+        super().__init__()
+        self.compute = option_of(Compute)("compute", compute)
+        self.capacity = option_of(int | None)("capacity", capacity)
+        if compute == "mask" and capacity is not None:
+            raise ValueError(f"capacity is that of compute='gather', got {capacity} for 'mask'")
+        if capacity is not None and capacity < 1:
+            raise ValueError(f"capacity must be at least 1, got {capacity}")
+        self.share = 1.0
+        if compute == "gather" and capacity is None:
+            if not isinstance(target, (int, float)):
+                raise ValueError(
+                    f"capacity= is needed where the target is no plain number, got {target!r}: "
+                    "how much is computed is part of the program"
+                )
+            self.share = min(1.0, HEAD_ROOM * (1 - target))
+        self.rate = Measurement.none()
+        self.computed = Measurement.none()
+        self.dropped = Measurement.none()
+
+    def _compute(
+        self,
+        run: Callable[[Array, Active | None, Array], Array],
+        x: Float[Array, "*batch n d"],
+        mask: Float[Array, "*batch n"],
+        logits: Float[Array, "*batch n"] | None,
+        where: Bool[Array, "*batch n"] | None,
+        capacity: int | None,
+    ) -> Array:
+        """What `run` makes of the positions that are computed; measures how many those are.
+
+        Args:
+            run: From values, where they were taken from (None for everywhere), and the mask of all
+                positions that is left of what is dropped, to the output.
+            x: What lies at the positions.
+            mask: The gates, from which positions are dropped that there is no room for: those that
+                are least open first, among equal ones those of the lowest logits.
+            logits: The importance of the positions; None if only the mask is known.
+            where: Which positions exist; the others are skipped, and not counted.
+            capacity: How many to compute. None is the module's own in training; in evaluation the
+                least of a few that has room for all open gates.
+        """
+        size = x.shape[-2]
+        if where is not None:
+            where = jnp.broadcast_to(where, mask.shape)
+            mask = jnp.where(where, mask, 0)
+        scores = mask if logits is None else mask + jax.nn.sigmoid(logits)
+
+        def at(capacity):
+            if capacity == size:
+                return run(x, None, mask), mask
+            values, active = gather_active(x, scores, capacity, where=where)
+            ones = jnp.ones(active.mask.shape, mask.dtype)
+            computed = scatter_active(ones, active, jnp.zeros_like(mask), gate=mask)
+            return run(values, active, computed), computed
+
+        if capacity is not None or not self.deterministic:
+            output, computed = at(self._room(size) if capacity is None else capacity)
+        else:
+            sizes = self._sizes(size)
+            needed = jnp.max(jnp.sum(mask > 0, -1), initial=0)
+            chosen = jnp.searchsorted(jnp.array(sizes), needed)
+            output, computed = lax.switch(chosen, [partial(at, capacity) for capacity in sizes])
+        self.rate[...] = sparsity_rate(mask, where=where)
+        examples = max(1, math.prod(mask.shape[:-1]))
+        count = partial(jnp.sum, dtype=jnp.float32)
+        self.computed[...] = count(lax.stop_gradient(computed)) / examples
+        self.dropped[...] = count(lax.stop_gradient(mask - computed)) / examples
+        return output
+
+    def _room(self, size: int) -> int:
+        """How many of `size` positions are computed in training."""
+        if self.capacity is None:
+            return max(1, min(size, math.ceil(self.share * size)))
+        if self.capacity > size:
+            raise ValueError(
+                f"capacity must be from 1 to the number of positions, {size}, got {self.capacity}"
+            )
+        return self.capacity
+
+    def _sizes(self, size: int) -> list[int]:
+        least = self._room(size)
+        steps = SIZES - 1
+        return sorted({least + math.ceil(i * (size - least) / steps) for i in range(SIZES)})
+
+    def get_sparsity_stats(self) -> dict[str, Float[Array, ""]]:
+        """What the last call skipped, and the target.
+
+        "sparsity_ratio" is the rate of closed gates. "num_computed" is how many gates were open and
+        computed, "dropped" how many open ones there was no room for: means over the examples, from
+        0 to the number of positions.
+        """
+        return {
+            "sparsity_ratio": self.rate[...],
+            "num_computed": self.computed[...],
+            "dropped": self.dropped[...],
+            "target_sparsity": self._target(),
+        }
+
+    def _target(self) -> Any:
+        raise NotImplementedError
+
+
+def put_back(
+    values: Array, active: Active | None, like: Array, gate: Float[Array, "*batch n"]
+) -> Array:
+    """`pj.scatter_active`, also of all positions."""
+    if active is None:
+        return (like + gate[..., None] * (values - like)).astype(jnp.result_type(values, like))
+    return scatter_active(values, active, like, gate=gate)
