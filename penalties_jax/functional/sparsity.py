@@ -381,7 +381,9 @@ def gather_active(
     size = jnp.shape(scores)[-1]
     capacity = operator.index(capacity)
     if not 1 <= capacity <= size:
-        raise ValueError(f"capacity must be from 1 to the number of positions, {size}, got {capacity}")
+        raise ValueError(
+            f"capacity must be from 1 to the number of positions, {size}, got {capacity}"
+        )
     return _gather_active(x, scores, where, capacity=capacity)
 
 
@@ -449,7 +451,11 @@ def _check_positions(shape, **arrays):
 def _gather_active(x, scores, where, *, capacity):
     scores = lax.stop_gradient(scores)
     excluded = jnp.zeros(scores.shape, bool) if where is None else ~where
-    keys = excluded, -promote(scores)[0], lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+    keys = (
+        excluded,
+        -promote(scores)[0],
+        lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1),
+    )
     excluded, _, positions = lax.sort(keys, num_keys=2)
     indices, mask = lax.sort((positions[..., :capacity], ~excluded[..., :capacity]), num_keys=1)
     active = Active(indices, mask)

@@ -41,7 +41,9 @@ class MixtureOfExperts(nnx.Module):
         count = math.prod(x.shape[:-1])
         rows, routes = x.reshape(count, x.shape[-1]), preferred.reshape(count, self.top_k)
         outputs = routed(rows, routes, self.up[...], self.down[...])
-        mixed = jnp.einsum("...k,...kd->...d", weights, outputs.reshape(*weights.shape, x.shape[-1]))
+        mixed = jnp.einsum(
+            "...k,...kd->...d", weights, outputs.reshape(*weights.shape, x.shape[-1])
+        )
         return self.dropout(mixed)
 
 
