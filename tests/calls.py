@@ -260,6 +260,20 @@ OTHERS = [
         block_size=5,
     ),
     _given(
+        F.gather_active,
+        arrays={"x": _lattice(2, 4, 3), "scores": _lattice(2, 4, seed=1), "where": X[:2, :4] < 1},
+        capacity=2,
+    ),
+    _given(
+        F.scatter_active,
+        arrays={
+            "values": _lattice(2, 2, 3),
+            "like": _lattice(2, 4, 3, seed=1),
+            "gate": _lattice(2, 4, seed=2),
+        },
+        active=F.Active(np.int32([[0, 2], [1, 3]]), np.array([[True, True], [False, True]])),
+    ),
+    _given(
         F.token_targets,
         arrays={"scores": X, "where": X < 1},
         numbers={"mean": 0.3, "temperature": 0.25},

@@ -374,6 +374,8 @@ def gather_active(
         >>> pj.scatter_active(10 * values, active, x).tolist()
         [1.0, 20.0, 3.0, 40.0]
     """
+    if not jnp.ndim(scores):
+        raise ValueError("scores needs positions on its last axis, got shape ()")
     _check_positions(jnp.shape(scores), x=x)
     if where is not None:
         check_where(where, jnp.shape(scores))
@@ -443,35 +445,40 @@ def scatter_active(
 
 def _check_positions(shape, **arrays):
     for name, x in arrays.items():
-        if not shape or jnp.shape(x)[: len(shape)] != shape:
+        if jnp.shape(x)[: len(shape)] != shape:
             raise ValueError(f"{name} must start with the shape {shape}, got {jnp.shape(x)}")
 
 
 @partial(jax.jit, static_argnames="capacity")
 def _gather_active(x, scores, where, *, capacity):
-    scores = lax.stop_gradient(scores)
-    excluded = jnp.zeros(scores.shape, bool) if where is None else ~where
-    keys = (
-        excluded,
-        -promote(scores)[0],
-        lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1),
-    )
-    excluded, _, positions = lax.sort(keys, num_keys=2)
+    (scores,) = promote(lax.stop_gradient(scores))
+    where = jnp.ones(scores.shape, bool) if where is None else where
+    positions = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+    x, (scores, where, positions) = _lie_by_example(x, (scores, where, positions))
+    excluded, _, positions = lax.sort((~where, -scores, positions), num_keys=2)
     indices, mask = lax.sort((positions[..., :capacity], ~excluded[..., :capacity]), num_keys=1)
     active = Active(indices, mask)
     values = take_active(x, active)
-    return jnp.where(_beside(mask, values), values, 0), active
+    return jnp.where(_beside(mask, values), values, jnp.zeros_like(values)), active
 
 
 @jax.jit
 def _scatter_active(values, active, like, gate):
     like = jnp.asarray(like, jnp.result_type(values, like))
+    (like, values), (active, gate) = _lie_by_example((like, values), (active, gate))
     before = take_active(like, active)
     # Before the gate, whose derivative would else be NaN where an empty slot is.
     after = jnp.where(_beside(active.mask, before), values, before)
     if gate is not None:
         after = before + _beside(take_active(gate, active), before) * (after - before)
     return _by_example(_put, active, like, after.astype(like.dtype))
+
+
+def _lie_by_example(arrays, positions):
+    """Has all lie alike on a mesh, but for what lies at a position."""
+    axes, rest = (jnp.ndim(jax.tree.leaves(tree)[0]) for tree in (positions, arrays))
+    arrays, positions, _ = lie_alike(arrays, positions, axis=tuple(range(axes, rest)))
+    return arrays, positions
 
 
 def take_active(x: Array, active: Active) -> Array:

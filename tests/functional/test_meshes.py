@@ -34,18 +34,32 @@ SIZES = {"C": 6, "D": 3, "E": 5, "d": 3, "k": 2, "m": 4, "n": 8, "n-1": 7}
 # Where an annotation names no axes, the largest that fits is taken.
 SHAPES = ((*POSITIONS, SIZES["C"]), POSITIONS, POSITIONS[:1], ())
 
+# Axes that jaxtyping has no words for.
+OTHER_SHAPES = {
+    "*batch_n_rest": (*POSITIONS, SIZES["n"], SIZES["d"]),
+    "*batch_capacity_rest": (*POSITIONS, SIZES["k"], SIZES["d"]),
+}
+
 # On no mesh, since none is around here.
 KEY = jax.random.key(0)
+
+SLOTS = (*POSITIONS, SIZES["k"])
+ACTIVE = F.Active(
+    np.sort(np.arange(np.prod(SLOTS)).reshape(SLOTS) * 3 % SIZES["n"], axis=-1),
+    np.arange(np.prod(SLOTS)).reshape(SLOTS) % 5 != 0,
+)
 
 # What is needed beside arrays, where no entry of the catalogue says so.
 # None stands for an array that is left out.
 SETTINGS = {
     "aggregate": {"segment_ids": None},
+    "gather_active": {"capacity": SIZES["k"]},
     "gradient_penalty": {"f": lambda x: jnp.sum(x**3)},
     "importance_metrics": {"penalties": {"l0": pj.SmoothL0(gamma=0.5)}},
     "importance_minimality": {"penalty": pj.SmoothL0(gamma=0.5)},
     "interpolated_gradient_penalty": {"f": lambda x: jnp.sum(x**3)},
     "mmd": {"scales": (0.5, 1.0)},
+    "scatter_active": {"active": ACTIVE},
     "sparsity_rate": {"axis": -1},
     "sparsity_target_loss": {"kind": "huber"},
 }
@@ -143,6 +157,8 @@ def shapes_of(axes):
     """The shapes that named axes may have."""
     if axes == "...":
         return SHAPES
+    if axes in OTHER_SHAPES:
+        return (OTHER_SHAPES[axes],)
     names = axes.split()
     sizes = tuple(SIZES[name] for name in names if name in SIZES)
     positions = POSITIONS if len(sizes) < len(names) else ()

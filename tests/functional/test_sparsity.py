@@ -15,7 +15,7 @@ from scipy.special import xlogy
 
 import penalties_jax.functional as F  # noqa: N812
 from tests.catalogue import choices_of
-from tests.oracles import as_float32, assert_close, gradient
+from tests.oracles import as_float32, assert_close, gradient, lattice
 from tests.programs import jit_once
 
 KINDS = choices_of(F.sparsity_target_loss)["kind"]
@@ -541,3 +541,179 @@ def test_bad_input_of_token_targets():
         F.token_targets(jnp.array(1.0), 0.5)
     with pytest.raises(TypeError, match="mean is a schedule"):
         F.token_targets(scores, lambda step: 0.5)
+
+
+# Gathering what is computed.
+
+
+def gathered_by_hand(x, scores, capacity, where):
+    """A loop over examples: the values, the positions, and which of the slots are in use."""
+    values, positions, used = [], [], []
+    for row, score, exists in zip(x, scores, where, strict=True):
+        known = [-np.inf if np.isnan(s) else s for s in score]
+        ranks = zip(~exists, np.negative(known), np.isnan(score), range(len(row)), strict=True)
+        chosen = sorted(i for *_, i in sorted(ranks)[:capacity])
+        values.append([row[i] * exists[i] for i in chosen])
+        positions.append(chosen)
+        used.append([exists[i] for i in chosen])
+    return np.array(values), np.array(positions), np.array(used)
+
+
+SCORES = np.array(
+    [[0.5, 2.0, -1.0, 2.0, 0.0], [np.nan, 1.0, -np.inf, np.inf, 1.0], [0.0, 0.0, 0.0, 0.0, 0.0]]
+)
+EXISTS = np.array([[1, 1, 0, 1, 1], [1, 0, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
+X = lattice(0, 3, 5, 2)
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 5])
+@pytest.mark.parametrize("exists", [None, EXISTS])
+def test_gathered_positions_are_those_of_a_loop(capacity, exists, x64):
+    where = np.ones_like(EXISTS) if exists is None else exists
+    values, positions, used = gathered_by_hand(X, SCORES, capacity, where)
+    actual, active = F.gather_active(X, SCORES, capacity, where=exists)
+    np.testing.assert_array_equal(actual, values)
+    np.testing.assert_array_equal(active.indices, positions)
+    np.testing.assert_array_equal(active.mask, used)
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 5])
+@pytest.mark.parametrize("gate", [None, lattice(3, 3, 5)])
+def test_scattered_values_are_those_of_a_loop(capacity, gate, x64):
+    _, positions, used = gathered_by_hand(X, SCORES, capacity, EXISTS)
+    values, like = lattice(1, 3, capacity, 2), lattice(2, 3, 5, 2)
+    g = np.ones((3, 5)) if gate is None else gate
+
+    def by_hand(values, like, g):
+        result = like.copy()
+        for b, j in np.argwhere(used):
+            i = positions[b, j]
+            result[b, i] = like[b, i] + g[b, i] * (values[b, j] - like[b, i])
+        return result
+
+    active = F.Active(jnp.asarray(positions), jnp.asarray(used))
+    assert_close(
+        F.scatter_active(values, active, like, gate=gate), by_hand(values, like, g), rtol=1e-14
+    )
+    weights = lattice(4, 3, 5, 2)
+
+    def loss(values, like, g):
+        gate_or_none = None if gate is None else g
+        return jnp.sum(weights * F.scatter_active(values, active, like, gate=gate_or_none) ** 2)
+
+    slopes = jax.grad(loss, (0, 1, 2))(*map(jnp.asarray, (values, like, g)))
+    for i, slope in enumerate(slopes if gate is not None else slopes[:2]):
+
+        def along(x, i=i):
+            parts = [values, like, g]
+            parts[i] = x
+            return (weights * by_hand(*parts) ** 2).sum()
+
+        assert_close(slope, gradient(along, (values, like, g)[i]), rtol=1e-6, atol=1e-8)
+
+
+def test_gathering_and_scattering_derivatives_agree_forwards():
+    active = F.gather_active(X, SCORES, 3, where=EXISTS)[1]
+
+    def there_and_back(x, gate):
+        values, _ = F.gather_active(x, SCORES, 3, where=EXISTS)
+        return F.scatter_active(jnp.sin(values), active, x, gate=gate)
+
+    point = jnp.asarray(X, jnp.float32), jnp.asarray(lattice(3, 3, 5), jnp.float32)
+    jax.test_util.check_grads(there_and_back, point, order=2, modes=["fwd", "rev"], atol=2e-2)
+
+
+def test_what_does_not_exist_passes_nothing_on():
+    """Neither values of empty slots nor their derivatives, whatever is made of them."""
+    x = jnp.where(EXISTS[..., None], X, jnp.nan)
+
+    def loss(x, gate):
+        values, active = F.gather_active(x, SCORES, 4, where=EXISTS)
+        return jnp.nansum(F.scatter_active(values / values, active, jnp.zeros_like(x), gate=gate))
+
+    value, slopes = jax.value_and_grad(loss, (0, 1))(x, jnp.ones(EXISTS.shape))
+    assert float(value) == 2 * min(4, 4) + 2 * 2 + 2 * 4
+    assert jnp.all(jnp.isfinite(slopes[1]))
+    assert not jnp.any(slopes[0][~EXISTS])
+
+
+def test_gathering_takes_any_axes_and_dtypes():
+    scores = jnp.array([1.0, 3.0, 2.0])
+    for x in (jnp.arange(3), jnp.array([True, False, True]), jnp.ones((3, 2, 2), jnp.bfloat16)):
+        values, active = F.gather_active(x, scores, 2)
+        assert values.dtype == x.dtype
+        assert jnp.array_equal(values, x[1:])
+        back = F.scatter_active(values, active, x)
+        assert back.dtype == x.dtype
+        assert jnp.array_equal(back, x)
+    half = F.scatter_active(values, active, x, gate=scores)
+    assert half.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("devices", [1, 4, 8])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_gathering_on_a_sharded_batch(devices, kind):
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(kind,), devices=jax.devices()[:devices])
+    x, scores = lattice(0, 8, 6, 3), lattice(1, 8, 6)
+    sharding = jax.sharding.NamedSharding(mesh, P("data"))
+
+    def there_and_back(x, scores):
+        values, active = F.gather_active(x, scores, 2)
+        return F.scatter_active(values**2, active, x, gate=scores)
+
+    def slopes(x, scores):
+        return jax.grad(lambda *inputs: jnp.sum(jnp.sin(there_and_back(*inputs))), (0, 1))(
+            x, scores
+        )
+
+    inputs = [jnp.asarray(a, jnp.float32) for a in (x, scores)]
+    placed = [jax.device_put(a, sharding) for a in inputs]
+    compiled = jax.jit(slopes).lower(*placed).compile()
+    assert not any(name in compiled.as_text() for name in ("all-gather", "all-to-all"))
+    with jax.set_mesh(mesh):
+        for actual, desired in zip(compiled(*placed), slopes(*inputs), strict=True):
+            assert_close(actual, desired, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            (X, SCORES, 0),
+            ValueError,
+            "capacity must be from 1 to the number of positions, 5, got 0",
+        ),
+        (
+            (X, SCORES, 6),
+            ValueError,
+            "capacity must be from 1 to the number of positions, 5, got 6",
+        ),
+        ((X, SCORES, 2.5), TypeError, "capacity must be of type int, got 2.5"),
+        ((X, SCORES[:, :4], 2), ValueError, r"x must start with the shape \(3, 4\), got \(3, 5, 2"),
+        ((X, 1.0, 1), ValueError, "scores needs positions on its last axis"),
+    ],
+)
+def test_what_cannot_be_gathered(arguments, error, message):
+    with pytest.raises(error, match=message):
+        F.gather_active(*arguments)
+
+
+def test_masks_that_do_not_fit():
+    with pytest.raises(TypeError, match="where must be boolean, got float"):
+        F.gather_active(X, SCORES, 2, where=np.float32(EXISTS))
+    with pytest.raises(ValueError, match="scores and where must have the same shape"):
+        F.gather_active(X, SCORES, 2, where=EXISTS[0])
+    values, active = F.gather_active(X, SCORES, 2)
+    for like, message in (
+        (X[:2], r"like must start with the shape \(3, "),
+        (X[..., 0], r"got \(3, 2, 2\) and \(3, 5\)"),
+        (X[:, :1], r"got \(3, 2, 2\) and \(3, 1, 2\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            F.scatter_active(values, active, like)
+    with pytest.raises(ValueError, match=r"values must start with the shape \(3, 2\), got \(3, 1"):
+        F.scatter_active(values[:, :1], active, X)
+    with pytest.raises(ValueError, match=r"gate must have the shape \(3, 5\), got \(5,\)"):
+        F.scatter_active(values, active, X, gate=SCORES[0])
+    with pytest.raises(TypeError, match=r"active must be a pj\.Active"):
+        F.scatter_active(values, tuple(active), X)
