@@ -17,7 +17,7 @@ from penalties_jax.functional.reduction import wide
 
 __all__ = ["anneal", "anneal_fraction"]
 
-Shape = Literal["linear", "cosine", "exponential", "cubic", "quarters"]
+Shape = Literal["linear", "cosine", "exponential", "cubic", "quarters", "step"]
 
 # A step is high digits and low ones, each of which a float32 holds.
 BITS = 16
@@ -105,7 +105,7 @@ def _between(init, final, count, start, end, *, shape, dtype):
 
 def _shares(shape, elapsed, remaining, duration):
     """The parts that `init` and `final` have in the value, which add up to 1."""
-    if shape == "quarters":
+    if shape in ("quarters", "step"):
         # Compared without the division, whose rounding would move a switch by a step.
         passed = [4 * elapsed >= k * duration for k in (3, 2, 1)]
         return jnp.select(passed, [0.0, 0.33, 0.67], 1.0), jnp.select(
@@ -141,7 +141,8 @@ def anneal(
     With $u = (\text{step} - \text{start}) / (\text{end} - \text{start})$ clipped to [0, 1]:
 
     - "linear", "cosine", "cubic" and "quarters" are init (1 - s(u)) + final s(u), where s is $u$,
-      $(1 - \cos \pi u) / 2$, $1 - (1 - u)^3$, and 0, 0.33, 0.67, 1 on the four quarters;
+      $(1 - \cos \pi u) / 2$, $1 - (1 - u)^3$, and 0, 0.33, 0.67, 1 on the four quarters; "step" is
+      another name of "quarters";
     - "exponential" is $\text{init}\,(\text{final} / \text{init})^u$.
 
     Up to `start` it is exactly `init`, from `end` on exactly `final`, also in float32; between, it

@@ -23,6 +23,7 @@ FRACTIONS = {
     "cubic": lambda u: 1 - (1 - u) ** 3,
     "quarters": lambda u: np.select([u < 0.25, u < 0.5, u < 0.75], [0, 0.33, 0.67], 1.0),
 }
+FRACTIONS["step"] = FRACTIONS["quarters"]
 SHAPES = choices_of(pj.anneal)["shape"]
 STEPS = np.arange(1_000)
 
@@ -750,8 +751,8 @@ scheduler_errors = [
     ({"recovery_steps": 0}, "recovery_steps must be above 0, got 0"),
     (
         {"schedule_type": "sine"},
-        "schedule_type must be one of 'linear', 'cosine', 'exponential', 'cubic', 'quarters'"
-        ", got 'sine'",
+        "schedule_type must be one of 'linear', 'cosine', 'exponential', 'cubic', 'quarters', "
+        "'step', got 'sine'",
     ),
     (
         {"schedule_type": "exponential", "initial_sparsity": 0.0},

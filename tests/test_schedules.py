@@ -19,6 +19,7 @@ FRACTIONS = {
     "cubic": lambda u: 1 - (1 - u) ** 3,
     "quarters": lambda u: np.array([0, 0.33, 0.67, 1])[np.minimum((4 * u).astype(int), 3)],
 }
+FRACTIONS["step"] = FRACTIONS["quarters"]
 SHAPES = choices_of(pj.anneal)["shape"]
 STEPS = np.arange(1_001)
 
@@ -304,7 +305,7 @@ fraction = partial(pj.anneal_fraction, 1.0, 2.0, total_steps=10)
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: anneal(shape="sine"), "shape must be one of 'linear', .*'quarters', got 'sine'"),
+        (lambda: anneal(shape="sine"), "shape must be one of 'linear', .*'step', got 'sine'"),
         (lambda: anneal(start=3, end=2), "start=3.*end=2"),
         (lambda: pj.anneal(0.0, 1, start=0, end=1, shape="exponential"), "init=0.*final=1"),
         (lambda: pj.anneal(1, -1, start=0, end=1, shape="exponential"), "final=-1"),
@@ -318,3 +319,10 @@ fraction = partial(pj.anneal_fraction, 1.0, 2.0, total_steps=10)
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_step_is_another_name_of_quarters():
+    ends = {"start": 3, "end": 103}
+    one, other = (pj.anneal(0.2, 0.9, **ends, shape=shape) for shape in ("step", "quarters"))
+    assert np.array_equal(one(STEPS), other(STEPS))
+    assert pj.from_dict(pj.to_dict(one)) == one
