@@ -7,6 +7,7 @@ import jax
 import tyro
 
 from benchmarks import (
+    gates,
     importance,
     imports,
     penalties,
@@ -19,6 +20,7 @@ from benchmarks import (
 from benchmarks.harness import machine
 
 BENCHMARKS = {
+    "gates": gates.run,
     "importance": importance.run,
     "imports": imports.run,
     "penalties": penalties.run,
@@ -29,6 +31,7 @@ BENCHMARKS = {
     "transforms": transforms.run,
 }
 Name = Literal[
+    "gates",
     "importance",
     "imports",
     "penalties",

@@ -27,6 +27,7 @@ from penalties_jax.functional.checks import (
     let_in_one,
     public,
 )
+from penalties_jax.functional.sparsity import DEFAULT_WEIGHT
 from penalties_jax.schedules import Shape, anneal
 
 __all__ = ["AdaptiveKL", "AdaptiveSparsityScheduler", "Budget", "DualAscent", "SparsityControl"]
@@ -127,7 +128,8 @@ class AdaptiveSparsityScheduler(Controller):
 
     Attributes:
         initial_sparsity, final_sparsity: The target, before and after, in [0, 1].
-        initial_weight, final_weight: The weight, before and after, at least 0.
+        initial_weight, final_weight: The weight, before and after, at least 0. The defaults are
+            for the kind "huber": a tenth of the weight of a `pj.nnx.SparsityGate`, and all of it.
         warmup_steps: The length of the warm-up, above 0.
         schedule_type: A shape of `pj.anneal`.
         accuracy_threshold: A monitored loss above it, or NaN, backs off. The measurement is
@@ -150,8 +152,8 @@ class AdaptiveSparsityScheduler(Controller):
 
     initial_sparsity: Any = number(default=0.2, valid=UNIT)
     final_sparsity: Any = number(default=0.5, valid=UNIT)
-    initial_weight: Any = number(default=0.001, valid=NONNEGATIVE)
-    final_weight: Any = number(default=0.01, valid=NONNEGATIVE)
+    initial_weight: Any = number(default=DEFAULT_WEIGHT / 10, valid=NONNEGATIVE)
+    final_weight: Any = number(default=DEFAULT_WEIGHT, valid=NONNEGATIVE)
     warmup_steps: Any = number(default=1000.0, valid=POSITIVE)
     schedule_type: Shape = option(default="cosine", choices=Shape)
     accuracy_threshold: Any = number(default=math.inf)

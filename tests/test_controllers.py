@@ -119,10 +119,10 @@ def test_every_step_of_a_run(shape):
 
 def test_the_defaults():
     controller = Adaptive()
-    assert controller == Adaptive(0.2, 0.5, 0.001, 0.01, 1_000, "cosine", math.inf)
+    assert controller == Adaptive(0.2, 0.5, 2.0, 20.0, 1_000, "cosine", math.inf)
     state, run = adaptive_run(controller, np.full(1_001, 1e30, np.float32))
     assert run.target[-1] == np.float32(0.5)
-    assert run.weight[-1] == np.float32(0.01)
+    assert run.weight[-1] == 20
     assert int(state.count) == 1_001
 
 
@@ -313,7 +313,7 @@ def test_equality():
 
 
 def test_numbers_are_leaves_and_options_are_structure():
-    assert jax.tree.leaves(Adaptive()) == [0.2, 0.5, 0.001, 0.01, 1e3, math.inf, 100, 100]
+    assert jax.tree.leaves(Adaptive()) == [0.2, 0.5, 2, 20, 1e3, math.inf, 100, 100]
     assert jax.tree.leaves(pj.DualAscent(1)) == [1, 0.01, 0.005, 0, math.inf]
     assert jax.tree.leaves(pj.Budget(1)) == [1, 0.01, 0, math.inf]
     assert jax.tree.leaves(pj.AdaptiveKL(6, 9)) == [6, 9, 0.2, 1]

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 from penalties_jax._pytree import checked, in_range, resolve, with_learned
 from penalties_jax.controllers import SparsityControl
 from penalties_jax.functional.checks import NONNEGATIVE, UNIT
-from penalties_jax.functional.sparsity import Kind
+from penalties_jax.functional.sparsity import DEFAULT_WEIGHT, Kind
 from penalties_jax.linen.losses import check_plain, record, step_for
 from penalties_jax.terms import SparsityTarget
 from penalties_jax.terms.base import Numeric
@@ -35,7 +35,7 @@ class SparsityGate(nn.Module):
     """
 
     target: Numeric = 0.5
-    weight: Numeric = 0.01
+    weight: Numeric = DEFAULT_WEIGHT
     kind: Kind = "huber"
     gate: Gate | None = None
     temperature: Numeric | None = None
@@ -67,15 +67,15 @@ class SparsityGate(nn.Module):
             raise ValueError(f"x must have at least 2 features, got {x.shape[-1]}")
         hidden = nn.relu(nn.Dense(x.shape[-1] // 2, name="hidden")(x))
         logits = nn.Dense(1, name="out")(hidden)[..., 0]
-        key = None if deterministic else self.make_rng("gate")
         gate = with_temperature(default_gate(self.gate, self.temperature), temperature)
         gate = with_learned(
             gate, lambda name, value: self.param(name, lambda _: jnp.asarray(value))
         )
         step = step_for(self, gate, step)
-        mask = resolve(gate, step)(logits, key)
+        gate = resolve(gate, step)
+        settled = gate(logits)
         if not deterministic or self.is_initializing():
             target, weight = control or (self.target, self.weight)
             penalty = SparsityTarget(target, self.kind, from_mask=True)
-            record(self, weight * penalty, mask, where, step)
-        return mask
+            record(self, weight * penalty, settled, where, step)
+        return settled if deterministic else gate(logits, self.make_rng("gate"))

@@ -27,11 +27,11 @@ SIZES = 4
 class Measurement(nnx.Variable[Float[Array, ""]]):
     """What a module measured at its last call; NaN before the first."""
 
-    @classmethod
-    def none(cls) -> "Measurement":
-        """One that has not been made."""
-        # With a dtype: a weakly typed NaN would be traced again once a rate takes its place.
-        return cls(jnp.full((), jnp.nan, jnp.float32))
+
+def unmeasured() -> Measurement:
+    """A measurement before the first."""
+    # With a dtype: a weakly typed NaN would be traced again once a rate takes its place.
+    return Measurement(jnp.full((), jnp.nan, jnp.float32))
 
 
 class Skipping(Configured):
@@ -60,16 +60,17 @@ class Skipping(Configured):
                     "how much is computed is part of the program"
                 )
             self.share = min(1.0, HEAD_ROOM * (1 - target))
-        self.rate = Measurement.none()
-        self.computed = Measurement.none()
-        self.dropped = Measurement.none()
+        self.rate = unmeasured()
+        self.computed = unmeasured()
+        self.dropped = unmeasured()
 
     def _compute(
         self,
         run: Callable[[Array, Active | None, Array], Array],
         x: Float[Array, "*batch n d"],
         mask: Float[Array, "*batch n"],
-        logits: Float[Array, "*batch n"] | None,
+        settled: Float[Array, "*batch n"],
+        logits: Float[Array, "*batch n"],
         where: Bool[Array, "*batch n"] | None,
         capacity: int | None,
     ) -> Array:
@@ -81,7 +82,8 @@ class Skipping(Configured):
             x: What lies at the positions.
             mask: The gates, from which positions are dropped that there is no room for: those that
                 are least open first, among equal ones those of the lowest logits.
-            logits: The importance of the positions; None if only the mask is known.
+            settled: The gates without noise, whose rate is measured.
+            logits: The importance of the positions.
             where: Which positions exist; the others are skipped, and not counted.
             capacity: How many to compute. None is the module's own in training; in evaluation the
                 least of a few that has room for all open gates.
@@ -90,7 +92,7 @@ class Skipping(Configured):
         if where is not None:
             where = jnp.broadcast_to(where, mask.shape)
             mask = jnp.where(where, mask, 0)
-        scores = mask if logits is None else mask + jax.nn.sigmoid(logits)
+        scores = mask + jax.nn.sigmoid(logits)
 
         def at(capacity):
             if capacity == size:
@@ -107,7 +109,7 @@ class Skipping(Configured):
             needed = jnp.max(jnp.sum(mask > 0, -1), initial=0)
             chosen = jnp.searchsorted(jnp.array(sizes), needed)
             output, computed = lax.switch(chosen, [partial(at, capacity) for capacity in sizes])
-        self.rate[...] = sparsity_rate(mask, where=where)
+        self.rate[...] = sparsity_rate(settled, where=where)
         examples = max(1, math.prod(mask.shape[:-1]))
         count = partial(jnp.sum, dtype=jnp.float32)
         self.computed[...] = count(lax.stop_gradient(computed)) / examples
@@ -132,9 +134,9 @@ class Skipping(Configured):
     def get_sparsity_stats(self) -> dict[str, Float[Array, ""]]:
         """What the last call skipped, and the target.
 
-        "sparsity_ratio" is the rate of closed gates. "num_computed" is how many gates were open and
-        computed, "dropped" how many open ones there was no room for: means over the examples, from
-        0 to the number of positions.
+        "sparsity_ratio" is the rate of closed gates without noise, as in evaluation. With noise,
+        "num_computed" is how many gates were open and computed, "dropped" how many open ones there
+        was no room for: means over the examples, from 0 to the number of positions.
         """
         return {
             "sparsity_ratio": self.rate[...],

@@ -12,7 +12,7 @@ from penalties_jax._pytree import in_range
 from penalties_jax.functional.checks import NONNEGATIVE, POSITIVE, UNIT, check_same_shape, public
 from penalties_jax.functional.gates import logistic_gate
 from penalties_jax.functional.reduction import promote
-from penalties_jax.functional.sparsity import Active, Kind, balanced_loss
+from penalties_jax.functional.sparsity import DEFAULT_WEIGHT, Active, Kind, balanced_loss
 from penalties_jax.functional.tridiagonal import resolvent_diagonal
 from penalties_jax.nnx.base import field_of, held
 from penalties_jax.nnx.experts import MixtureOfExperts
@@ -113,8 +113,9 @@ class SparseMoEResNetBKLayer(Skipping):
     to 1 over them if there are several).
 
     Which positions it computes is decided by an importance predictor and `pj.logistic_gate`, as in
-    `pj.nnx.SparsityGate`. The rate of skipped positions carries its gradient, so the predictor
-    learns from the sparsity loss of the last call and from the accuracy loss.
+    `pj.nnx.SparsityGate`. The rate of skipped positions, without the noise of training, carries its
+    gradient, so the predictor learns from the sparsity loss of the last call and from the accuracy
+    loss.
 
     With `compute="mask"` every position is computed and then masked, which takes as long at every
     rate. With "gather" only `capacity` positions of each example are, those of the most open gates:
@@ -130,7 +131,8 @@ class SparseMoEResNetBKLayer(Skipping):
         top_k: How many of them a position uses.
         dropout: The rate of dropout after the experts.
         target_sparsity: The share of positions to skip, in [0, 1].
-        sparsity_loss_weight: The usual weight of the sparsity loss, at least 0.
+        sparsity_loss_weight: The weight of the sparsity loss, at least 0; its default is that of
+            `pj.nnx.SparsityGate`.
         sparsity_loss_type: Its kind, as in `pj.sparsity_target_loss`.
         causal: As in `pj.nnx.SparseBKCore`.
         temperature: That of the gate's derivative, above 0. It, the target and the weight of the
@@ -172,7 +174,7 @@ class SparseMoEResNetBKLayer(Skipping):
         top_k: int = 1,
         dropout: float = 0.1,
         target_sparsity: Numeric = 0.5,
-        sparsity_loss_weight: Numeric = 0.01,
+        sparsity_loss_weight: Numeric = DEFAULT_WEIGHT,
         sparsity_loss_type: Kind = "adaptive",
         *,
         causal: bool = False,
@@ -218,12 +220,12 @@ class SparseMoEResNetBKLayer(Skipping):
             raise ValueError(f"x must have the shape [batch, {self.core.n_seq}, d], got {x.shape}")
         logits = self.predictor(x)
         if mask is None:
-            mask = self._gate(logits, temperature)
+            mask, settled = self._gates(logits, temperature)
         else:
             UNIT.check(mask=mask)
             check_same_shape(mask=mask, positions=logits)
-            (mask,) = promote(mask)
-        return self._compute(self._output, x, mask, logits, where, capacity)
+            (mask,) = (settled,) = promote(mask)
+        return self._compute(self._output, x, mask, settled, logits, where, capacity)
 
     def _output(self, values, active, mask):
         """The output at all positions, of the input at those that are computed."""
@@ -237,12 +239,15 @@ class SparseMoEResNetBKLayer(Skipping):
         self, x: Float[Array, "batch n d"], *, temperature: ArrayLike | None = None
     ) -> Float[Array, "batch n"]:
         """Which positions the layer computes: 1, or skips: 0."""
-        return self._gate(self.predictor(x), temperature)
+        return self._gates(self.predictor(x), temperature)[0]
 
-    def _gate(self, logits, temperature):
-        key = None if self.deterministic else self.rngs()
+    def _gates(self, logits, temperature):
+        """The gates, and what they are without noise."""
         temperature = self._at(self.temperature) if temperature is None else temperature
-        return logistic_gate(logits, key, temperature=temperature)
+        settled = logistic_gate(logits, None, temperature=temperature)
+        if self.deterministic:
+            return settled, settled
+        return logistic_gate(logits, self.rngs(), temperature=temperature), settled
 
     def get_sparsity_loss(self, target_sparsity: ArrayLike | None = None) -> Float[Array, ""]:
         """The sparsity loss of the last call, unweighted; at another target, if one is given."""
@@ -254,24 +259,25 @@ class SparseMoEResNetBKLayer(Skipping):
     def get_balanced_loss(
         self,
         accuracy_loss: Float[Array, ""],
+        target_sparsity: ArrayLike | None = None,
         sparsity_weight: ArrayLike | None = None,
         accuracy_weight: ArrayLike = 1.0,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """The accuracy loss with the sparsity loss of the last call, as `pj.balanced_loss`.
 
-        The weight of the sparsity loss is the layer's own if None, and "current_sparsity" and
-        "target_sparsity" are among the parts.
+        The target and the weight of the sparsity loss are the layer's own if None. The rate and
+        the target are among the parts, as "current_sparsity" and "target_sparsity".
         """
         total, parts = balanced_loss(
             accuracy_loss,
-            self.get_sparsity_loss(),
+            self.get_sparsity_loss(target_sparsity),
             accuracy_weight=accuracy_weight,
             sparsity_weight=(
                 self._at(self.sparsity_loss_weight) if sparsity_weight is None else sparsity_weight
             ),
         )
-        sparsity = {"current_sparsity": self.rate[...], "target_sparsity": self._target()}
-        return total, parts | sparsity
+        target = self._target(target_sparsity)
+        return total, parts | {"current_sparsity": self.rate[...], "target_sparsity": target}
 
-    def _target(self):
-        return promote(self._at(self.target_sparsity))[0]
+    def _target(self, target: ArrayLike | None = None):
+        return promote(self._at(self.target_sparsity if target is None else target))[0]

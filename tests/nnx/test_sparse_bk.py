@@ -216,12 +216,18 @@ NAMES = {
 def test_balanced_loss():
     layer = make(target_sparsity=0.75)
     call(layer, X)
-    sparsity = float(layer.get_sparsity_loss())
     rate = float(layer.get_sparsity_stats()["sparsity_ratio"])
-    for weights, (accuracy, weight) in (((), (1, 0.01)), ((0.5, 2.0), (2, 0.5)), ((0,), (1, 0))):
-        total, parts = layer.get_balanced_loss(jnp.float32(3), *weights)
+    for settings, (target, accuracy, weight) in (
+        ((), (0.75, 1, 20)),
+        ((None, 0.5, 2.0), (0.75, 2, 0.5)),
+        ((0.25,), (0.25, 1, 20)),
+        ((0.25, 0.5, 2.0), (0.25, 2, 0.5)),
+        ((None, 0), (0.75, 1, 0)),
+    ):
+        total, parts = layer.get_balanced_loss(jnp.float32(3), *settings)
         assert parts.keys() == NAMES
-        expected = [accuracy * 3 + weight * sparsity, 3, sparsity, accuracy, weight, rate, 0.75]
+        sparsity = float(layer.get_sparsity_loss(target))
+        expected = [accuracy * 3 + weight * sparsity, 3, sparsity, accuracy, weight, rate, target]
         names = ["total_loss", "accuracy_loss", "sparsity_loss", "accuracy_weight"]
         names += ["sparsity_weight", "current_sparsity", "target_sparsity"]
         for name, value in zip(names, expected, strict=True):
@@ -251,6 +257,51 @@ def test_stats_are_those_of_the_mask():
             assert float(stats["target_sparsity"]) == 0.5
 
 
+def test_the_rate_is_that_without_noise():
+    layer = make()
+    layer.eval()
+    wanted = float(pj.sparsity_rate(layer.gate(X)))
+    layer.train()
+    computed = []
+    for _ in range(3):
+        layer(X)
+        stats = layer.get_sparsity_stats()
+        assert_close(stats["sparsity_ratio"], wanted)
+        computed.append(float(stats["num_computed"]))
+    assert len(set(computed)) > 1
+
+
+def test_a_target_and_a_weight_are_set_inside_of_a_step():
+    """What is traced is written in place; a step of new numbers is no new program."""
+    layer = make(sparsity_loss_type="l1")
+    scheduler = pj.AdaptiveSparsityScheduler(0.25, 0.75, 1.0, 2.0, 4, "step")
+    traces = []
+
+    @nnx.jit
+    def step(layer, progress):
+        traces.append(None)
+        state = scheduler(progress)
+        layer.target_sparsity = state.target
+        layer.sparsity_loss_weight = state.weight
+        layer(X)
+        settled = layer.get_balanced_loss(jnp.float32(1))
+        given = layer.get_balanced_loss(jnp.float32(1), state.target, state.weight)
+        return settled, given, scheduler.update(progress)
+
+    progress = scheduler.init()
+    for i, target in enumerate((0.25, 0.25 + 0.5 * 0.33, 0.25 + 0.5 * 0.67, 0.75, 0.75)):
+        settled, given, progress = step(layer, progress)
+        assert_close(settled[0], given[0])
+        for parts in (settled[1], given[1]):
+            assert_close(parts["target_sparsity"], target)
+            assert_close(parts["sparsity_weight"], min(1 + i / 4, 2))
+            distance = abs(float(parts["current_sparsity"]) - target)
+            assert_close(parts["sparsity_loss"], distance, atol=1e-6)
+        assert_close(layer.target_sparsity, target)
+        assert_close(layer.get_sparsity_stats()["target_sparsity"], target)
+    assert len(traces) == 1
+
+
 def test_computed_positions_are_those_of_an_example():
     layer = make()
     layer(X, mask=jnp.ones(X.shape[:2]))
@@ -265,7 +316,9 @@ def test_python_numbers_never_widen(x64):
     layer = make()
     parameters = nnx.state(layer, nnx.Param)
     layer = carried(layer, lambda layer: layer(X))
-    balanced = [layer.get_balanced_loss(jnp.float32(1), *weights) for weights in ((), (0.5, 2.0))]
+    balanced = [
+        layer.get_balanced_loss(jnp.float32(1), *weights) for weights in ((), (0.25, 0.5, 2.0))
+    ]
     losses = (layer.get_sparsity_loss(), layer.get_sparsity_loss(0.25))
     outputs = (layer(X), layer(X, temperature=0.5))
     assert doubles((parameters, balanced, losses, outputs, layer.get_sparsity_stats())) == []
@@ -352,8 +405,10 @@ def test_bad_calls():
         core(jnp.zeros((2, N)), jnp.zeros((2, N + 1)))
     with pytest.raises(ValueError, match="n_seq must be at least 1"):
         pj.nnx.SparseBKCore(0, rngs=nnx.Rngs(0))
-    for weights in ((-1.0,), (None, -1.0)):
+    for weights in ((None, -1.0), (None, None, -1.0)):
         with pytest.raises(ValueError, match="weight must be at least 0"):
             layer.get_balanced_loss(jnp.float32(1), *weights)
     with pytest.raises(ValueError, match=r"target must be in \[0, 1\]"):
         layer.get_sparsity_loss(1.5)
+    with pytest.raises(ValueError, match=r"target must be in \[0, 1\]"):
+        layer.get_balanced_loss(jnp.float32(1), 1.5)
