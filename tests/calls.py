@@ -215,6 +215,8 @@ OTHERS = [
         f=lambda x: jnp.sum(jnp.square(x)),
         key=jax.random.key(0),
     ),
+    _given(F.halting_log_probabilities, arrays={"logits": X}),
+    _given(F.halting_weights, arrays={"halting": np.abs(X)}, numbers={"epsilon": 0.01}),
     _given(
         F.resolvent_diagonal,
         arrays={"diagonal": X, "couplings": np.abs(_lattice(4, 5, seed=1))},

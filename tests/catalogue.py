@@ -655,6 +655,37 @@ def _orthogonality(x, mode, normalize, axis):
     )
 
 
+def _ponder(halting, epsilon):
+    """Graves' N + R of each position, step by step."""
+
+    def of_position(halting):
+        spent = 0.0
+        for n, h in enumerate(halting, 1):
+            if spent + h >= 1 - epsilon or n == len(halting):
+                return n + 1 - spent
+            spent = spent + h
+
+    return np.apply_along_axis(of_position, -1, halting)
+
+
+def _ponder_divergence(logits, rate):
+    """By scipy's geometric distribution, and chances of halting multiplied step by step."""
+
+    def of_position(logits):
+        steps = np.arange(1, len(logits) + 1)
+        if rate:
+            prior = stats.geom.pmf(steps, rate) / stats.geom.cdf(len(logits), rate)
+        else:
+            prior = np.full(len(logits), 1 / len(logits))
+        halts, reached = [], 1.0
+        for chance in special.expit(logits[:-1]):
+            halts.append(reached * chance)
+            reached = reached * (1 - chance)
+        return stats.entropy([*halts, reached], prior)
+
+    return np.apply_along_axis(of_position, -1, logits)
+
+
 def _estimate(log_p, log_q, estimator, log_ratio_clip):
     r = log_q - log_p
     if log_ratio_clip is not None:
@@ -693,6 +724,20 @@ CONSTRAINTS = [
         F.router_z_loss,
         pj.RouterZLoss,
         lambda logits: special.logsumexp(logits, axis=-1) ** 2,
+        by_row=True,
+    ),
+    Constraint(
+        F.ponder_cost,
+        pj.PonderCost,
+        _ponder,
+        variants={"": {}, "early": {"epsilon": 0.3}},
+        by_row=True,
+    ),
+    Constraint(
+        F.ponder_divergence,
+        pj.PonderDivergence,
+        _ponder_divergence,
+        variants={"": {"rate": 0.3}, "uniform": {"rate": 0.0}, "late": {"rate": 0.01}},
         by_row=True,
     ),
     Constraint(
@@ -786,6 +831,8 @@ OTHERS = {
     "gather_active": ("functional/test_sparsity.py", "it moves what lies at positions"),
     "gradient_penalty": ("functional/test_constraints.py", "it takes a callable"),
     "kl_to_top_k": ("functional/test_top_k.py", "it takes tokens"),
+    "halting_log_probabilities": ("functional/test_halting.py", "it gives steps their own"),
+    "halting_weights": ("functional/test_halting.py", "it gives steps their own"),
     "importance_metrics": ("functional/test_importance.py", "a dict of numbers"),
     "importance_minimality": ("functional/test_importance.py", "it takes a penalty"),
     "interpolated_gradient_penalty": ("functional/test_constraints.py", "it takes a callable"),

@@ -6,6 +6,7 @@ from penalties_jax.functional import (
     divergences,
     estimators,
     gates,
+    halting,
     importance,
     penalties,
     routing,
@@ -18,6 +19,7 @@ from penalties_jax.functional.constraints import *
 from penalties_jax.functional.divergences import *
 from penalties_jax.functional.estimators import *
 from penalties_jax.functional.gates import *
+from penalties_jax.functional.halting import *
 from penalties_jax.functional.importance import *
 from penalties_jax.functional.penalties import *
 from penalties_jax.functional.routing import *
@@ -31,6 +33,7 @@ __all__ += constraints.__all__
 __all__ += divergences.__all__
 __all__ += estimators.__all__
 __all__ += gates.__all__
+__all__ += halting.__all__
 __all__ += importance.__all__
 __all__ += penalties.__all__
 __all__ += routing.__all__

@@ -6,6 +6,7 @@ from penalties_jax.terms import (
     constraints,
     divergences,
     gates,
+    halting,
     importance,
     own,
     penalties,
@@ -19,6 +20,7 @@ from penalties_jax.terms.base import *
 from penalties_jax.terms.constraints import *
 from penalties_jax.terms.divergences import *
 from penalties_jax.terms.gates import *
+from penalties_jax.terms.halting import *
 from penalties_jax.terms.importance import *
 from penalties_jax.terms.own import *
 from penalties_jax.terms.penalties import *
@@ -33,6 +35,7 @@ __all__ += base.__all__
 __all__ += constraints.__all__
 __all__ += divergences.__all__
 __all__ += gates.__all__
+__all__ += halting.__all__
 __all__ += importance.__all__
 __all__ += own.__all__
 __all__ += penalties.__all__

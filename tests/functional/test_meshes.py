@@ -30,7 +30,7 @@ MESHES = {"4": {"data": 4}, "2x4": {"data": 2, "model": 4}}
 SHARDED, REPLICATED, UNPLACED = range(3)
 
 POSITIONS = (8, 4)
-SIZES = {"C": 6, "D": 3, "E": 5, "d": 3, "k": 2, "m": 4, "n": 8, "n-1": 7}
+SIZES = {"C": 6, "D": 3, "E": 5, "T": 6, "d": 3, "k": 2, "m": 4, "n": 8, "n-1": 7}
 # Where an annotation names no axes, the largest that fits is taken.
 SHAPES = ((*POSITIONS, SIZES["C"]), POSITIONS, POSITIONS[:1], ())
 
@@ -70,6 +70,7 @@ NUMBERS = {
     "floor": -3.0,
     "log_rest": -1.0,
     "mean": 0.5,
+    "rate": 0.3,
     "reference_count": 8.0,
     "skew": 0.3,
     "t": 0.5,

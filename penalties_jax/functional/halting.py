@@ -1,0 +1,225 @@
+"""How many steps a position takes: what halting probabilities mean, and what they cost."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, Real
+
+from penalties_jax.functional.checks import FINITE, UNIT, check_fits, public
+from penalties_jax.functional.divergences.formulas import KL
+from penalties_jax.functional.divergences.logprobs import SumOfTerms
+from penalties_jax.functional.reduction import AxisName, Reduction, evaluate, lie_alike, promote
+
+__all__ = [
+    "halting_log_probabilities",
+    "halting_weights",
+    "ponder_cost",
+    "ponder_divergence",
+]
+
+
+@public
+def ponder_cost(
+    halting: Real[ArrayLike, "*positions T"],
+    *,
+    epsilon: ArrayLike = 0.01,
+    weights: ArrayLike = 1.0,
+    reduction: Reduction = "mean",
+    where: Bool[ArrayLike, "..."] | None = None,
+    axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""Graves' ponder cost, $\rho = N + R$: the steps a position takes, and its remainder.
+
+    Of halting probabilities $h_1, ..., h_T$ a position halts at the first step N at which
+    $\sum_{n \le N} h_n \ge 1 - \epsilon$, at the latest at T, with the remainder
+    $R = 1 - \sum_{n < N} h_n$. N is piecewise constant, so that the gradient is that of R: -1
+    through $h_n$ for n < N, and 0 from N on. A position that halts at once costs 2.
+
+    Args:
+        halting: The h, in [0, 1], steps last: a sigmoid of what a halting unit gives.
+        epsilon: The $\epsilon$, in [0, 1], so that a position may halt after one step: a number,
+            or one for each position.
+        weights, reduction, where, axis_name: As in `pj.kl_divergence`, and so are errors.
+
+    Returns:
+        A scalar, or an array of the shape of the positions for "none".
+
+    Raises:
+        ValueError: If there is no step.
+
+    References:
+        Graves (2016), Adaptive computation time for recurrent neural networks.
+
+    Examples:
+        >>> halting = jnp.array([[0.5, 0.25, 0.5, 0.5], [1.0, 0.0, 0.0, 0.0]])
+        >>> pj.ponder_cost(halting, reduction="none").tolist()
+        [3.25, 2.0]
+    """
+    UNIT.check(epsilon=epsilon)
+    parameters = {"epsilon": epsilon}
+    return _of_steps(_cost, "halting", halting, parameters, weights, reduction, where, axis_name)
+
+
+@public
+def ponder_divergence(
+    logits: Real[ArrayLike, "*positions T"],
+    rate: ArrayLike,
+    *,
+    weights: ArrayLike = 1.0,
+    reduction: Reduction = "mean",
+    where: Bool[ArrayLike, "..."] | None = None,
+    axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""PonderNet's penalty, in nats: the KL from when a position halts to a geometric prior.
+
+    $\mathrm{KL}(P \| G)$ of $p_n = \lambda_n \prod_{j < n} (1 - \lambda_j)$, the last step taking
+    the rest, and of the geometric distribution of rate $\lambda_p$, truncated to the T steps and
+    normalised: $g_n = (1 - \lambda_p)^{n - 1} / \sum_{k < T} (1 - \lambda_p)^k$. Its mean is about
+    $1 / \lambda_p$ steps where T is well above that. At a rate of 0 it is uniform; at 1 all of it
+    is the first step, and any other costs infinity, with a finite gradient.
+
+    It is of logits, $\lambda_n = \sigma(z_n)$, so that value and gradient are exact where a sigmoid
+    is 0 or 1. The last logit has no part in it.
+
+    Args:
+        logits: The z, steps last: what a halting unit gives, before a sigmoid.
+        rate: The $\lambda_p$, in [0, 1]: a number, or one for each position.
+        weights, reduction, where, axis_name: As in `pj.kl_divergence`, and so are errors.
+
+    Returns:
+        A scalar, or an array of the shape of the positions for "none".
+
+    Raises:
+        ValueError: If there is no step.
+
+    References:
+        Banino, Balaguer & Blundell (2021), PonderNet: learning to ponder.
+
+    Examples:
+        >>> logits = jnp.array([0.0, 0.0, 0.0])
+        >>> round(float(pj.ponder_divergence(logits, 0.5)), 4)
+        0.0398
+        >>> float(pj.ponder_divergence(jnp.array([jnp.inf, 0.0, 0.0]), 1.0))
+        0.0
+    """
+    UNIT.check(rate=rate)
+    parameters = {"rate": rate}
+    return _of_steps(_divergence, "logits", logits, parameters, weights, reduction, where, axis_name)
+
+
+@public
+def halting_weights(
+    halting: Real[ArrayLike, "*positions T"], *, epsilon: ArrayLike = 0.01
+) -> Float[Array, "*positions T"]:
+    r"""The weights of the states of a position, which sum to 1: $h_n$ for n < N, R at N, then 0.
+
+    With N and R as in `pj.ponder_cost`; the output of adaptive computation time is the mean of its
+    states under them. The gradient is theirs at a fixed N.
+
+    Args:
+        halting, epsilon: As in `pj.ponder_cost`; so are errors.
+
+    Examples:
+        >>> pj.halting_weights(jnp.array([0.5, 0.25, 0.5, 0.5])).tolist()
+        [0.5, 0.25, 0.25, 0.0]
+    """
+    UNIT.check(epsilon=epsilon)
+    return _halting_weights(halting, epsilon)
+
+
+@public
+def halting_log_probabilities(
+    logits: Real[ArrayLike, "*positions T"],
+) -> Float[Array, "*positions T"]:
+    r"""The log-probabilities of when a position halts, $\log \lambda_n \prod_{j<n} (1-\lambda_j)$.
+
+    With $\lambda_n = \sigma(z_n)$ the probability of halting at a step that is reached; the last
+    step takes the rest. PonderNet's loss is the mean of the losses of all steps under them.
+
+    Args:
+        logits: As in `pj.ponder_divergence`; so are errors.
+
+    Examples:
+        >>> jnp.exp(pj.halting_log_probabilities(jnp.array([0.0, 0.0, -9.0]))).tolist()
+        [0.5, 0.25, 0.25]
+    """
+    _check_steps("logits", logits)
+    return _halting_log_probabilities(logits)
+
+
+def depth_of(halting: Float[Array, "*positions T"], epsilon: ArrayLike) -> Int[Array, "*positions"]:
+    """The N of `pj.ponder_cost`, from 1 to T; of when positions halt the median, with 1/2."""
+    return 1 + jnp.sum(_before_halting(halting, epsilon), -1, dtype=jnp.int32)
+
+
+def _of_steps(formula, name, x, parameters, weights, reduction, where, axis_name):
+    _check_steps(name, x)
+    FINITE.check(weights=weights)
+    parameters = {
+        key: _for_all_steps(key, value, jnp.shape(x)) for key, value in parameters.items()
+    }
+    return evaluate(formula, (x,), parameters, reduction, where, axis_name, weights=weights, axis=-1)
+
+
+def _check_steps(name, x):
+    if not jnp.ndim(x) or not jnp.shape(x)[-1]:
+        raise ValueError(f"{name} needs steps on its last axis, got shape {jnp.shape(x)}")
+
+
+def _for_all_steps(name, value, shape):
+    """A number of each position, with an axis of one step."""
+    check_fits(shape[:-1], **{name: value})
+    return jnp.expand_dims(value, -1) if jnp.ndim(value) else value
+
+
+def _before_halting(halting, epsilon):
+    """Whether a step is before the one at which its position halts."""
+    last = halting.shape[-1] - 1
+    # The first time counts, whatever comes after it.
+    spent = lax.cummax(jnp.cumsum(lax.stop_gradient(halting), -1), halting.ndim - 1)
+    return ~(spent >= 1 - epsilon) & (jnp.arange(last + 1) < last)
+
+
+def _cost(halting, epsilon, axis):
+    before = _before_halting(halting, epsilon)
+    return 2 + jnp.sum(jnp.where(before, 1 - halting, 0), axis)
+
+
+def _divergence(logits, rate, axis):
+    log_p = _log_probabilities(logits)
+    return SumOfTerms(KL["forward"])(log_p, _log_prior(rate, log_p), axis=axis)
+
+
+def _log_probabilities(logits):
+    last = logits.shape[-1] - 1
+    passed = jnp.cumsum(jax.nn.log_sigmoid(-logits[..., :last]), -1)
+    reached = jnp.concatenate([jnp.zeros_like(logits[..., :1]), passed], -1)
+    return reached + jnp.where(jnp.arange(last + 1) < last, jax.nn.log_sigmoid(logits), 0)
+
+
+def _log_prior(rate, like):
+    """Of the truncated geometric distribution, in the shape of another."""
+    later = jnp.arange(like.shape[-1]) > 0
+    rest = jnp.where(later, 1 - rate, 1)
+    logs = jnp.where(rest > 0, jnp.log(jnp.where(rest > 0, rest, 1)), -jnp.inf)
+    total = jnp.sum(lax.cumprod(rest, rest.ndim - 1), -1, keepdims=True)
+    return jnp.zeros_like(like) + jnp.cumsum(logs, -1) - jnp.log(total)
+
+
+@jax.jit
+def _halting_weights(halting, epsilon):
+    _check_steps("halting", halting)
+    halting, epsilon = promote(halting, epsilon)
+    epsilon = _for_all_steps("epsilon", epsilon, halting.shape)
+    (halting, epsilon), *_ = lie_alike((halting, epsilon))
+    before = _before_halting(halting, epsilon)
+    before_or_at = jnp.concatenate([jnp.ones_like(before[..., :1]), before[..., :-1]], -1)
+    spent = jnp.where(before, halting, 0)
+    rest = 1 - jnp.sum(spent, -1, keepdims=True)
+    return jnp.where(before_or_at & ~before, rest, spent)
+
+
+@jax.jit
+def _halting_log_probabilities(logits):
+    return _log_probabilities(*promote(logits))
