@@ -150,6 +150,7 @@ def halting_log_probabilities(
 
 def depth_of(halting: Float[Array, "*positions T"], epsilon: ArrayLike) -> Int[Array, "*positions"]:
     """The N of `pj.ponder_cost`, from 1 to T; of when positions halt the median, with 1/2."""
+    epsilon = _for_all_steps("epsilon", epsilon, halting.shape)
     return 1 + jnp.sum(_before_halting(halting, epsilon), -1, dtype=jnp.int32)
 
 

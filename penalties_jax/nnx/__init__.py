@@ -1,7 +1,8 @@
-"""Flax NNX modules: objectives that count their steps, penalties on activations, learned gates."""
+"""Flax NNX modules: objectives that count their steps, penalties on activations, learned gates, adaptive depth."""
 
 from penalties_jax.nnx.base import Number, Step, advance, set_step
 from penalties_jax.nnx.gates import SparsityGate
+from penalties_jax.nnx.halting import AdaptiveDepth, EarlyExit, Steps, early_exit
 from penalties_jax.nnx.losses import (
     ActivityPenalty,
     Loss,
@@ -16,6 +17,8 @@ Penalty = PenaltyValue
 
 __all__ = [
     "ActivityPenalty",
+    "AdaptiveDepth",
+    "EarlyExit",
     "Loss",
     "Number",
     "Penalty",
@@ -24,8 +27,10 @@ __all__ = [
     "SparseMoEResNetBKLayer",
     "SparsityGate",
     "Step",
+    "Steps",
     "advance",
     "collect_penalties",
+    "early_exit",
     "param_penalty",
     "set_step",
 ]

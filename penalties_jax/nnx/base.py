@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from penalties_jax._pytree import resolve, with_learned
 from penalties_jax.functional.checks import bare
@@ -40,6 +40,15 @@ class Step(nnx.Variable[Int[Array, "..."]]):
         >>> int(pj.nnx.ActivityPenalty(pj.L1()).step[...])
         0
     """
+
+
+class Measurement(nnx.Variable[Float[Array, ""]]):
+    """What a layer measured at its last call; NaN before the first."""
+
+    @classmethod
+    def none_yet(cls) -> "Measurement":
+        """With a dtype: a weakly typed NaN would be traced again once a number takes its place."""
+        return cls(jnp.full((), jnp.nan, jnp.float32))
 
 
 class Configured(nnx.Module):

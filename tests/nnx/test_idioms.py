@@ -41,6 +41,12 @@ MODULES = {
         4, 6, num_experts=2, sparsity_loss_weight=RISE, rngs=rngs
     ),
     "SparseBKCore": lambda rngs: pj.nnx.SparseBKCore(6, rngs=rngs),
+    "AdaptiveDepth": lambda rngs: pj.nnx.AdaptiveDepth(
+        nnx.Linear(4, 4, rngs=rngs), 3, 4, weight=RISE, rngs=rngs
+    ),
+    "PonderNet": lambda rngs: pj.nnx.AdaptiveDepth(
+        nnx.Linear(4, 4, rngs=rngs), 3, 4, penalty=pj.PonderDivergence(RISE), rngs=rngs
+    ),
 }
 
 
@@ -235,7 +241,7 @@ def evaluation(name, model, same):
     assert nnx.split(model)[0] == nnx.split(same)[0]
     before, after = values(same), values(model)
     changed = {path[-1] for path, x in before.items() if not np.array_equal(x, after[path])}
-    assert changed <= {"rate", "computed"}
+    assert changed <= {"rate", "computed", "depth"}
 
 
 IDIOMS = [
