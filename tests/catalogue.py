@@ -659,11 +659,10 @@ def _ponder(halting, epsilon):
     """Graves' N + R of each position, step by step."""
 
     def of_position(halting):
-        spent = 0.0
-        for n, h in enumerate(halting, 1):
-            if spent + h >= 1 - epsilon or n == len(halting):
-                return n + 1 - spent
-            spent = spent + h
+        n, spent = 1, 0.0
+        while n < len(halting) and spent + halting[n - 1] < 1 - epsilon:
+            n, spent = n + 1, spent + halting[n - 1]
+        return n + 1 - spent
 
     return np.apply_along_axis(of_position, -1, halting)
 

@@ -57,8 +57,8 @@ def ponder_cost(
         [3.25, 2.0]
     """
     UNIT.check(epsilon=epsilon)
-    parameters = {"epsilon": epsilon}
-    return _of_steps(_cost, "halting", halting, parameters, weights, reduction, where, axis_name)
+    options = {"reduction": reduction, "where": where, "axis_name": axis_name}
+    return _of_steps(_cost, options, weights, {"halting": halting}, epsilon=epsilon)
 
 
 @public
@@ -104,8 +104,8 @@ def ponder_divergence(
         0.0
     """
     UNIT.check(rate=rate)
-    parameters = {"rate": rate}
-    return _of_steps(_divergence, "logits", logits, parameters, weights, reduction, where, axis_name)
+    options = {"reduction": reduction, "where": where, "axis_name": axis_name}
+    return _of_steps(_divergence, options, weights, {"logits": logits}, rate=rate)
 
 
 @public
@@ -154,13 +154,12 @@ def depth_of(halting: Float[Array, "*positions T"], epsilon: ArrayLike) -> Int[A
     return 1 + jnp.sum(_before_halting(halting, epsilon), -1, dtype=jnp.int32)
 
 
-def _of_steps(formula, name, x, parameters, weights, reduction, where, axis_name):
+def _of_steps(formula, options, weights, inputs, **numbers):
+    ((name, x),) = inputs.items()
     _check_steps(name, x)
     FINITE.check(weights=weights)
-    parameters = {
-        key: _for_all_steps(key, value, jnp.shape(x)) for key, value in parameters.items()
-    }
-    return evaluate(formula, (x,), parameters, reduction, where, axis_name, weights=weights, axis=-1)
+    numbers = {name: _for_all_steps(name, value, jnp.shape(x)) for name, value in numbers.items()}
+    return evaluate(formula, (x,), numbers, weights=weights, axis=-1, **options)
 
 
 def _check_steps(name, x):

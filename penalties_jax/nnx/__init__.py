@@ -1,4 +1,4 @@
-"""Flax NNX modules: objectives that count their steps, penalties on activations, learned gates, adaptive depth."""
+"""Flax NNX modules: objectives that count steps, activity penalties, gates, adaptive depth."""
 
 from penalties_jax.nnx.base import Number, Step, advance, set_step
 from penalties_jax.nnx.gates import SparsityGate

@@ -54,14 +54,20 @@ def test_the_gradient_is_that_of_the_remainder(x64):
     slope = jax.grad(total)(HALTING)
     depths = np.apply_along_axis(lambda h: by_loop(h)[0], -1, HALTING)
     assert np.array_equal(slope, -1.0 * (np.arange(STEPS) < depths[..., None] - 1))
-    loop = lambda halting: sum(sum(by_loop(h)[:2]) for h in halting.reshape(-1, STEPS))
+
+    def loop(halting):
+        return sum(sum(by_loop(h)[:2]) for h in halting.reshape(-1, STEPS))
+
     assert_close(slope, gradient(loop, HALTING), rtol=1e-6, atol=1e-8)
 
 
 def test_the_gradient_of_weights(x64):
     at = RANDOM.normal(size=(3, STEPS))
     slope = jax.grad(lambda h: jnp.sum(at * pj.halting_weights(h)))(HALTING[0, :3])
-    loop = lambda h: (at * [by_loop(one)[2] for one in h]).sum()
+
+    def loop(halting):
+        return (at * [by_loop(h)[2] for h in halting]).sum()
+
     assert_close(slope, gradient(loop, HALTING[0, :3]), rtol=1e-6, atol=1e-8)
 
 

@@ -411,8 +411,13 @@ def test_early_exit(model, threshold):
 def test_examples_leave_as_a_whole():
     """By logits of a pooled state, beside a state of tokens, in a pytree."""
     hidden, out = kernels()
-    block = lambda state, i: {"x": state["x"] + jnp.tanh(state["x"] @ hidden[i])}
-    head = lambda state, i: jnp.mean(state["x"], 1) @ out[i]
+
+    def block(state, i):
+        return {"x": state["x"] + jnp.tanh(state["x"] @ hidden[i])}
+
+    def head(state, i):
+        return jnp.mean(state["x"], 1) @ out[i]
+
     exit = pj.nnx.early_exit(block, head, {"x": X}, max_depth=LAYERS, threshold=0.5)
     assert exit.logits.shape == (8, CLASSES)
     assert exit.depth.shape == (8,)
@@ -471,7 +476,7 @@ def test_bad_exits():
     run = partial(pj.nnx.early_exit, block, head, X)
     with pytest.raises(ValueError, match="max_depth must be at least 1, got 0"):
         run(max_depth=0, threshold=0.5)
-    with pytest.raises(ValueError, match="threshold must be at least 0, got -0.5"):
+    with pytest.raises(ValueError, match=r"threshold must be at least 0, got -0\.5"):
         run(max_depth=2, threshold=-0.5)
     with pytest.raises(ValueError, match=re.escape("threshold must broadcast to shape (8, 7)")):
         run(max_depth=2, threshold=jnp.ones(3))
