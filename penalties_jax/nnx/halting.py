@@ -24,7 +24,7 @@ from penalties_jax.functional.checks import (
     public,
 )
 from penalties_jax.functional.halting import depth_of
-from penalties_jax.functional.reduction import promote, reduce
+from penalties_jax.functional.reduction import lie_alike, promote, reduce
 from penalties_jax.nnx.base import Configured, Measurement, held
 from penalties_jax.nnx.losses import PenaltyValue
 from penalties_jax.objective import check_scalar
@@ -183,8 +183,10 @@ class AdaptiveDepth(Configured):
         penalty = self._at(self.penalty, step)
         definition, params, rest = nnx.split(self, nnx.Param, ...)
         steps = jnp.arange(self.max_depth)
-        # At a step that is not made nothing halts.
-        logits = jnp.full((*x.shape[:-1], self.max_depth), -jnp.inf, promote(x)[0].dtype)
+        # At a step that is not made nothing halts. Positions lie where the input's do.
+        nothing = jnp.full(x.shape[:-1], -jnp.inf, promote(x)[0].dtype)
+        _, nothing, _ = lie_alike(x, nothing, axis=-1)
+        logits = jnp.broadcast_to(nothing[..., None], (*nothing.shape, self.max_depth))
 
         def goes_on(carry):
             n, *_, logits, _ = carry
@@ -297,7 +299,8 @@ def early_exit(
     """
     _check_depth(max_depth)
     NONNEGATIVE.check(threshold=threshold)
-    first = jax.eval_shape(lambda x: head(block(x, 0), 0), x)
+    start = jnp.zeros((), jnp.int32)
+    first = jax.eval_shape(lambda x, i: head(block(x, i), i), x, start)
     check_classes(logits=first)
     elements = first.shape[:-1]
     check_fits(elements, threshold=threshold)
@@ -318,9 +321,9 @@ def early_exit(
         logits = jnp.where(leaves[..., None], own, logits)
         return n + 1, x, logits, jnp.where(leaves, n + 1, depth)
 
-    nowhere = jnp.zeros(elements, jnp.int32)
-    start = jnp.zeros((), jnp.int32), x, jnp.zeros(first.shape, first.dtype), nowhere
-    *_, logits, depth = lax.while_loop(goes_on, advance, start)
+    nothing = jnp.zeros(first.shape, first.dtype, device=first.sharding)
+    carry = start, x, nothing, jnp.zeros_like(nothing[..., 0], jnp.int32)
+    *_, logits, depth = lax.while_loop(goes_on, advance, carry)
     left = depth[..., None] == 1 + jnp.arange(max_depth)
     exits = jnp.sum(left, tuple(range(len(elements))), dtype=jnp.int32)
     return EarlyExit(logits, depth, exits)

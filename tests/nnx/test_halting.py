@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import penalties_jax as pj
@@ -21,6 +21,8 @@ X = jnp.asarray(lattice(0, 8, 7, FEATURES), jnp.float32)
 WHERE = np.random.default_rng(0).random((8, 7)) < 0.6
 PENALTIES = {"act": pj.PonderCost(), "ponder": pj.PonderDivergence(0.3)}
 every_penalty = pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
+
+every_mesh = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 
 
 class Block(nnx.Module):
@@ -311,15 +313,17 @@ def test_in_a_scan_that_carries_it(penalty):
 
 
 @every_penalty
-def test_over_devices(penalty):
+@every_mesh
+def test_over_devices(penalty, axis_type):
     """A batch that is sharded halts when the last of all its positions does."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
     layer = make(penalty)
     for evaluating in (False, True):
         (layer.eval if evaluating else layer.train)()
         call = nnx.jit(lambda layer, x: (layer(x), pj.nnx.collect_penalties(layer)))
         desired = call(layer, X)
-        actual = call(layer, jax.device_put(X, NamedSharding(mesh, P("data"))))
+        with jax.set_mesh(mesh):
+            actual = call(layer, jax.device_put(X, NamedSharding(mesh, P("data"))))
         assert len(actual[0].sharding.device_set) == 8
         jax.tree.map(partial(assert_close, rtol=1e-5, atol=1e-6), actual, desired)
 
@@ -462,11 +466,15 @@ def test_thresholds_of_elements_and_normalised_entropies():
     assert np.array_equal(exit.depth, 1 + certain.argmax(0))
 
 
-def test_early_exit_over_devices():
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+@every_mesh
+def test_early_exit_over_devices(axis_type):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
     block, head = stacked()
     run = jax.jit(partial(pj.nnx.early_exit, block, head, max_depth=LAYERS, threshold=0.5))
-    desired, actual = run(X), run(jax.device_put(X, NamedSharding(mesh, P("data"))))
+    desired = run(X)
+    with jax.set_mesh(mesh):
+        actual = run(jax.device_put(X, NamedSharding(mesh, P("data"))))
+    assert len(actual.logits.sharding.device_set) == 8
     assert np.array_equal(actual.depth, desired.depth)
     assert_close(actual.logits, desired.logits, rtol=1e-5, atol=1e-5)
 
