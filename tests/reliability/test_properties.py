@@ -308,6 +308,10 @@ def assert_agree(none, total, mean, count):
 ORDERED = {
     F.wasserstein: {5},
     F.resolvent_diagonal: {5, 6},
+    F.ponder_cost: {5},
+    F.ponder_divergence: {5},
+    F.halting_log_probabilities: {6},
+    F.halting_weights: {6},
     F.top_k_gate: {5},
     F.cross_entropy_from_logits: {6},
     F.linear_cross_entropy: {5},
