@@ -349,7 +349,7 @@ def gather_active(
     *,
     where: Bool[ArrayLike, "*batch n"] | None = None,
 ) -> tuple[Shaped[Array, "*batch_capacity_rest"], Active]:
-    """The `capacity` positions of highest score, in their order.
+    r"""The `capacity` positions of highest score, in their order: $v_j = x_{i_j}$.
 
     What follows runs on them alone, and `pj.scatter_active` puts it back: the capacity is static,
     so the work of a program is too. Of equal scores the first are taken, and a score of NaN is

@@ -43,7 +43,7 @@ class Step(nnx.Variable[Int[Array, "..."]]):
 
 
 class Measurement(nnx.Variable[Float[Array, ""]]):
-    """What a layer measured at its last call; NaN before the first."""
+    """What a module measured at its last call; NaN before the first."""
 
     @classmethod
     def none_yet(cls) -> "Measurement":

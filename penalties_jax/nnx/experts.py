@@ -1,11 +1,14 @@
 """A feed-forward of several experts, which computes those that each position uses."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import NamedSharding, reshard
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 # How much more rows the blocks may have than there are, as a share of them.
@@ -38,45 +41,59 @@ class MixtureOfExperts(nnx.Module):
         weights = jnp.take_along_axis(probabilities, preferred, -1)
         if self.top_k > 1:
             weights = weights / jnp.sum(weights, -1, keepdims=True)
-        count = math.prod(x.shape[:-1])
-        rows, routes = x.reshape(count, x.shape[-1]), preferred.reshape(count, self.top_k)
-        outputs = routed(rows, routes, self.up[...], self.down[...])
-        mixed = jnp.einsum(
-            "...k,...kd->...d", weights, outputs.reshape(*weights.shape, x.shape[-1])
-        )
-        return self.dropout(mixed)
+        outputs = by_shard(routed, (x, preferred), (self.up[...], self.down[...]))
+        return self.dropout(jnp.einsum("...k,...kd->...d", weights, outputs))
+
+
+def by_shard(
+    function: Callable[..., Array], rows: Sequence[Array], shared: Sequence[Array]
+) -> Array:
+    """A function of rows that needs all of them at once, of each shard by itself.
+
+    That is where the shards are known, on a mesh with Explicit axes.
+    """
+    sharding = jax.typeof(rows[0]).sharding
+    if not any(sharding.spec):
+        return function(*rows, *shared)
+    cut = P(*sharding.spec[:-1], None)
+    specs = (cut,) * len(rows) + (P(),) * len(shared)
+    pairs = zip((*rows, *shared), specs, strict=True)
+    placed = [reshard(x, NamedSharding(sharding.mesh, spec)) for x, spec in pairs]
+    return jax.shard_map(function, mesh=sharding.mesh, in_specs=specs, out_specs=cut)(*placed)
 
 
 def routed(
-    rows: Float[Array, "n d"],
-    routes: Int[Array, "n k"],
+    x: Float[Array, "*positions d"],
+    routes: Int[Array, "*positions k"],
     up: Float[Array, "experts d hidden"],
     down: Float[Array, "experts hidden d"],
-) -> Float[Array, "n k d"]:
-    """What each row's experts make of it, by matrix products of the rows that they have.
+) -> Float[Array, "*positions k d"]:
+    """What each position's experts make of it, by matrix products of the positions they have.
 
-    Rows are sorted by expert and cut into blocks of one expert each. However they are spread, the
-    blocks have at most `SPARE` more rows than there are: `lax.ragged_dot` would compute every
+    Positions are sorted by expert and cut into blocks of one expert each. However they are spread,
+    the blocks have at most `SPARE` more rows than there are: `lax.ragged_dot` would compute every
     expert for every row, where a platform has no kernel for it.
     """
-    experts, count = len(up), routes.size
+    shape, (experts, features) = routes.shape, up.shape[:2]
+    rows = x.reshape(math.prod(shape[:-1]), features)
+    count = routes.size
     size = 1 + int(SPARE * count / experts)
     blocks = (count + experts * (size - 1)) // size
     expert = routes.reshape(-1)
     order = jnp.argsort(expert)
     rows_of = jnp.bincount(expert, length=experts)
-    ends = jnp.cumsum(-(-rows_of // size))
-    first_slot = size * ends - size * -(-rows_of // size)
-    first_row = jnp.cumsum(rows_of) - rows_of
-    of_sorted = expert[order]
-    slot_of_sorted = jnp.arange(count) + (first_slot - first_row)[of_sorted]
+    blocks_of = -(-rows_of // size)
+    ends = jnp.cumsum(blocks_of)
+    empty_before = size * (ends - blocks_of) - (jnp.cumsum(rows_of) - rows_of)
     options = {"unique_indices": True, "mode": "promise_in_bounds"}
-    slot = jnp.zeros(count, int).at[order].set(slot_of_sorted, **options)
+    sorted_slots = jnp.arange(count) + empty_before[expert[order]]
+    slot = jnp.zeros(count, int).at[order].set(sorted_slots, **options)
     # A slot that stays empty reads beyond the rows, which is 0.
-    source = jnp.full(blocks * size, len(rows)).at[slot].set(jnp.arange(count) // routes.shape[1])
+    source = jnp.full(blocks * size, len(rows))
+    source = source.at[slot].set(jnp.arange(count) // shape[-1], **options)
     block_expert = jnp.searchsorted(ends, jnp.arange(blocks), side="right").clip(max=experts - 1)
 
-    inputs = rows.at[source].get(mode="fill", fill_value=0).reshape(blocks, size, rows.shape[1])
+    inputs = rows.at[source].get(mode="fill", fill_value=0).reshape(blocks, size, features)
     hidden = jax.nn.gelu(jnp.einsum("bsd,bdh->bsh", inputs, up[block_expert]))
     outputs = jnp.einsum("bsh,bhd->bsd", hidden, down[block_expert])
-    return outputs.reshape(blocks * size, rows.shape[1])[slot].reshape(*routes.shape, rows.shape[1])
+    return outputs.reshape(blocks * size, features)[slot].reshape(*shape, features)

@@ -7,13 +7,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from penalties_jax.functional.checks import option_of
 from penalties_jax.functional.sparsity import Active, gather_active, scatter_active, sparsity_rate
-from penalties_jax.nnx.base import Configured
+from penalties_jax.nnx.base import Configured, Measurement
 from penalties_jax.terms.base import Numeric
 
 Compute = Literal["mask", "gather"]
@@ -22,16 +21,6 @@ Compute = Literal["mask", "gather"]
 HEAD_ROOM = 1.1
 # How many capacities evaluation chooses from, from the module's own to all positions.
 SIZES = 4
-
-
-class Measurement(nnx.Variable[Float[Array, ""]]):
-    """What a module measured at its last call; NaN before the first."""
-
-
-def unmeasured() -> Measurement:
-    """A measurement before the first."""
-    # With a dtype: a weakly typed NaN would be traced again once a rate takes its place.
-    return Measurement(jnp.full((), jnp.nan, jnp.float32))
 
 
 class Skipping(Configured):
@@ -60,9 +49,9 @@ class Skipping(Configured):
                     "how much is computed is part of the program"
                 )
             self.share = min(1.0, HEAD_ROOM * (1 - target))
-        self.rate = unmeasured()
-        self.computed = unmeasured()
-        self.dropped = unmeasured()
+        self.rate = Measurement.none_yet()
+        self.computed = Measurement.none_yet()
+        self.dropped = Measurement.none_yet()
 
     def _compute(
         self,

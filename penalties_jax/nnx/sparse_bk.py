@@ -259,9 +259,9 @@ class SparseMoEResNetBKLayer(Skipping):
     def get_balanced_loss(
         self,
         accuracy_loss: Float[Array, ""],
-        target_sparsity: ArrayLike | None = None,
         sparsity_weight: ArrayLike | None = None,
         accuracy_weight: ArrayLike = 1.0,
+        target_sparsity: ArrayLike | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """The accuracy loss with the sparsity loss of the last call, as `pj.balanced_loss`.
 

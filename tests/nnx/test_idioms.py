@@ -40,6 +40,9 @@ MODULES = {
     "SparseMoEResNetBKLayer": lambda rngs: pj.nnx.SparseMoEResNetBKLayer(
         4, 6, num_experts=2, sparsity_loss_weight=RISE, rngs=rngs
     ),
+    "gathered SparseMoEResNetBKLayer": lambda rngs: pj.nnx.SparseMoEResNetBKLayer(
+        4, 6, num_experts=2, compute="gather", capacity=3, rngs=rngs
+    ),
     "SparseBKCore": lambda rngs: pj.nnx.SparseBKCore(6, rngs=rngs),
     "AdaptiveDepth": lambda rngs: pj.nnx.AdaptiveDepth(
         nnx.Linear(4, 4, rngs=rngs), 3, 4, weight=RISE, rngs=rngs
@@ -262,7 +265,7 @@ IDIOMS = [
 def cells():
     """One each; a compiled gradient of the whole layer is left to make test-slow."""
     for idiom, name in itertools.product(IDIOMS, MODULES):
-        slow = idiom is cached_partial_and_optimizer and name == "SparseMoEResNetBKLayer"
+        slow = idiom is cached_partial_and_optimizer and "SparseMoE" in name
         marks = pytest.mark.slow if slow else ()
         yield pytest.param(idiom, name, id=f"{idiom.__name__}-{name}", marks=marks)
 

@@ -219,10 +219,10 @@ def test_balanced_loss():
     rate = float(layer.get_sparsity_stats()["sparsity_ratio"])
     for settings, (target, accuracy, weight) in (
         ((), (0.75, 1, 20)),
-        ((None, 0.5, 2.0), (0.75, 2, 0.5)),
-        ((0.25,), (0.25, 1, 20)),
-        ((0.25, 0.5, 2.0), (0.25, 2, 0.5)),
-        ((None, 0), (0.75, 1, 0)),
+        ((0.5, 2.0), (0.75, 2, 0.5)),
+        ((None, 1.0, 0.25), (0.25, 1, 20)),
+        ((0.5, 2.0, 0.25), (0.25, 2, 0.5)),
+        ((0,), (0.75, 1, 0)),
     ):
         total, parts = layer.get_balanced_loss(jnp.float32(3), *settings)
         assert parts.keys() == NAMES
@@ -285,7 +285,7 @@ def test_a_target_and_a_weight_are_set_inside_of_a_step():
         layer.sparsity_loss_weight = state.weight
         layer(X)
         settled = layer.get_balanced_loss(jnp.float32(1))
-        given = layer.get_balanced_loss(jnp.float32(1), state.target, state.weight)
+        given = layer.get_balanced_loss(jnp.float32(1), state.weight, 1.0, state.target)
         return settled, given, scheduler.update(progress)
 
     progress = scheduler.init()
@@ -317,7 +317,7 @@ def test_python_numbers_never_widen(x64):
     parameters = nnx.state(layer, nnx.Param)
     layer = carried(layer, lambda layer: layer(X))
     balanced = [
-        layer.get_balanced_loss(jnp.float32(1), *weights) for weights in ((), (0.25, 0.5, 2.0))
+        layer.get_balanced_loss(jnp.float32(1), *weights) for weights in ((), (0.5, 2.0, 0.25))
     ]
     losses = (layer.get_sparsity_loss(), layer.get_sparsity_loss(0.25))
     outputs = (layer(X), layer(X, temperature=0.5))
@@ -405,10 +405,10 @@ def test_bad_calls():
         core(jnp.zeros((2, N)), jnp.zeros((2, N + 1)))
     with pytest.raises(ValueError, match="n_seq must be at least 1"):
         pj.nnx.SparseBKCore(0, rngs=nnx.Rngs(0))
-    for weights in ((None, -1.0), (None, None, -1.0)):
+    for weights in ((-1.0,), (None, -1.0)):
         with pytest.raises(ValueError, match="weight must be at least 0"):
             layer.get_balanced_loss(jnp.float32(1), *weights)
     with pytest.raises(ValueError, match=r"target must be in \[0, 1\]"):
         layer.get_sparsity_loss(1.5)
     with pytest.raises(ValueError, match=r"target must be in \[0, 1\]"):
-        layer.get_balanced_loss(jnp.float32(1), 1.5)
+        layer.get_balanced_loss(jnp.float32(1), target_sparsity=1.5)
