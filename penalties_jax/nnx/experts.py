@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 # How much more rows the blocks may have than there are, as a share of them.
-SPARE = 1 / 6
+SPARE = 1 / 8
 
 
 class MixtureOfExperts(nnx.Module):
