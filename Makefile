@@ -22,13 +22,13 @@ demo-llm: $(VENV)/.smollm2  ## the same of SmolLM2, a language model of 135 mill
 	$(BIN)/penalties-jax finetune --model smollm2 --out $(RUNS)/finetune-smollm2 --overwrite \
 		--steps 60 --log-every 5 --batch-size 2 --learning-rate 2e-3 --evaluation-windows 16 $(ARGS)
 
-# Of a test with many cases one third on the oldest Python and jax, and another on the newest: all of
+# Of a test with many cases one quarter on the oldest Python and jax, and another on the newest: all of
 # them, which make test-matrix has, take half an hour for each.
 test: CASES ?= 1
 test: $(VENV)/.test  ## set up, and run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --cases $(CASES) $(ARGS)
 
-test-slow: CASES ?= 123
+test-slow: CASES ?= 1234
 test-slow: $(VENV)/.test $(VENV)/.smollm2  ## the tests that take long: notebooks, whole runs, many compiled programs
 	$(BIN)/python -m pytest -m slow -n auto --dist loadfile --cases $(CASES) $(ARGS)
 
@@ -36,7 +36,7 @@ test-reliability: export PENALTIES_JAX_ATTACKS = hard
 test-reliability: $(VENV)/.test  ## what may go wrong, tried hard: kills, flipped bits, fuzzing; two hours
 	$(BIN)/python -m pytest tests/reliability -m 'not gpu' -n auto --dist worksteal $(ARGS)
 
-test-matrix: export CASES = 123
+test-matrix: export CASES = 1234
 test-matrix: $(PYTHONS:%=test-%)  ## all cases on the oldest and on the newest Python and jax
 
 # Where pyenv is, its python3.13 is there only for who asks for that version.
