@@ -48,17 +48,22 @@ def frontier(
 
 
 def frontiers(
-    groups: Mapping[str, Sequence[tuple[float, float]]], *, axes: tuple[str, str]
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], *, label: str
 ) -> bytes:
-    """Plot the points of each group, by its name, joined from left to right."""
+    """Plot the points of each group, by its name, joined from left to right.
+
+    A panel for each quantity on the horizontal axis, which is its title; `label` is the other's.
+    """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        plot = figure.subplots()
-        for colour, (name, points) in zip(_colours(len(groups)), groups.items(), strict=True):
-            x, y = zip(*sorted(points), strict=True)
-            plot.plot(x, y, "o-", color=colour, label=name, markersize=8)
-        plot.set(xlabel=axes[0], ylabel=axes[1])
-        plot.legend(frameon=False)
+        figure = Figure(figsize=(2 + 4 * len(panels), 4), layout="constrained")
+        plots = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for plot, (across, groups) in zip(plots, panels.items(), strict=True):
+            for colour, (name, points) in zip(_colours(len(groups)), groups.items(), strict=True):
+                x, y = zip(*sorted(points), strict=True)
+                plot.plot(x, y, "o-", color=colour, label=name, markersize=8)
+            plot.set(xlabel=across)
+        plots[0].set(ylabel=label)
+        plots[0].legend(frameon=False)
         return _png(figure)
 
 

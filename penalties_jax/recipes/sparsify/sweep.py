@@ -1,53 +1,91 @@
-"""Train several members towards their rates at once: one program, groups by controller."""
+"""Train several members towards their rates: one program, capacity after capacity."""
 
 import functools
 import operator
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 import penalties_jax as pj
-from penalties_jax.functional.sparsity import Kind
 from penalties_jax.recipes import training
 from penalties_jax.recipes.language_model import mean_loss
-from penalties_jax.recipes.sparsify.config import DENSE, DUAL, GROUPS, SCHEDULE, SparsifyConfig
-from penalties_jax.recipes.sparsify.config import members as members_of
+from penalties_jax.recipes.sparsify.config import (
+    DENSE,
+    DUAL,
+    GROUPS,
+    SCHEDULE,
+    SparsifyConfig,
+    capacity,
+    members,
+)
 from penalties_jax.recipes.sparsify.model import SparseLanguageModel
 from penalties_jax.recipes.text import Batches
-from penalties_jax.recipes.training import Metrics, Step, descend, split_members
+from penalties_jax.recipes.training import Metrics, Step, adam, descend
+
+LARGEST_GRADIENT = 1.0
 
 
 class State(NamedTuple):
-    """What training changes: the members, group after group, and the controllers' states."""
+    """What training changes: the members of each capacity, and each group's controllers' states."""
 
-    models: training.State
+    models: dict[int, training.State]
     controllers: dict[str, Any]
 
 
-class Shared(NamedTuple):
-    """What training reads: the model without its parameters, and the controllers, stacked.
+class Member(NamedTuple):
+    """Whether a member skips nothing, and whether a schedule is what it follows."""
 
-    The members that are `dense` skip nothing.
-    """
+    dense: bool | Bool[Array, "*members"]
+    scheduled: bool | Bool[Array, "*members"]
+
+
+class Shared(NamedTuple):
+    """What training reads: the model without its parameters, members and controllers, stacked."""
 
     model: tuple[nnx.GraphDef, nnx.State]
-    dense: Bool[Array, " members"]
+    members: Member
     controllers: dict[str, Any]
     batches: Batches
 
 
-class Scores(NamedTuple):
-    """Cross-entropies, where layers compute a position (1, else 0), and how probable that is."""
+class Measured(NamedTuple):
+    """Of each member the cross-entropy, and the shares of gates closed and of positions dropped."""
 
-    loss: Float[Array, "windows members"]
-    masks: Float[Array, "windows members layers time"]
-    probabilities: Float[Array, "windows members layers time"]
+    loss: Float[Array, "*members"]
+    rate: Float[Array, "*members"]
+    dropped: Float[Array, "*members"]
+
+
+class Scores(NamedTuple):
+    """Cross-entropies, positions dropped, open gates (1, else 0), and how probable that is."""
+
+    loss: Float[Array, "members windows"]
+    dropped: Float[Array, "members windows layers"]
+    masks: Float[Array, "members windows layers time"]
+    probabilities: Float[Array, "members windows layers time"]
+
+
+def together(config: SparsifyConfig) -> dict[int, list[int]]:
+    """Return the numbers of the members of each capacity, which are computed together."""
+    groups: dict[int, list[int]] = {}
+    for i, (_, target) in enumerate(members(config)):
+        groups.setdefault(capacity(config, target), []).append(i)
+    return groups
+
+
+def in_order(config: SparsifyConfig, parts: dict[int, Any]) -> Any:
+    """Return what there is of the members of each capacity, as one pytree in the members' order."""
+    groups = together(config)
+    order = np.argsort(np.concatenate(list(groups.values())))
+    return jax.tree.map(
+        lambda *leaves: jnp.concatenate(leaves)[order], *(parts[size] for size in groups)
+    )
 
 
 def controllers(config: SparsifyConfig) -> dict[str, list[Any]]:
@@ -68,98 +106,150 @@ def controllers(config: SparsifyConfig) -> dict[str, list[Any]]:
     return {DENSE: [pj.DualAscent(target=0.0)], SCHEDULE: schedules, DUAL: ascents}
 
 
+@jax.jit
+def controls(shared: Shared, states: dict[str, Any]) -> pj.SparsityControl:
+    """Return what the controllers ask of each member."""
+    asked = [jax.vmap(operator.call)(shared.controllers[name], states[name]) for name in GROUPS]
+    return jax.tree.map(lambda *values: jnp.concatenate(values), *asked)
+
+
+def make_optimizer(config: SparsifyConfig) -> optax.GradientTransformation:
+    """Return the optimiser of each member."""
+    # At a rate of 0, where the gates start, the derivative of "kl" is as large as 1e8.
+    return optax.chain(
+        optax.clip_by_global_norm(LARGEST_GRADIENT), adam(config.learning_rate, config.steps)
+    )
+
+
 def start_sweep(
-    config: SparsifyConfig,
-    model: SparseLanguageModel,
-    batches: Batches,
-    optimizer: optax.GradientTransformation,
+    config: SparsifyConfig, model: SparseLanguageModel, batches: Batches
 ) -> tuple[State, Shared]:
     """Return the stacked members before their first step, and what they share."""
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
-    groups, members = controllers(config), members_of(config)
-    parameters = pj.stack([parameters] * len(members))
-    state = State(
-        training.State(parameters, jax.vmap(optimizer.init)(parameters)),
-        {name: pj.stack([controller.init() for controller in groups[name]]) for name in GROUPS},
-    )
+    state = training.State(parameters, make_optimizer(config).init(parameters))
+    groups, names = controllers(config), [name for name, _ in members(config)]
     shared = Shared(
         model=(graph, rest),
-        dense=jnp.array([name == DENSE for name, _ in members]),
+        members=Member(
+            dense=jnp.array([name == DENSE for name in names]),
+            scheduled=jnp.array([name == SCHEDULE for name in names]),
+        ),
         controllers={name: pj.stack(groups[name]) for name in GROUPS},
         batches=batches,
     )
-    return state, shared
+    models = {size: pj.stack([state] * len(group)) for size, group in together(config).items()}
+    states = {name: pj.stack([controller.init() for controller in groups[name]]) for name in GROUPS}
+    return State(models, states), shared
 
 
-def sweep_step(config: SparsifyConfig, optimizer: optax.GradientTransformation) -> Step:
-    """Return `step(state, shared, index) -> (state, metrics)`, one step of every member.
+def member_step(
+    config: SparsifyConfig, model: tuple[nnx.GraphDef, nnx.State], size: int
+) -> Callable[..., tuple[training.State, Measured]]:
+    """Return `step(state, member, control, windows) -> (state, measured)` at a capacity.
 
     The gates are deterministic and straight-through, so the rate of training is that of
-    evaluation. All members see the same batch. Each metric has one value for each member.
+    evaluation.
     """
-    kinds: dict[str, Kind] = {DENSE: "l1", SCHEDULE: config.kind, DUAL: "l1"}
-    counts = Counter(name for name, _ in members_of(config))
+    optimizer = make_optimizer(config)
 
-    def each(function: Callable[..., Any], *groups: dict[str, Any]) -> dict[str, Any]:
-        """Call `function` on every member of each group."""
-        return {name: jax.vmap(function)(*(group[name] for group in groups)) for name in GROUPS}
+    def step(
+        state: training.State,
+        member: Member,
+        control: pj.SparsityControl,
+        windows: Int[Array, "batch length"],
+    ) -> tuple[training.State, Measured]:
+        def total(parameters: nnx.State) -> tuple[Array, Measured]:
+            merged = _merge(model, parameters)
+            logits = merged(windows[:, :-1], dense=member.dense, capacity=size)
+            loss, rates = mean_loss(logits, windows[:, 1:]), merged.rates()
+            penalty = jnp.where(
+                member.scheduled,
+                pj.SparsityTarget(control.target, config.kind)(rates),
+                pj.SparsityTarget(control.target, "l1")(rates),
+            )
+            balanced, _ = pj.balanced_loss(loss, penalty, sparsity_weight=control.weight)
+            return balanced, Measured(loss, jnp.mean(rates), jnp.mean(merged.dropped()))
 
-    def update(controller: Any, state: Any, measured: tuple[Array, Array]) -> Any:
-        loss, rate = measured
-        return controller.update(state, value=loss, rate=rate)
-
-    def balanced(kind: Kind, measured: tuple[Array, Array], control: pj.SparsityControl) -> Array:
-        loss, rates = measured
-        penalty = pj.SparsityTarget(control.target, kind)(rates)
-        return pj.balanced_loss(loss, penalty, sparsity_weight=control.weight)[0]
-
-    def step(state: State, shared: Shared, index: Array) -> tuple[State, Metrics]:
-        windows = shared.batches(index, config.batch_size, config.context + 1)
-        controls = each(operator.call, shared.controllers, state.controllers)
-
-        def of_member(parameters: Any, dense: Array) -> tuple[Array, Array]:
-            model = _merge(shared, parameters)
-            loss = mean_loss(model(windows[:, :-1], dense=dense), windows[:, 1:])
-            return loss, jnp.stack([layer.rate[...] for layer in model.layers()])
-
-        def total(parameters: Any) -> tuple[Array, tuple[Array, Array]]:
-            """A sum over members, whose gradient is that of each."""
-            losses, rates = jax.vmap(of_member)(parameters, shared.dense)
-            groups = split_members((losses, rates), counts)
-            totals = [
-                jax.vmap(functools.partial(balanced, kinds[name]))(groups[name], controls[name])
-                for name in GROUPS
-            ]
-            return jnp.sum(jnp.concatenate(totals)), (losses, jnp.mean(rates, 1))
-
-        gradients, measured = jax.grad(total, has_aux=True)(state.models.parameters)
-        models = jax.vmap(functools.partial(descend, optimizer))(state.models, gradients)
-        groups = split_members(measured, counts)
-        updated = each(update, shared.controllers, state.controllers, groups)
-        control = jax.tree.map(lambda *values: jnp.concatenate(values), *controls.values())
-        losses, rates = measured
-        return State(models, updated), {"loss": losses, "rate": rates, **control._asdict()}
+        gradient, measured = jax.grad(total, has_aux=True)(state.parameters)
+        return descend(optimizer, state, gradient), measured
 
     return step
 
 
-@jax.jit
-def evaluate(parameters: Any, shared: Shared, windows: Int[Array, "windows length"]) -> Scores:
+def sweep_step(config: SparsifyConfig) -> Step:
+    """Return `step(state, shared, index) -> (state, metrics)`, one step of every member.
+
+    Members of one capacity are computed together, and one capacity after another. All see the same
+    batch. Each metric has one value for each member.
+    """
+    groups = {size: np.array(group) for size, group in together(config).items()}
+    ends = np.cumsum([len(each) for each in controllers(config).values()])[:-1]
+
+    def step(state: State, shared: Shared, index: Array) -> tuple[State, Metrics]:
+        windows = shared.batches(index, config.batch_size, config.context + 1)
+        control = controls(shared, state.controllers)
+        models, parts = {}, {}
+        for size, group in groups.items():
+            own = jax.tree.map(operator.itemgetter(group), (shared.members, control))
+            train = jax.vmap(member_step(config, shared.model, size), (0, 0, 0, None))
+            models[size], parts[size] = train(state.models[size], *own, windows)
+        measured = in_order(config, parts)
+        updated = {
+            name: jax.vmap(_update)(shared.controllers[name], state.controllers[name], loss, rate)
+            for name, loss, rate in zip(
+                GROUPS, jnp.split(measured.loss, ends), jnp.split(measured.rate, ends), strict=True
+            )
+        }
+        return State(models, updated), measured._asdict() | control._asdict()
+
+    return step
+
+
+def _update(controller: Any, state: Any, loss: Array, rate: Array) -> Any:
+    return controller.update(state, value=loss, rate=rate)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def evaluate(
+    config: SparsifyConfig,
+    models: dict[int, training.State],
+    shared: Shared,
+    windows: Int[Array, "windows length"],
+) -> Scores:
     """Score every member on `windows`."""
 
-    def of_window(window: Int[Array, " length"]) -> Scores:
-        inputs, targets = window[None, :-1], window[None, 1:]
+    def of_member(size: int, parameters: nnx.State, dense: Array) -> Scores:
+        def of_window(window: Int[Array, " length"]) -> Scores:
+            model = _merge(shared.model, parameters)
+            logits, masks, probabilities = model.with_gates(
+                window[None, :-1], dense=dense, capacity=size
+            )
+            loss = mean_loss(logits, window[None, 1:])
+            return Scores(loss, model.dropped(), masks[:, 0], probabilities[:, 0])
 
-        def of_member(parameters: Any, dense: Array) -> Scores:
-            model = _merge(shared, parameters)
-            logits, masks, probabilities = model.with_gates(inputs, dense=dense)
-            return Scores(mean_loss(logits, targets), masks[:, 0], probabilities[:, 0])
+        return jax.lax.map(of_window, windows, batch_size=8)
 
-        return jax.vmap(of_member)(parameters, shared.dense)
+    return in_order(
+        config,
+        {
+            size: jax.vmap(functools.partial(of_member, size))(
+                models[size].parameters, shared.members.dense[np.array(group)]
+            )
+            for size, group in together(config).items()
+        },
+    )
 
-    return jax.lax.map(of_window, windows, batch_size=8)
+
+def member_loss(model: tuple[nnx.GraphDef, nnx.State], size: int) -> Callable[..., Array]:
+    """Return `loss(parameters, dense, windows)`, the cross-entropy at a capacity."""
+
+    def loss(parameters: nnx.State, dense: bool, windows: Int[Array, "batch length"]) -> Array:
+        logits = _merge(model, parameters)(windows[:, :-1], dense=dense, capacity=size)
+        return mean_loss(logits, windows[:, 1:])
+
+    return loss
 
 
-def _merge(shared: Shared, parameters: nnx.State) -> SparseLanguageModel:
-    graph, rest = shared.model
+def _merge(model: tuple[nnx.GraphDef, nnx.State], parameters: nnx.State) -> SparseLanguageModel:
+    graph, rest = model
     return nnx.merge(graph, parameters, rest, copy=True)
