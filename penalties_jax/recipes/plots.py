@@ -52,7 +52,7 @@ def frontiers(
 ) -> bytes:
     """Plot the points of each group, by its name, joined from left to right.
 
-    A panel for each quantity on the horizontal axis, which is its title; `label` is the other's.
+    A panel for each quantity on the horizontal axis, which begins at 0.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2 + 4 * len(panels), 4), layout="constrained")
@@ -61,7 +61,7 @@ def frontiers(
             for colour, (name, points) in zip(_colours(len(groups)), groups.items(), strict=True):
                 x, y = zip(*sorted(points), strict=True)
                 plot.plot(x, y, "o-", color=colour, label=name, markersize=8)
-            plot.set(xlabel=across)
+            plot.set(xlabel=across, xlim=(-0.04 * plot.get_xlim()[1], None))
         plots[0].set(ylabel=label)
         plots[0].legend(frameon=False)
         return _png(figure)

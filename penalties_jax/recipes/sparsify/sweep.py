@@ -79,8 +79,16 @@ def together(config: SparsifyConfig) -> dict[int, list[int]]:
     return groups
 
 
+def split(config: SparsifyConfig, tree: Any) -> dict[int, Any]:
+    """Return what a pytree of all members has of those of each capacity."""
+    return {
+        size: jax.tree.map(operator.itemgetter(np.array(group)), tree)
+        for size, group in together(config).items()
+    }
+
+
 def in_order(config: SparsifyConfig, parts: dict[int, Any]) -> Any:
-    """Return what there is of the members of each capacity, as one pytree in the members' order."""
+    """Return what there is of the members of each capacity, as one pytree of all members."""
     groups = together(config)
     order = np.argsort(np.concatenate(list(groups.values())))
     return jax.tree.map(
@@ -182,15 +190,13 @@ def sweep_step(config: SparsifyConfig) -> Step:
     Members of one capacity are computed together, and one capacity after another. All see the same
     batch. Each metric has one value for each member.
     """
-    groups = {size: np.array(group) for size, group in together(config).items()}
     ends = np.cumsum([len(each) for each in controllers(config).values()])[:-1]
 
     def step(state: State, shared: Shared, index: Array) -> tuple[State, Metrics]:
         windows = shared.batches(index, config.batch_size, config.context + 1)
         control = controls(shared, state.controllers)
         models, parts = {}, {}
-        for size, group in groups.items():
-            own = jax.tree.map(operator.itemgetter(group), (shared.members, control))
+        for size, own in split(config, (shared.members, control)).items():
             train = jax.vmap(member_step(config, shared.model, size), (0, 0, 0, None))
             models[size], parts[size] = train(state.models[size], *own, windows)
         measured = in_order(config, parts)
@@ -218,26 +224,22 @@ def evaluate(
 ) -> Scores:
     """Score every member on `windows`."""
 
-    def of_member(size: int, parameters: nnx.State, dense: Array) -> Scores:
+    def of_member(size: int, parameters: nnx.State, member: Member) -> Scores:
         def of_window(window: Int[Array, " length"]) -> Scores:
             model = _merge(shared.model, parameters)
             logits, masks, probabilities = model.with_gates(
-                window[None, :-1], dense=dense, capacity=size
+                window[None, :-1], dense=member.dense, capacity=size
             )
             loss = mean_loss(logits, window[None, 1:])
             return Scores(loss, model.dropped(), masks[:, 0], probabilities[:, 0])
 
         return jax.lax.map(of_window, windows, batch_size=8)
 
-    return in_order(
-        config,
-        {
-            size: jax.vmap(functools.partial(of_member, size))(
-                models[size].parameters, shared.members.dense[np.array(group)]
-            )
-            for size, group in together(config).items()
-        },
-    )
+    parts = {
+        size: jax.vmap(functools.partial(of_member, size))(models[size].parameters, own)
+        for size, own in split(config, shared.members).items()
+    }
+    return in_order(config, parts)
 
 
 def member_loss(model: tuple[nnx.GraphDef, nnx.State], size: int) -> Callable[..., Array]:
