@@ -85,8 +85,14 @@ class Call:
                     # What is excluded may be no distribution.
                     x[~np.broadcast_to(self.arrays["where"], x.shape[:-1])] = -np.inf
             else:
-                x[..., 0], x[0, ..., 1], x[1, ..., 1], x[1, ..., 2] = 0, 1e18, -1e18, 1e-30
+                largest, least = (1, 0) if self.of_chances else (1e18, -1e18)
+                x[..., 0], x[0, ..., 1], x[1, ..., 1], x[1, ..., 2] = 0, largest, least, 1e-30
         return self.arrays | arrays
+
+    @property
+    def of_chances(self):
+        """Whether its arrays are of probabilities by themselves."""
+        return self.function is F.ponder_divergence
 
     @property
     def of_classes(self):
@@ -111,6 +117,8 @@ def of_case(case):
     )
     if case.normalised:
         arrays = {name: special.log_softmax(x, axis=-1) for name, x in arrays.items()}
+    if case.of_chances:
+        arrays = {name: special.expit(x) for name, x in arrays.items()}
     if "where" in case.parameters:
         arrays["where"] = case.where(case.mask())
     numbers = {

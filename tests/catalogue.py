@@ -88,11 +88,23 @@ class Divergence(Entry):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Constraint(Entry):
-    """What is neither: `oracle(*inputs, **hyperparameters)` gives the value of an entry or row."""
+    """What is neither: `oracle(*inputs, **hyperparameters)` gives the value of an entry or row.
 
+    Of `distributions` inputs are log-probabilities along the last axis, of `chances` probabilities
+    by themselves.
+    """
+
+    of_logits: Callable[..., Any] | None = dataclasses.field(default=None, kw_only=True)
     by_row: Fact = dataclasses.field(default=False, kw_only=True)
     distributions: Fact = dataclasses.field(default=False, kw_only=True)
+    chances: bool = dataclasses.field(default=False, kw_only=True)
     masks_entries: bool = dataclasses.field(default=False, kw_only=True)
+
+    def cases(self):
+        yield from super().cases()
+        if self.of_logits:
+            for variant, settings in self.variants.items():
+                yield Case(self, self.of_logits, variant, settings)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,7 +152,7 @@ class Case:
     """A function with the settings of one variant, on arrays of shape [8, 3, 5].
 
     `call(*inputs, **options)` is the function after `prepare`: log_softmax for log-probabilities,
-    because their declared derivatives are those along normalised ones.
+    because their declared derivatives are those along normalised ones, and a sigmoid for chances.
     """
 
     entry: Entry
@@ -219,8 +231,15 @@ class Case:
         distributions = isinstance(self.entry, Divergence) or self.is_a("distributions")
         return distributions and not self.streamed
 
+    @property
+    def of_chances(self):
+        """Whether its inputs are in [0, 1]."""
+        return self.is_a("chances") and self.function is self.entry.function
+
     def prepare(self, x):
-        return jax.nn.log_softmax(x) if self.normalised else x
+        if self.normalised:
+            return jax.nn.log_softmax(x)
+        return jax.nn.sigmoid(x) if self.of_chances else x
 
     def raw(self, *inputs, **options):
         return self.function(*inputs, **(self.settings | options))
@@ -264,6 +283,8 @@ class Case:
             return self.formula(*self.probabilities(inputs, **numbers), **numbers).sum(-1)
         if self.is_a("distributions"):
             inputs = [special.log_softmax(x, axis=-1) for x in inputs]
+        if self.is_a("chances"):
+            inputs = map(special.expit, inputs)
         return self.formula(*inputs, where=where, **numbers)
 
     def reduced_entries(self, *inputs, reduction, where=None, **numbers):
@@ -667,22 +688,22 @@ def _ponder(halting, epsilon):
     return np.apply_along_axis(of_position, -1, halting)
 
 
-def _ponder_divergence(logits, rate):
+def _ponder_divergence(halting, rate):
     """By scipy's geometric distribution, and chances of halting multiplied step by step."""
 
-    def of_position(logits):
-        steps = np.arange(1, len(logits) + 1)
+    def of_position(halting):
+        steps = np.arange(1, len(halting) + 1)
         if rate:
-            prior = stats.geom.pmf(steps, rate) / stats.geom.cdf(len(logits), rate)
+            prior = stats.geom.pmf(steps, rate) / stats.geom.cdf(len(halting), rate)
         else:
-            prior = np.full(len(logits), 1 / len(logits))
+            prior = np.full(len(halting), 1 / len(halting))
         halts, reached = [], 1.0
-        for chance in special.expit(logits[:-1]):
+        for chance in halting[:-1]:
             halts.append(reached * chance)
             reached = reached * (1 - chance)
         return stats.entropy([*halts, reached], prior)
 
-    return np.apply_along_axis(of_position, -1, logits)
+    return np.apply_along_axis(of_position, -1, halting)
 
 
 def _estimate(log_p, log_q, estimator, log_ratio_clip):
@@ -736,8 +757,10 @@ CONSTRAINTS = [
         F.ponder_divergence,
         pj.PonderDivergence,
         _ponder_divergence,
+        of_logits=F.ponder_divergence_from_logits,
         variants={"": {"rate": 0.3}, "uniform": {"rate": 0.0}, "late": {"rate": 0.01}},
         by_row=True,
+        chances=True,
     ),
     Constraint(
         F.wasserstein,
@@ -964,4 +987,5 @@ def inputs_of(config):
             ids = jnp.stack([labels, (labels + 2) % values.shape[-1]], -1)
             return values, ids, jnp.log(jnp.full(ids.shape, 0.3))
         return (values, labels)[: config.takes[0]]
-    return tuple(jax.nn.log_softmax(jnp.float32(x)) for x in case.data(shape=case.shape))
+    prepare = case.prepare if case.of_chances else jax.nn.log_softmax
+    return tuple(prepare(jnp.float32(x)) for x in case.data(shape=case.shape))

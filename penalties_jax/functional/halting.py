@@ -16,6 +16,7 @@ __all__ = [
     "halting_weights",
     "ponder_cost",
     "ponder_divergence",
+    "ponder_divergence_from_logits",
 ]
 
 
@@ -63,7 +64,7 @@ def ponder_cost(
 
 @public
 def ponder_divergence(
-    logits: Real[ArrayLike, "*positions T"],
+    halting: Real[ArrayLike, "*positions T"],
     rate: ArrayLike,
     *,
     weights: ArrayLike = 1.0,
@@ -79,11 +80,13 @@ def ponder_divergence(
     $1 / \lambda_p$ steps where T is well above that. At a rate of 0 it is uniform; at 1 all of it
     is the first step, and any other costs infinity, with a finite gradient.
 
-    It is of logits, $\lambda_n = \sigma(z_n)$, so that value and gradient are exact where a sigmoid
-    is 0 or 1. The last logit has no part in it.
+    Where $\lambda_n$ is 0 or 1 the value is its limit; the slope, which is infinite, is taken to be
+    0, the limit of what a sigmoid passes on. In float32 a sigmoid is 1 from logits of 17 on: where
+    there are logits, `pj.ponder_divergence_from_logits` loses nothing.
 
     Args:
-        logits: The z, steps last: what a halting unit gives, before a sigmoid.
+        halting: The $\lambda$, in [0, 1], steps last, as `pj.ponder_cost` takes them: the
+            probability of halting at a step that is reached. The last of them has no part in it.
         rate: The $\lambda_p$, in [0, 1]: a number, or one for each position.
         weights, reduction, where, axis_name: As in `pj.kl_divergence`, and so are errors.
 
@@ -97,15 +100,45 @@ def ponder_divergence(
         Banino, Balaguer & Blundell (2021), PonderNet: learning to ponder.
 
     Examples:
+        >>> halting = jnp.array([[0.5, 0.5, 0.5], [1.0, 0.0, 0.0]])
+        >>> [round(float(x), 4) for x in pj.ponder_divergence(halting, 0.5, reduction="none")]
+        [0.0398, 0.5596]
+    """
+    UNIT.check(rate=rate)
+    options = {"reduction": reduction, "where": where, "axis_name": axis_name}
+    return _of_steps(_divergence, options, weights, {"halting": halting}, rate=rate)
+
+
+@public
+def ponder_divergence_from_logits(
+    logits: Real[ArrayLike, "*positions T"],
+    rate: ArrayLike,
+    *,
+    weights: ArrayLike = 1.0,
+    reduction: Reduction = "mean",
+    where: Bool[ArrayLike, "..."] | None = None,
+    axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""PonderNet's penalty, from logits: `pj.ponder_divergence` of $\lambda_n = \sigma(z_n)$.
+
+    Value and gradient are exact also where a sigmoid would round to 0 or 1.
+
+    Args:
+        logits: The z, steps last: what a halting unit gives, before a sigmoid. The last of them has
+            no part in it.
+        rate, weights, reduction, where, axis_name: As in `pj.ponder_divergence`; so are result and
+            errors.
+
+    Examples:
         >>> logits = jnp.array([0.0, 0.0, 0.0])
-        >>> round(float(pj.ponder_divergence(logits, 0.5)), 4)
+        >>> round(float(pj.ponder_divergence_from_logits(logits, 0.5)), 4)
         0.0398
-        >>> float(pj.ponder_divergence(jnp.array([jnp.inf, 0.0, 0.0]), 1.0))
+        >>> float(pj.ponder_divergence_from_logits(jnp.array([jnp.inf, 0.0, 0.0]), 1.0))
         0.0
     """
     UNIT.check(rate=rate)
     options = {"reduction": reduction, "where": where, "axis_name": axis_name}
-    return _of_steps(_divergence, options, weights, {"logits": logits}, rate=rate)
+    return _of_steps(_divergence_of_logits, options, weights, {"logits": logits}, rate=rate)
 
 
 @public
@@ -138,7 +171,7 @@ def halting_log_probabilities(
     step takes the rest. PonderNet's loss is the mean of the losses of all steps under them.
 
     Args:
-        logits: As in `pj.ponder_divergence`; so are errors.
+        logits: As in `pj.ponder_divergence_from_logits`; so are errors.
 
     Examples:
         >>> jnp.exp(pj.halting_log_probabilities(jnp.array([0.0, 0.0, -9.0]))).tolist()
@@ -186,16 +219,37 @@ def _cost(halting, epsilon, axis):
     return 2 + jnp.sum(jnp.where(before, 1 - halting, 0), axis)
 
 
-def _divergence(logits, rate, axis):
-    log_p = _log_probabilities(logits)
+def _divergence(halting, rate, axis):
+    return _to_prior(_log_probabilities(*_logs(halting)), rate, axis)
+
+
+def _divergence_of_logits(logits, rate, axis):
+    return _to_prior(_log_probabilities(*_logs_of_logits(logits)), rate, axis)
+
+
+def _to_prior(log_p, rate, axis):
     return SumOfTerms(KL["forward"])(log_p, _log_prior(rate, log_p), axis=axis)
 
 
-def _log_probabilities(logits):
-    last = logits.shape[-1] - 1
-    passed = jnp.cumsum(jax.nn.log_sigmoid(-logits[..., :last]), -1)
-    reached = jnp.concatenate([jnp.zeros_like(logits[..., :1]), passed], -1)
-    return reached + jnp.where(jnp.arange(last + 1) < last, jax.nn.log_sigmoid(logits), 0)
+def _logs(halting):
+    """Log h and log(1 - h), with slope 0 where h is 0 or 1."""
+    never, surely = halting == 0, halting == 1
+    inside = jnp.where(never | surely, 0.5, halting)
+    halts = jnp.where(never, -jnp.inf, jnp.where(surely, 0, jnp.log(inside)))
+    passes = jnp.where(surely, -jnp.inf, jnp.where(never, 0, jnp.log1p(-inside)))
+    return halts, passes
+
+
+def _logs_of_logits(logits):
+    return jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
+
+
+def _log_probabilities(halts, passes):
+    """When a position halts, from the logarithms of halting and of not, at each step reached."""
+    last = halts.shape[-1] - 1
+    passed = jnp.cumsum(passes[..., :last], -1)
+    reached = jnp.concatenate([jnp.zeros_like(passes[..., :1]), passed], -1)
+    return reached + jnp.where(jnp.arange(last + 1) < last, halts, 0)
 
 
 def _log_prior(rate, like):
@@ -222,4 +276,4 @@ def _halting_weights(halting, epsilon):
 
 @jax.jit
 def _halting_log_probabilities(logits):
-    return _log_probabilities(*promote(logits))
+    return _log_probabilities(*_logs_of_logits(*promote(logits)))

@@ -78,7 +78,8 @@ class AdaptiveDepth(Configured):
         block: A module or a function from [..., d] to [..., d], whose parameters all steps share.
         max_depth: The most steps, at least 1.
         features: The d.
-        penalty: A `pj.PonderCost`, which is the default, or a `pj.PonderDivergence`.
+        penalty: A `pj.PonderCost`, which is the default, or a `pj.PonderDivergence`, whose `inputs`
+            make no difference: it is computed from the logits.
         weight: The weight of the penalty, at least 0. It is a number, an array or a schedule, and
             an attribute that can be set, as the penalty is. Schedules are read at the step that
             `pj.nnx.set_step` or `pj.nnx.advance` has set.
@@ -172,8 +173,7 @@ class AdaptiveDepth(Configured):
         if isinstance(penalty, PonderDivergence):
             weights = jnp.exp(halting_log_probabilities(logits))
         if not self.deterministic:
-            of = jax.nn.sigmoid(logits) if isinstance(penalty, PonderCost) else logits
-            value = check_scalar("penalty", penalty(of, where=where))
+            value = check_scalar("penalty", _value(penalty, logits, where))
             self.recorded[...] += self._at(self.weight, step) * value
         self._measure(depth, where)
         return Steps(jnp.stack(states), weights, depth)
@@ -222,6 +222,13 @@ class AdaptiveDepth(Configured):
         depth = depth if where is None else jnp.where(where, depth, 0)
         mean = reduce(promote(depth)[0], reduction="mean", where=where, axis_name=None)
         self.depth[...] = mean.astype(self.depth.dtype)
+
+
+def _value(penalty, logits, where):
+    """What the steps cost, by the logits whatever the penalty is of."""
+    if isinstance(penalty, PonderDivergence):
+        return penalty._with(inputs="logits")(logits, where=where)
+    return penalty(jax.nn.sigmoid(logits), where=where)
 
 
 def _halted(penalty: Any, logits: Array) -> tuple[Array, Array]:

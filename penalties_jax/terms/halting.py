@@ -1,13 +1,18 @@
 """What steps cost."""
 
+from typing import Literal
+
 from penalties_jax import functional
 from penalties_jax._pytree import abstract, config, number, option
 from penalties_jax.functional.checks import FINITE, UNIT
 from penalties_jax.functional.reduction import Reduction
 from penalties_jax.terms.base import Numeric
+from penalties_jax.terms.divergences import by_input
 from penalties_jax.terms.reduced import Reduced
 
 __all__ = ["PonderCost", "PonderDivergence"]
+
+Inputs = Literal["probabilities", "logits"]
 
 
 @abstract
@@ -42,17 +47,26 @@ class PonderCost(OfSteps):
 
 @config
 class PonderDivergence(OfSteps):
-    """PonderNet's KL of halting logits to a geometric prior: `pj.ponder_divergence` as a config.
+    """PonderNet's KL of halting to a geometric prior: `pj.ponder_divergence` as a config.
 
     Attributes:
         rate, weights, reduction, axis_name: As in `pj.ponder_divergence`.
+        inputs: "probabilities", of halting; or "logits" for `pj.ponder_divergence_from_logits`.
 
     Examples:
-        >>> round(float(pj.PonderDivergence(rate=0.5)(jnp.zeros(3))), 4)
+        >>> round(float(pj.PonderDivergence(rate=0.5)(jnp.full(3, 0.5))), 4)
+        0.0398
+        >>> round(float(pj.PonderDivergence(rate=0.5, inputs="logits")(jnp.zeros(3))), 4)
         0.0398
     """
 
     rate: Numeric = number(valid=UNIT)
+    inputs: Inputs = option(default="probabilities", choices=Inputs, kw_only=True)
 
-    _function = staticmethod(functional.ponder_divergence)
+    _functions = by_input(
+        Inputs, functional.ponder_divergence, functional.ponder_divergence_from_logits
+    )
     measured_as = "ponder_divergence"
+
+    def _pure(self):
+        return self._functions[self.inputs]

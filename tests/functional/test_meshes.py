@@ -63,11 +63,12 @@ SETTINGS = {
     "sparsity_rate": {"axis": -1},
     "sparsity_target_loss": {"kind": "huber"},
 }
-# What hyperparameters are near to, where neither a setting nor a default is a number.
+# What arrays and hyperparameters are near to, where neither a setting nor a default is a number.
 NUMBERS = {
     "center": 0.3,
     "clip": 0.7,
     "floor": -3.0,
+    "halting": 0.5,
     "log_rest": -1.0,
     "mean": 0.5,
     "rate": 0.3,
@@ -208,7 +209,7 @@ def _call(function, settings):
         elif kind is None:
             options |= {name: value} if name in settings else {}
         elif kind[0] != "Number" and parameter.default is parameter.empty:
-            arrays[name] = array_of(name, kind[0], 0.0, shapes_of(kind[1])[0])
+            arrays[name] = array_of(name, kind[0], NUMBERS.get(name, 0.0), shapes_of(kind[1])[0])
         elif isinstance(value, tuple) or (
             value == "mean" and "Literal" in str(parameter.annotation)
         ):

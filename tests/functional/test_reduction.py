@@ -43,9 +43,9 @@ def poisoned(case, inputs, mask):
 
 def through(case, slope, x):
     """The gradient in what `prepare` took, from that in what it gave: the chain rule."""
-    if not case.normalised:
-        return slope
-    return slope - special.softmax(x, axis=-1) * slope.sum(-1, keepdims=True)
+    if case.normalised:
+        return slope - special.softmax(x, axis=-1) * slope.sum(-1, keepdims=True)
+    return slope * special.expit(x) * special.expit(-x) if case.of_chances else slope
 
 
 def assert_is_gradient(case, slopes, inputs, where):
@@ -151,10 +151,12 @@ def test_half_precision_is_float32_inside(case, dtype):
 @every(FUNCTIONS, slow=streamed_again)
 @pytest.mark.parametrize("dtype", ["int8", "int64"])
 def test_integers_become_float32(case, dtype):
-    """Log-probabilities too, where they happen to be integers: 0 is the logarithm of 1."""
+    """Log-probabilities and chances too, where they happen to be integers."""
     values = np.random.default_rng(0).integers(-3, 4, size=(case.inputs, *SHAPE))
     if case.normalised:
         values[:] = 0
+    if case.of_chances:
+        values %= 2
     with jax.enable_x64(dtype == "int64"):
         result = case.raw(*(jnp.asarray(x, dtype) for x in values), reduction="mean")
         assert result.dtype == jnp.float32

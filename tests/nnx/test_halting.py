@@ -102,8 +102,7 @@ def test_training(name):
     assert_close(steps.states, states, rtol=1e-4, atol=1e-5)
     assert_close(steps.weights, weights, rtol=1e-4, atol=1e-5)
     assert np.array_equal(steps.depth, depth)
-    halting = 1 / (1 + np.exp(-logits))
-    value = PENALTIES[name](halting if name == "act" else logits)
+    value = PENALTIES[name](1 / (1 + np.exp(-logits)))
     assert_close(pj.nnx.collect_penalties(layer), 0.5 * value, rtol=1e-4)
     mean = (np.moveaxis(states, 0, -2) * weights[..., None]).sum(-2)
     assert_close(layer(X), mean, rtol=1e-4, atol=1e-4)
@@ -178,8 +177,7 @@ def test_positions_that_do_not_exist_cost_nothing(penalty):
     depth = layer.steps(held).depth
     pj.nnx.collect_penalties(layer)
     logits = by_hand(layer, held)[1]
-    of = 1 / (1 + np.exp(-logits)) if isinstance(penalty, pj.PonderCost) else logits
-    assert_close(value, penalty(of[WHERE]), rtol=1e-4)
+    assert_close(value, penalty(1 / (1 + np.exp(-logits[WHERE]))), rtol=1e-4)
     for training in (True, False):
         (layer.train if training else layer.eval)()
         layer(held, where=WHERE)
@@ -222,6 +220,21 @@ def test_a_weight_shortens_the_depth(name):
             train(layer, optimizer)
         depths.append(float(layer.depth[...]))
     assert depths[1] < depths[0] - 0.5
+
+
+def test_logits_are_what_a_divergence_is_of_whatever_it_says():
+    """Also where a sigmoid would be 1, and would pass on no gradient."""
+
+    def slope(inputs):
+        penalty = pj.PonderDivergence(0.3, inputs=inputs)
+        layer = make(penalty, spread=0.0, weight=1.0)
+        layer.unit.bias[...] = 20.0
+        gradient = nnx.grad(lambda layer: (layer(X), pj.nnx.collect_penalties(layer))[1])(layer)
+        assert layer.penalty.inputs == inputs
+        return gradient["unit"]["bias"][...]
+
+    assert slope("probabilities") > 0
+    assert_close(slope("probabilities"), slope("logits"), rtol=0)
 
 
 def test_the_expected_loss():

@@ -178,6 +178,7 @@ LARGEST = {F.orthogonality: 1e11}
 # What an argument of a name may hold.
 RANGES: dict[str, Callable[[Any], Any]] = {
     "couplings": abs,
+    "halting": lambda x: abs(x) / (1 + abs(x)),
     "importances": abs,
     "mask": lambda x: abs(x) / (1 + abs(x)),
     "rate": lambda x: abs(x) / (1 + abs(x)),
@@ -310,6 +311,7 @@ ORDERED = {
     F.resolvent_diagonal: {5, 6},
     F.ponder_cost: {5},
     F.ponder_divergence: {5},
+    F.ponder_divergence_from_logits: {5},
     F.halting_log_probabilities: {6},
     F.halting_weights: {6},
     F.top_k_gate: {5},

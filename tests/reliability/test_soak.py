@@ -46,8 +46,7 @@ def forward(params, noise):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         shift = (params["ab"[i]] + noise)[(0,) * (3 - x.ndim)]
-        normalised = name in CONFIGS and CONFIGS[name].normalised
-        return jax.nn.log_softmax(x + shift) if normalised else x + shift
+        return CONFIGS[name].prepare(x + shift) if name in CONFIGS else x + shift
 
     return {
         f"{name} {i}": moved(name, i, x)
