@@ -1,4 +1,4 @@
-"""Teach a small language model to skip a stated share of its work, and see what that costs.
+"""Teach a small language model to skip a stated share of its work; see what that costs and saves.
 
 A byte-level transformer with sparse resolvent layers is trained dense. From there it goes on, once
 dense and once for each target rate and each of two controllers: a schedule, which raises the target
