@@ -40,15 +40,16 @@ from penalties_jax.recipes.sparsify.model import SparseLanguageModel
 BATCH, CONTEXT, LAYERS, HEADS = 4, 128, 2, 4
 WIDTHS, QUICK_WIDTHS = (64, 256), (64,)
 ROUNDS, QUICK_ROUNDS = 60, 20
-RATES = (0.0, 0.5, 0.7)
-DENSE, EVERY = "dense", "every expert"
-# What gate, gather and scatter add to the dense step, at most.
+DENSE, EVERY, WHOLE = "dense", "every expert", "rate 0"
+# The rate of each model that gathers; the others compute all positions.
+RATES = {WHOLE: 0.0, "rate 0.5": 0.5, "rate 0.7": 0.7}
+# At most, of the step that computes every expert; what gate, gather and scatter add, of the dense
+# step.
 OVERHEAD = 1.08
-# Of the step that computes every expert, at most.
 BARS = {
-    "evaluation": {0.5: 0.65, 0.7: 0.5},
-    "training": {0.5: 0.75, 0.7: 0.6},
-    "layers": {0.5: 0.6, 0.7: 0.45},
+    "evaluation": {WHOLE: OVERHEAD, "rate 0.5": 0.65, "rate 0.7": 0.5},
+    "training": {WHOLE: OVERHEAD, "rate 0.5": 0.75, "rate 0.7": 0.6},
+    "layers": {WHOLE: OVERHEAD, "rate 0.5": 0.6, "rate 0.7": 0.45},
 }
 
 
@@ -82,7 +83,7 @@ class Result(NamedTuple):
     @property
     def met(self) -> bool:
         """Whether the bar is, of which the overhead's is one of the dense step."""
-        judged = self.over_dense if self.bar == OVERHEAD else self.over_every
+        judged = self.over_dense if self.name == WHOLE else self.over_every
         return self.bar is None or judged.median <= self.bar
 
 
@@ -96,17 +97,17 @@ def run(*, quick: bool, out: Path) -> str:
                 rounds=QUICK_ROUNDS if quick else ROUNDS,
                 label=f"{what}, width {width}",
             )
-            seconds[f"{what}, {width}"] = {str(name): x for name, x in times.items()}
+            seconds[f"{what}, {width}"] = times
             results += [
                 Result(
                     width,
                     what,
-                    name if isinstance(name, str) else f"rate {name:g}",
-                    capacity_at(name),
+                    name,
+                    capacity_of(name),
                     spread(1e3 * own),
                     ratio(own, times[DENSE]),
                     ratio(own, times[EVERY]),
-                    OVERHEAD if name == 0 else BARS[what].get(name),
+                    BARS[what].get(name),
                 )
                 for name, own in times.items()
             ]
@@ -118,28 +119,30 @@ def run(*, quick: bool, out: Path) -> str:
     return f"{title}\n\n{table([_row(result) for result in results])}"
 
 
-def capacity_at(name: str | float) -> int:
+def capacity_of(name: str) -> int:
     """How many positions of each example a layer computes."""
-    if isinstance(name, str):
+    if name not in RATES:
         return CONTEXT
-    return min(CONTEXT - 1, math.ceil(HEAD_ROOM * (1 - name) * CONTEXT))
+    return min(CONTEXT - 1, math.ceil(HEAD_ROOM * (1 - RATES[name]) * CONTEXT))
 
 
-def _program(what: str, width: int, name: str | float) -> Any:
+def _program(what: str, width: int, name: str) -> Any:
     model = SparseLanguageModel(
         width=width, layers=LAYERS, heads=HEADS, context=CONTEXT, rngs=nnx.Rngs(0)
     )
     model.eval()
     if name == EVERY:
         for layer in model.layers():
-            layer.experts = EveryExpert(layer.experts)
+            experts: Any = EveryExpert(layer.experts)
+            layer.experts = experts
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
     merged = partial(_merged, graph, rest)
-    dense = isinstance(name, str)
-    options = {"dense": dense, "capacity": None if dense else capacity_at(name)}
+    dense, capacity = name not in RATES, capacity_of(name)
 
     def evaluate(parameters: Any, windows: Int[Array, "batch length"]) -> Array:
-        return mean_loss(merged(parameters)(windows[:, :-1], **options), windows[:, 1:])
+        return mean_loss(
+            merged(parameters)(windows[:, :-1], dense=dense, capacity=capacity), windows[:, 1:]
+        )
 
     def train(parameters: Any, windows: Int[Array, "batch length"]) -> tuple[Any]:
         gradients = jax.grad(evaluate)(parameters, windows)
@@ -148,7 +151,7 @@ def _program(what: str, width: int, name: str | float) -> Any:
     def layers(parameters: Any, x: Float[Array, "batch n d"]) -> Array:
         for block in merged(parameters).blocks:
             mask = jnp.ones(x.shape[:2]) if dense else None
-            x = x + block.sparse(x, mask=mask, capacity=options["capacity"] or CONTEXT)
+            x = x + block.sparse(x, mask=mask, capacity=capacity)
         return x
 
     windows = jax.random.randint(jax.random.key(0), (BATCH, CONTEXT + 1), 0, 256)
@@ -183,9 +186,9 @@ def _plot(results: list[Result], path: Path) -> None:
     for ax, (width, what) in zip(axes, panels, strict=True):
         chosen = [r for r in results if (r.width, r.what) == (width, what)]
         for i, result in enumerate(chosen):
-            colour = OURS if result.name.startswith("rate") else PEER
+            colour = OURS if result.name in RATES else PEER
             ax.bar(i, result.over_every.median, color=colour, yerr=result.over_every.error)
-            if result.bar and result.bar != OVERHEAD:
+            if result.bar and result.name != WHOLE:
                 ax.plot([i - 0.4, i + 0.4], [result.bar] * 2, color=BAR)
         ax.set_xticks(
             range(len(chosen)), [r.name for r in chosen], rotation=45, ha="right", fontsize=8
