@@ -22,9 +22,13 @@ demo-llm: $(VENV)/.smollm2  ## the same of SmolLM2, a language model of 135 mill
 	$(BIN)/penalties-jax finetune --model smollm2 --out $(RUNS)/finetune-smollm2 --overwrite \
 		--steps 60 --log-every 5 --batch-size 2 --learning-rate 2e-3 --evaluation-windows 16 $(ARGS)
 
+# Compiling is most of the tests' time: their programs are too small to be worth optimising.
+UNOPTIMISED := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
+
 # Of a test with many cases one quarter on the oldest Python and jax, and another on the newest: all of
 # them, which make test-matrix has, take half an hour for each.
 test: CASES ?= 1
+test: export XLA_FLAGS += $(UNOPTIMISED)
 test: $(VENV)/.test  ## set up, and run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --cases $(CASES) $(ARGS)
 
@@ -59,8 +63,7 @@ TYPES := penalties_jax,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_to
 test-types:  ## other cases on the newest Python and jax, while every annotation is checked
 	$(MAKE) test-3.13 CASES=2 ARGS='"--jaxtyping-packages=$(TYPES)" $(ARGS)'
 
-# Compiling is most of it: the programs are too small to be worth optimising.
-test-tunix: export XLA_FLAGS += --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
+test-tunix: export XLA_FLAGS += $(UNOPTIMISED)
 test-tunix:  ## the guide to Tunix, against Tunix itself
 	PYENV_VERSION=3.11 $(MAKE) .venv-tunix/.google-tunix VENV=.venv-tunix PYTHON=python3.11
 	.venv-tunix/bin/python -m pytest -o addopts= --import-mode=importlib -ra tests/test_tunix.py $(ARGS)

@@ -271,17 +271,20 @@ OTHERS = [
     ),
     _given(
         F.gather_active,
-        arrays={"x": _lattice(2, 4, 3), "scores": _lattice(2, 4, seed=1), "where": X[:2, :4] < 1},
+        arrays={"x": _lattice(3, 5, 4), "scores": _lattice(3, 5, seed=1), "where": X[:3, :5] < 1},
         capacity=2,
     ),
     _given(
         F.scatter_active,
         arrays={
-            "values": _lattice(2, 2, 3),
-            "like": _lattice(2, 4, 3, seed=1),
-            "gate": _lattice(2, 4, seed=2),
+            "values": _lattice(3, 2, 4),
+            "like": _lattice(3, 5, 4, seed=1),
+            "gate": _lattice(3, 5, seed=2),
         },
-        active=F.Active(np.int32([[0, 2], [1, 3]]), np.array([[True, True], [False, True]])),
+        active=F.Active(
+            np.int32([[0, 2], [1, 3], [3, 4]]),
+            np.array([[True, True], [False, True], [True, True]]),
+        ),
     ),
     _given(
         F.token_targets,

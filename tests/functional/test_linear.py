@@ -448,6 +448,7 @@ def test_rows_and_classes_sharded(head, reduction, check_vma):
         assert_close(slope, desired, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_exported_for_any_number_of_positions():
     """Of the one that is made of both kinds; test_modes.py exports them all, for any batch."""
     arrays, labels, _ = data()

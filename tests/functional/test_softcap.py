@@ -34,6 +34,7 @@ def test_values_and_slopes_of_any_size(bound):
         assert_close(slopes[argument], desired, rtol=1e-5, atol=least)
 
 
+@pytest.mark.slow
 def test_the_same_of_logits_that_were_capped(x64):
     random = np.random.default_rng(0)
     shapes = [(4, 3, 6), (6, 40)] * 2

@@ -367,7 +367,9 @@ class Scheduled(nn.Module):
             @nn.compact
             def __call__(self, x, _):
                 x = pj.linen.ActivityPenalty(pj.L1(), weight=rise)(x)
-                return x, pj.linen.SparsityGate(target=rise, weight=rise, kind="l2")(x)
+                gate = pj.linen.SparsityGate(target=rise, weight=rise, kind="l2")
+                gate(x)
+                return x, gate(x, deterministic=True)
 
         axes = {"params": 0, "penalties": 0, "schedule": 0}
         rngs = {"params": True, "gate": True}

@@ -280,6 +280,7 @@ def test_the_defaults_reach_their_targets(name):
     assert runs.miss <= 0.05
 
 
+@pytest.mark.slow
 def test_the_same_defaults_everywhere():
     gate, layer = (
         pj.nnx.SparsityGate(6, rngs=nnx.Rngs(0)),

@@ -148,6 +148,7 @@ def counting(penalty, max_depth=6):
     return layer
 
 
+@pytest.mark.slow
 @every_penalty
 def test_steps_end_when_all_have_halted(penalty):
     """Steps are counted by the block; padding waits for nobody, and nobody for padding."""
@@ -199,6 +200,7 @@ def test_what_learns(penalty):
     assert jnp.any(of_penalty["unit"]["kernel"][...] != 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PENALTIES)
 def test_a_weight_shortens_the_depth(name):
     """More of it, fewer steps, on a job that gains from steps."""
@@ -325,6 +327,7 @@ def test_in_a_scan_that_carries_it(penalty):
         assert_close(again.depth[...], layer.depth[...], rtol=1e-6)
 
 
+@pytest.mark.slow
 @every_penalty
 @every_mesh
 def test_over_devices(penalty, axis_type):

@@ -312,6 +312,7 @@ def test_computed_positions_are_those_of_an_example():
     assert float(layer.get_sparsity_stats()["num_computed"]) == 0
 
 
+@pytest.mark.slow
 def test_python_numbers_never_widen(x64):
     layer = make()
     parameters = nnx.state(layer, nnx.Param)

@@ -130,6 +130,7 @@ def of_budgets(run_and_kill):
     return run_and_kill(BUDGETED)
 
 
+@pytest.mark.slow
 def test_budgets_learn_their_weights(of_budgets, capsys):
     folder, _ = of_budgets
     settings = yaml.safe_load((folder / "config.yaml").read_text())

@@ -53,6 +53,7 @@ def losses_from_logits(model, base, windows):
     return -jnp.mean(jnp.take_along_axis(log_p, labels, -1)), kl
 
 
+@pytest.mark.slow
 def test_a_step_is_the_gradient_of_the_loss_from_logits(adapted, step):
     before, after, metrics, shared = step
     windows = shared.batches(jnp.int32(0), 2, 9)
@@ -80,6 +81,7 @@ def test_a_step_is_the_gradient_of_the_loss_from_logits(adapted, step):
     np.testing.assert_allclose(metrics["kl"], 0, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_scores_are_those_from_logits(adapted, step):
     _, after, _, shared = step
     scores = evaluate(after.members, shared, WINDOWS)
