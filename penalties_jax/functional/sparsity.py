@@ -354,8 +354,9 @@ def gather_active(
     What follows runs on them alone, and `pj.scatter_active` puts it back: the capacity is static,
     so the work of a program is too. Of equal scores the first are taken, and a score of NaN is
     below all others. Where fewer positions exist than there are slots, the rest of the slots are
-    masked, and 0. The gradient flows to `x` at the positions taken; scores have none: it is the
-    `gate` of `pj.scatter_active` that teaches them.
+    masked, and 0: what runs on them must have a finite derivative there. The gradient flows to `x`
+    at the positions taken; scores have none: it is the `gate` of `pj.scatter_active` that teaches
+    them.
 
     Args:
         x: What lies at the positions, of shape [*batch, n, ...].

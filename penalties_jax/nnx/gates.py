@@ -164,13 +164,15 @@ class SparsityGate(Skipping):
         Args:
             function: What is computed, such as a layer: from [*batch, positions, d] to [*batch,
                 positions, e], each position by itself, of all positions or of gathered ones. In
-                evaluation it changes no state of its own.
+                evaluation it changes no state of its own: call `eval()` of the whole model.
             x: The features of the positions, from which their gates are predicted too.
-            like: What skipped positions pass on, the $l$; `x` if None.
+            like: What skipped positions pass on, the $l$; `x` if None, where e is d.
             where: Which positions exist; the others are skipped, and no part of the rate.
             control, temperature, step: As in a call of the gate.
             capacity: As in a call of a `pj.nnx.SparseMoEResNetBKLayer`.
         """
+        if x.ndim < 2:
+            raise ValueError(f"x must have the shape [*batch, positions, features], got {x.shape}")
         logits = self.predictor(x)
         mask, settled = self._gates(logits, where, control, temperature, step)
         passed = x if like is None else like

@@ -75,7 +75,7 @@ class Skipping(Configured):
             logits: The importance of the positions.
             where: Which positions exist; the others are skipped, and not counted.
             capacity: How many to compute. None is the module's own in training; in evaluation the
-                least of a few that has room for all open gates.
+                least of `SIZES` that has room for the open gates of the fullest example.
         """
         size = x.shape[-2]
         if where is not None:

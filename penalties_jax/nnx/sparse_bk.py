@@ -121,8 +121,9 @@ class SparseMoEResNetBKLayer(Skipping):
     rate. With "gather" only `capacity` positions of each example are, those of the most open gates:
     experts, potential and resolvent run on them alone. That many are computed in training, open or
     not, so that closed gates learn too; open ones beyond it are skipped (`"dropped"` of
-    `get_sparsity_stats`). In evaluation the gates decide, and the least of a few capacities that
-    has room for all of them is taken, in the same program.
+    `get_sparsity_stats`). In evaluation the gates decide: of four capacities, evenly from that of
+    training to `n_seq`, the least is taken that has room for all of them in the fullest example, in
+    one program.
 
     Args:
         d_model: The size of the last axis, at least 2.
@@ -139,8 +140,9 @@ class SparseMoEResNetBKLayer(Skipping):
             sparsity loss are as the numbers of a `pj.nnx.SparsityGate`.
         compute: "mask" or "gather".
         capacity: How many positions of each example "gather" computes, from 1 to `n_seq`; a static
-            attribute that can be set. By default 1.1 times what the target leaves, which then has
-            to be a plain number.
+            attribute that can be set, at the price of another program. By default 1.1 times what
+            the target leaves at construction, which then has to be a plain number: where a target
+            is set later on, set the capacity too.
         rngs: The random keys: of the initial parameters, and the streams "dropout" and "gate".
 
     Raises:

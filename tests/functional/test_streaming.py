@@ -570,3 +570,10 @@ def test_cross_entropy_of_classes_sharded_over_devices():
 def test_bad_labels(labels, error, message):
     with pytest.raises(error, match=message):
         F.cross_entropy_from_logits(jnp.zeros((2, 4)), labels)
+
+
+def test_entropies_are_never_negative():
+    """Also where the logits are computed again for each pass over them."""
+    x = jnp.asarray(3 * np.random.default_rng(0).normal(size=(64, 8)), jnp.float32)
+    entropies = jax.jit(lambda x: F.entropy_from_logits(x * 50, reduction="none"))(x)
+    assert float(jnp.min(entropies)) >= 0

@@ -460,7 +460,8 @@ ALPHA = Formula(
 
 def _surprise(x):
     (p,), (log_p,) = x.probabilities, x.logs
-    return -p * jnp.where(log_p < -MOST, 0, log_p)
+    # Where logits are computed again for each pass over them, a normaliser may be below its own.
+    return -p * jnp.where(log_p < -MOST, 0, jnp.minimum(log_p, 0))
 
 
 def _surprise_slope(x):
