@@ -49,9 +49,9 @@ def hypergradient_step(
 
     Neither parameters nor optimizer move: call it with those that the next update begins at, in one
     jitted function with that update, whose gradient it shares. It differentiates whatever the
-    optimizer does to gradients. A parameter whose gradient is 0 takes no part, since the root in
-    Adam has no derivative there. It looks one step ahead: where the weights settle need not be best
-    after many.
+    optimizer does to gradients. A parameter whose gradient is 0, or squares to 0, takes no part,
+    since the root in Adam has no derivative there. It looks one step ahead: where the weights
+    settle need not be best after many.
 
     Args:
         objective: The terms, whose weights are scalars of shape [], or of a stack under `jax.vmap`.
@@ -113,8 +113,11 @@ def hypergradient_step(
         def total(params):
             return _with_weights(objective, weights)(forward(params, batch), step=step)[0]
 
-        # A derivative that a root does not have at 0 would make all of them NaN.
-        gradients = jax.tree.map(lambda g: jnp.where(g != 0, g, 0), jax.grad(total)(params))
+        # A root has no derivative at 0, where small squares go: that would ruin all of them.
+        def rooted(g):
+            return jnp.where(jnp.abs(g) > jnp.sqrt(jnp.finfo(g.dtype).tiny), g, 0)
+
+        gradients = jax.tree.map(rooted, jax.grad(total)(params))
         updates, _ = optimizer.update(gradients, opt_state, params)
         outputs = forward(optax.apply_updates(params, updates), validation_batch)
         return check_scalar("the validation loss", validation(outputs))

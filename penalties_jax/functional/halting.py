@@ -6,7 +6,13 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Real
 
-from penalties_jax.functional.checks import FINITE, UNIT, check_fits, public
+from penalties_jax.functional.checks import (
+    FINITE,
+    UNIT,
+    check_fits,
+    public,
+    standard_promotion,
+)
 from penalties_jax.functional.divergences.formulas import KL
 from penalties_jax.functional.divergences.logprobs import SumOfTerms
 from penalties_jax.functional.reduction import AxisName, Reduction, evaluate, lie_alike, promote
@@ -181,6 +187,7 @@ def halting_log_probabilities(
     return _halting_log_probabilities(logits)
 
 
+@standard_promotion()
 def depth_of(halting: Float[Array, "*positions T"], epsilon: ArrayLike) -> Int[Array, "*positions"]:
     """The N of `pj.ponder_cost`, from 1 to T; of when positions halt the median, with 1/2."""
     epsilon = _for_all_steps("epsilon", epsilon, halting.shape)

@@ -261,24 +261,24 @@ def _targets_of_rows(scores, where, mean, temperature):
     lower = lax.cummax(jnp.where(begins, positions, 0))
     upper = lax.cummin(jnp.where(ends, positions + 1, scores.size), reverse=True)
     count = jnp.maximum(jnp.sum(where), 1)
-    lower, width = (x.astype(scores.dtype) / count for x in (lower, upper - lower))
-    targets = _frank_slope(lower, width, mean, temperature)
+    shares = (x.astype(scores.dtype) / count for x in (lower, upper - lower, count - upper))
+    targets = _frank_slope(*shares, mean, temperature)
     targets = jnp.where(absent, 0, jnp.where(jnp.isnan(easiness), easiness, targets))
     _, targets = lax.sort((order, targets), num_keys=1)
     return targets
 
 
-def _frank_slope(lower, width, mean, temperature):
-    """The mean slope in u of Frank's copula from `lower` on, which is sigma(x) averaged over h."""
+def _frank_slope(before, width, after, mean, temperature):
+    """The mean slope in u of Frank's copula, between shares: that of sigma(x) over a width of h."""
     h = width / temperature
     rest = 1 - mean
     odds = _log1mexp(mean / temperature) - _log1mexp(rest / temperature)
-    x = (lower - rest) / temperature + odds
+    start, end = (before - rest) / temperature + odds, (mean - after) / temperature + odds
     # Of sigma and 1 - sigma the smaller, which keeps its digits.
-    above = x > -h / 2
-    x = jnp.where(above, -x - h, x)
-    near = jnp.log1p(lax.logistic(x) * jnp.expm1(jnp.minimum(h, 1)))
-    far = jax.nn.softplus(x + h) - jax.nn.softplus(x)
+    above = start + end > 0
+    start, end = jnp.where(above, -end, start), jnp.where(above, -start, end)
+    near = jnp.log1p(lax.logistic(start) * jnp.expm1(jnp.minimum(h, 1)))
+    far = jax.nn.softplus(end) - jax.nn.softplus(start)
     slope = jnp.where(h < 1, near, far) / h
     return jnp.where(above, 1 - slope, slope)
 
@@ -393,7 +393,7 @@ def gather_active(
         raise ValueError(
             f"capacity must be from 1 to the number of positions, {size}, got {capacity}"
         )
-    return _gather_active(x, scores, where, capacity=capacity)
+    return take_first(x, (scores,), where, capacity=capacity)
 
 
 @public
@@ -422,7 +422,7 @@ def scatter_active(
 
     Raises:
         ValueError: If a shape does not fit.
-        TypeError: If `active` is no `pj.Active`.
+        TypeError: If `active` is no `pj.Active`, or with a gate an array is not floating-point.
 
     References:
         As `pj.gather_active`.
@@ -445,8 +445,12 @@ def scatter_active(
             "values and like must have the shapes [*batch, capacity, ...] and [*batch, n, ...], "
             f"got {jnp.shape(values)} and {jnp.shape(like)}"
         )
-    if gate is not None and jnp.shape(gate) != positions:
-        raise ValueError(f"gate must have the shape {positions}, got {jnp.shape(gate)}")
+    if gate is not None:
+        if jnp.shape(gate) != positions:
+            raise ValueError(f"gate must have the shape {positions}, got {jnp.shape(gate)}")
+        for name, x in (("values", values), ("like", like)):
+            if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+                raise TypeError(f"with a gate {name} must be floating, got {jnp.result_type(x)}")
     return _scatter_active(values, active, like, gate)
 
 
@@ -457,12 +461,16 @@ def _check_positions(shape, **arrays):
 
 
 @partial(jax.jit, static_argnames="capacity")
-def _gather_active(x, scores, where, *, capacity):
-    (scores,) = promote(lax.stop_gradient(scores))
-    where = jnp.ones(scores.shape, bool) if where is None else where
-    positions = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+def take_first(
+    x: Array, scores: tuple[Array, ...], where: Array | None, *, capacity: int
+) -> tuple[Array, Active]:
+    """`pj.gather_active` by several scores: by the second where the first are equal, and so on."""
+    scores = promote(*lax.stop_gradient(scores))
+    where = jnp.ones(scores[0].shape, bool) if where is None else where
+    positions = lax.broadcasted_iota(jnp.int32, where.shape, where.ndim - 1)
     x, (scores, where, positions) = _lie_by_example(x, (scores, where, positions))
-    excluded, _, positions = lax.sort((~where, -scores, positions), num_keys=2)
+    keys = ~where, *(-score for score in scores)
+    excluded, *_, positions = lax.sort((*keys, positions), num_keys=len(keys))
     indices, mask = lax.sort((positions[..., :capacity], ~excluded[..., :capacity]), num_keys=1)
     active = Active(indices, mask)
     values = take_active(x, active)
@@ -471,14 +479,22 @@ def _gather_active(x, scores, where, *, capacity):
 
 @jax.jit
 def _scatter_active(values, active, like, gate):
-    like = jnp.asarray(like, jnp.result_type(values, like))
+    dtype = jnp.result_type(values, like)
+    like = jnp.asarray(like, dtype)
     (like, values), (active, gate) = _lie_by_example((like, values), (active, gate))
     before = take_active(like, active)
     # Before the gate, whose derivative would else be NaN where an empty slot is.
     after = jnp.where(_beside(active.mask, before), values, before)
     if gate is not None:
-        after = before + _beside(take_active(gate, active), before) * (after - before)
-    return _by_example(_put, active, like, after.astype(like.dtype))
+        after = between(before, after, _beside(take_active(gate, active), before))
+    return _by_example(_put, active, like, after.astype(dtype))
+
+
+def between(before: Array, after: Array, gate: Array) -> Array:
+    """What is before at a gate of 0, and after at 1, to the last bit; in the dtype of both."""
+    low, high, share = promote(before, after, gate)
+    mixed = (1 - share) * low + share * high
+    return mixed.astype(jnp.result_type(before, after))
 
 
 def _lie_by_example(arrays, positions):

@@ -15,7 +15,7 @@ from penalties_jax.functional.reduction import promote
 from penalties_jax.functional.sparsity import DEFAULT_WEIGHT, Kind, sparsity_rate
 from penalties_jax.nnx.base import field_of, held
 from penalties_jax.nnx.losses import PenaltyValue
-from penalties_jax.nnx.skipping import Compute, Skipping, put_back
+from penalties_jax.nnx.skipping import Compute, Skipping, existing, put_back
 from penalties_jax.terms import SparsityTarget
 from penalties_jax.terms.base import Numeric
 from penalties_jax.terms.gates import Gate, check_gate, default_gate, with_temperature
@@ -140,7 +140,8 @@ class SparsityGate(Skipping):
             temperature: A temperature in place of the module's own.
             step: The step for schedules, in place of the module's own.
         """
-        mask, settled = self._gates(self.predictor(x), where, control, temperature, step)
+        logits = self.predictor(existing(x, where))
+        mask, settled = self._gates(logits, where, control, temperature, step)
         if not self.deterministic:
             self.rate[...] = sparsity_rate(settled, where=where)
         return mask
@@ -173,9 +174,10 @@ class SparsityGate(Skipping):
         """
         if x.ndim < 2:
             raise ValueError(f"x must have the shape [*batch, positions, features], got {x.shape}")
+        passed = x if like is None else like
+        x = existing(x, where)
         logits = self.predictor(x)
         mask, settled = self._gates(logits, where, control, temperature, step)
-        passed = x if like is None else like
 
         def output(values, active, computed):
             return put_back(function(values), active, passed, computed)

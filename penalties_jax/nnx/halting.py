@@ -24,7 +24,7 @@ from penalties_jax.functional.checks import (
     public,
 )
 from penalties_jax.functional.halting import depth_of
-from penalties_jax.functional.reduction import lie_alike, promote, reduce
+from penalties_jax.functional.reduction import lie_alike, promote, reduce, vary_alike
 from penalties_jax.nnx.base import Configured, Measurement, held
 from penalties_jax.nnx.losses import PenaltyValue
 from penalties_jax.objective import check_scalar
@@ -69,7 +69,8 @@ class AdaptiveDepth(Configured):
 
     A step computes all positions, also those that have halted, which others may attend to; their
     output stays. In evaluation the steps end when all positions have halted, which changes no
-    output. There `lax.while_loop` has no derivative in reverse.
+    output. There `lax.while_loop` has no derivative in reverse, and outside of jit is compiled at
+    each call.
 
     Each call in training records the weighted penalty for `pj.nnx.collect_penalties`. The variable
     `depth` is the mean depth of the last call: how many steps its positions take in evaluation.
@@ -148,7 +149,9 @@ class AdaptiveDepth(Configured):
         if self.deterministic:
             return self._until_halted(x, where, step)
         states, weights, _ = self.steps(x, where=where, step=step)
-        return jnp.einsum("n...d,...n->...d", states, weights).astype(x.dtype)
+        # A state that counts for nothing may be infinite.
+        counted = jnp.where(jnp.moveaxis(weights, -1, 0)[..., None] > 0, states, 0)
+        return jnp.einsum("n...d,...n->...d", counted, weights).astype(x.dtype)
 
     def steps(
         self,
@@ -199,10 +202,12 @@ class AdaptiveDepth(Configured):
             x, logit = module._next(x)
             logits = jnp.where(steps == n, logit[..., None], logits)
             weights = jnp.where(steps == n, _halted(penalty, logits)[1], 0)
-            y = y + jnp.sum(weights, -1, keepdims=True) * x
+            weight = jnp.sum(weights, -1, keepdims=True)
+            y = y + jnp.where(weight > 0, weight * x, 0)
             return n + 1, x, y, logits, nnx.state(module, nnx.Not(nnx.Param))
 
-        start = jnp.zeros((), jnp.int32), x, jnp.zeros_like(promote(x)[0]), logits, rest
+        x, y, logits = vary_alike((x, jnp.zeros_like(promote(x)[0]), logits))
+        start = jnp.zeros((), jnp.int32), x, y, logits, rest
         *_, y, logits, rest = lax.while_loop(goes_on, advance, start)
         nnx.update(self, rest)
         self._measure(_halted(penalty, logits)[0], where)
@@ -329,7 +334,9 @@ def early_exit(
         return n + 1, x, logits, jnp.where(leaves, n + 1, depth)
 
     nothing = jnp.zeros(first.shape, first.dtype, device=first.sharding)
-    carry = start, x, nothing, jnp.zeros_like(nothing[..., 0], jnp.int32)
+    depth = jnp.zeros_like(nothing[..., 0], jnp.int32)
+    x, nothing, depth = vary_alike((x, nothing, depth))
+    carry = start, x, nothing, depth
     *_, logits, depth = lax.while_loop(goes_on, advance, carry)
     left = depth[..., None] == 1 + jnp.arange(max_depth)
     exits = jnp.sum(left, tuple(range(len(elements))), dtype=jnp.int32)

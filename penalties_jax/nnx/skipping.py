@@ -10,8 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from penalties_jax.functional.checks import option_of
-from penalties_jax.functional.sparsity import Active, gather_active, scatter_active, sparsity_rate
+from penalties_jax.functional.checks import check_same_shape, option_of
+from penalties_jax.functional.sparsity import (
+    Active,
+    between,
+    scatter_active,
+    sparsity_rate,
+    take_first,
+)
 from penalties_jax.nnx.base import Configured, Measurement
 from penalties_jax.terms.base import Numeric
 
@@ -41,14 +47,13 @@ class Skipping(Configured):
             raise ValueError(f"capacity is that of compute='gather', got {capacity} for 'mask'")
         if capacity is not None and capacity < 1:
             raise ValueError(f"capacity must be at least 1, got {capacity}")
-        self.share = 1.0
-        if compute == "gather" and capacity is None:
-            if not isinstance(target, (int, float)):
-                raise ValueError(
-                    f"capacity= is needed where the target is no plain number, got {target!r}: "
-                    "how much is computed is part of the program"
-                )
-            self.share = min(1.0, HEAD_ROOM * (1 - target))
+        plain = isinstance(target, (int, float))
+        self.share = min(1.0, HEAD_ROOM * (1 - target)) if plain else None
+        if compute == "gather" and capacity is None and not plain:
+            raise ValueError(
+                f"capacity= is needed where the target is no plain number, got {target!r}: "
+                "how much is computed is part of the program"
+            )
         self.rate = Measurement.none_yet()
         self.computed = Measurement.none_yet()
         self.dropped = Measurement.none_yet()
@@ -81,12 +86,12 @@ class Skipping(Configured):
         if where is not None:
             where = jnp.broadcast_to(where, mask.shape)
             mask = jnp.where(where, mask, 0)
-        scores = mask + jax.nn.sigmoid(logits)
 
         def at(capacity):
+            check_capacity(capacity, size)
             if capacity == size:
                 return run(x, None, mask), mask
-            values, active = gather_active(x, scores, capacity, where=where)
+            values, active = take_first(x, (mask, logits), where, capacity=capacity)
             ones = jnp.ones(active.mask.shape, mask.dtype)
             computed = scatter_active(ones, active, jnp.zeros_like(mask), gate=mask)
             return run(values, active, computed), computed
@@ -97,7 +102,12 @@ class Skipping(Configured):
             sizes = self._sizes(size)
             needed = jnp.max(jnp.sum(mask > 0, -1), initial=0)
             chosen = jnp.searchsorted(jnp.array(sizes), needed)
-            output, computed = lax.switch(chosen, [partial(at, capacity) for capacity in sizes])
+            branches = [partial(at, capacity) for capacity in sizes]
+            if isinstance(chosen, jax.core.Tracer):
+                output, computed = lax.switch(chosen, branches)
+            else:
+                # Outside of jit a switch would be compiled at each call.
+                output, computed = branches[int(chosen)]()
         self.rate[...] = sparsity_rate(settled, where=where)
         examples = max(1, math.prod(mask.shape[:-1]))
         count = partial(jnp.sum, dtype=jnp.float32)
@@ -107,13 +117,14 @@ class Skipping(Configured):
 
     def _room(self, size: int) -> int:
         """How many of `size` positions are computed in training."""
-        if self.capacity is None:
-            return max(1, min(size, math.ceil(self.share * size)))
-        if self.capacity > size:
-            raise ValueError(
-                f"capacity must be from 1 to the number of positions, {size}, got {self.capacity}"
-            )
-        return self.capacity
+        if self.compute == "mask":
+            return size
+        if self.capacity is not None:
+            check_capacity(self.capacity, size)
+            return self.capacity
+        if self.share is None:
+            raise ValueError("capacity= is needed where the target is no plain number")
+        return max(1, min(size, math.ceil(self.share * size)))
 
     def _sizes(self, size: int) -> list[int]:
         least = self._room(size)
@@ -138,10 +149,26 @@ class Skipping(Configured):
         raise NotImplementedError
 
 
+def existing(x: Float[Array, "*batch n d"], where: Bool[Array, "..."] | None) -> Array:
+    """What lies at the positions, with 0 where none is: there may be anything."""
+    if where is None:
+        return x
+    return jnp.where(jnp.broadcast_to(where, x.shape[:-1])[..., None], x, 0)
+
+
+def check_capacity(capacity: int, size: int) -> None:
+    """Raises ValueError for a capacity that there are not so many positions for."""
+    if not 1 <= capacity <= max(size, 1):
+        raise ValueError(
+            f"capacity must be from 1 to the number of positions, {size}, got {capacity}"
+        )
+
+
 def put_back(
     values: Array, active: Active | None, like: Array, gate: Float[Array, "*batch n"]
 ) -> Array:
     """`pj.scatter_active`, also of all positions."""
     if active is None:
-        return (like + gate[..., None] * (values - like)).astype(jnp.result_type(values, like))
+        check_same_shape(values=values, like=like)
+        return between(like, values, gate[..., None])
     return scatter_active(values, active, like, gate=gate)

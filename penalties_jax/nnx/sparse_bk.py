@@ -17,7 +17,7 @@ from penalties_jax.functional.tridiagonal import resolvent_diagonal
 from penalties_jax.nnx.base import field_of, held
 from penalties_jax.nnx.experts import MixtureOfExperts
 from penalties_jax.nnx.gates import ImportancePredictor
-from penalties_jax.nnx.skipping import Compute, Skipping, put_back
+from penalties_jax.nnx.skipping import Compute, Skipping, existing, put_back
 from penalties_jax.terms import SparsityTarget
 from penalties_jax.terms.base import Numeric
 
@@ -123,7 +123,8 @@ class SparseMoEResNetBKLayer(Skipping):
     not, so that closed gates learn too; open ones beyond it are skipped (`"dropped"` of
     `get_sparsity_stats`). In evaluation the gates decide: of four capacities, evenly from that of
     training to `n_seq`, the least is taken that has room for all of them in the fullest example, in
-    one program.
+    one program. Which gates there is room for depends on the whole sequence, later positions
+    included, of a causal layer too; where there is room for all of them, it does not matter.
 
     Args:
         d_model: The size of the last axis, at least 2.
@@ -220,6 +221,7 @@ class SparseMoEResNetBKLayer(Skipping):
         """
         if x.ndim != 3 or x.shape[1] != self.core.n_seq:
             raise ValueError(f"x must have the shape [batch, {self.core.n_seq}, d], got {x.shape}")
+        x = existing(x, where)
         logits = self.predictor(x)
         if mask is None:
             mask, settled = self._gates(logits, temperature)
