@@ -623,6 +623,24 @@ def test_gathering_and_scattering_derivatives_agree_forwards():
     jax.test_util.check_grads(there_and_back, point, order=2, modes=["fwd", "rev"], atol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_gates_of_0_and_1_are_exact(dtype):
+    """However far values are from what they are put beside."""
+    like = jnp.array([256, 6e4 if dtype == jnp.float16 else 1e8, -6e4, 1], dtype)
+    values, gate = jnp.array([0.5, 1, 6e4, 3], dtype), jnp.array([1.0, 1, 1, 0])
+    active = F.Active(jnp.arange(4), jnp.ones(4, bool))
+    actual = F.scatter_active(values, active, like, gate=gate)
+    assert actual.dtype == dtype
+    assert jnp.array_equal(actual, jnp.where(gate == 1, values, like))
+
+
+def test_gates_mix_what_is_floating():
+    x, scores = jnp.arange(4), jnp.ones(4)
+    values, active = F.gather_active(x, scores, 2)
+    with pytest.raises(TypeError, match="with a gate values must be floating, got int32"):
+        F.scatter_active(values, active, x, gate=scores)
+
+
 def test_what_does_not_exist_passes_nothing_on():
     """Neither values of empty slots nor their derivatives, whatever is made of them."""
     x = jnp.where(EXISTS[..., None], X, jnp.nan)

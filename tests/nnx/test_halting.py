@@ -508,3 +508,32 @@ def test_bad_exits():
         run(max_depth=2, threshold=0.5, where=jnp.ones(7))
     with pytest.raises(ValueError, match="classes on its last axis"):
         pj.nnx.early_exit(block, lambda x, i: 0.0 * x[0, 0, 0], X, max_depth=2, threshold=0.5)
+
+
+def test_states_after_halting_may_overflow():
+    """Of a position that has halted, while another goes on."""
+    layer = pj.nnx.AdaptiveDepth(lambda x: 1e20 * x, 4, 4, rngs=nnx.Rngs(0))
+    layer.unit.kernel[...] = jnp.array([[1.0], [0.0], [0.0], [0.0]])
+    x = jnp.array([[1.0, 1, 1, 1], [-1.0, 1, 1, 1]])
+    layer.eval()
+    assert_close(layer(x)[0], jnp.full(4, 1e20))
+
+
+@pytest.mark.parametrize("penalty", [pj.PonderCost(), pj.PonderDivergence(0.5)])
+def test_loops_inside_of_shard_map(penalty):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    block = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    layer = pj.nnx.AdaptiveDepth(block, 3, 4, penalty=penalty, rngs=nnx.Rngs(1))
+    layer.eval()
+    graph, state = nnx.split(layer)
+
+    def both(x):
+        deep = nnx.merge(graph, state, copy=True)(x)
+        exits = pj.nnx.early_exit(lambda x, _: 2 * x, lambda x, _: x, x, max_depth=4, threshold=0.5)
+        return deep, exits.logits
+
+    x = jax.random.normal(jax.random.key(0), (8, 2, 4))
+    cut = jax.sharding.PartitionSpec("data")
+    mapped = jax.shard_map(both, mesh=mesh, in_specs=cut, out_specs=(cut, cut))
+    for actual, desired in zip(jax.jit(mapped)(x), both(x), strict=True):
+        assert_close(actual, desired, rtol=1e-5, atol=1e-6)

@@ -171,6 +171,50 @@ def test_evaluation_has_room_for_all_open_gates(make, call):
     assert len(traces) == 1
 
 
+@every_module
+def test_open_gates_come_first(make, call):
+    """Before closed ones of higher importance, also where that is beyond what a sigmoid tells."""
+    module = make(compute="gather", capacity=1)
+    module.eval()
+    module.predictor.out.kernel[...] *= 200
+    logits = module.predictor(X)
+    for gate in (0.05, 1.0):
+        mask = gate * jax.nn.one_hot(jnp.argmin(logits, -1), N)
+        taken = []
+
+        def output(values, active, computed, taken=taken):
+            taken.append(computed)
+            return values
+
+        module._compute(output, X, mask, mask, logits, None, 1)
+        assert jnp.array_equal(taken[0], mask)
+
+
+@every_module
+@pytest.mark.parametrize("compute", ["mask", "gather"])
+def test_what_does_not_exist_may_hold_anything(make, call, compute):
+    where = jnp.arange(N) < jnp.array([[N], [N - 2], [3]])
+    module = make(compute=compute, capacity=3 if compute == "gather" else None)
+    desired = slopes(call, module, X, where=where)
+    holed = jnp.where(where[..., None], X, jnp.nan)
+    y, gradients = slopes(call, make(compute=compute, capacity=module.capacity), holed, where=where)
+    assert_alike(jnp.where(where[..., None], y, 0), jnp.where(where[..., None], desired[0], 0))
+    assert all(bool(jnp.all(jnp.isfinite(g))) for g in gradients[:-1])
+
+
+def test_whether_to_gather_can_be_set():
+    gate, shapes = make_gate(), []
+
+    def seen(x):
+        shapes.append(x.shape[1])
+        return x
+
+    for compute, capacity in (("gather", None), ("gather", 2), ("mask", 2)):
+        gate.compute, gate.capacity = compute, capacity
+        gate.run(seen, X)
+    assert shapes == [5, 2, N]
+
+
 # The work.
 
 
@@ -302,6 +346,20 @@ def test_the_room_that_a_target_leaves(make, call, target, room):
     module = make(compute="gather", **{name: target})
     assert module._room(N) == room
     assert call(module, X).shape == X.shape
+
+
+@pytest.mark.parametrize("compute", ["mask", "gather"])
+def test_bad_functions(compute):
+    gate = make_gate(compute=compute)
+    for function, like in (
+        (lambda x: x.mean(1, keepdims=True), None),
+        (lambda x: x[..., :1], None),
+        (block, jnp.zeros(D)),
+    ):
+        with pytest.raises(ValueError, match=r"shape"):
+            gate.run(function, X, like=like)
+    with pytest.raises(ValueError, match=r"x must have the shape \[\*batch, positions, features\]"):
+        gate.run(block, X[0, 0])
 
 
 def test_bad_masks():
