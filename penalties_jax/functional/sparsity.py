@@ -261,8 +261,10 @@ def _targets_of_rows(scores, where, mean, temperature):
     lower = lax.cummax(jnp.where(begins, positions, 0))
     upper = lax.cummin(jnp.where(ends, positions + 1, scores.size), reverse=True)
     count = jnp.maximum(jnp.sum(where), 1)
-    shares = (x.astype(scores.dtype) / count for x in (lower, upper - lower, count - upper))
-    targets = _frank_slope(*shares, mean, temperature)
+    before, width, after = (
+        x.astype(scores.dtype) / count for x in (lower, upper - lower, count - upper)
+    )
+    targets = _frank_slope(before, width, after, mean, temperature)
     targets = jnp.where(absent, 0, jnp.where(jnp.isnan(easiness), easiness, targets))
     _, targets = lax.sort((order, targets), num_keys=1)
     return targets
@@ -466,10 +468,10 @@ def take_first(
 ) -> tuple[Array, Active]:
     """`pj.gather_active` by several scores: by the second where the first are equal, and so on."""
     scores = promote(*lax.stop_gradient(scores))
-    where = jnp.ones(scores[0].shape, bool) if where is None else where
-    positions = lax.broadcasted_iota(jnp.int32, where.shape, where.ndim - 1)
-    x, (scores, where, positions) = _lie_by_example(x, (scores, where, positions))
-    keys = ~where, *(-score for score in scores)
+    exists = jnp.ones(scores[0].shape, bool) if where is None else jnp.asarray(where)
+    positions = lax.broadcasted_iota(jnp.int32, exists.shape, exists.ndim - 1)
+    x, (scores, exists, positions) = _lie_by_example(x, (scores, exists, positions))
+    keys = ~exists, *(-score for score in scores)
     excluded, *_, positions = lax.sort((*keys, positions), num_keys=len(keys))
     indices, mask = lax.sort((positions[..., :capacity], ~excluded[..., :capacity]), num_keys=1)
     active = Active(indices, mask)

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from penalties_jax.functional.checks import check_same_shape, option_of
@@ -103,7 +103,7 @@ class Skipping(Configured):
             needed = jnp.max(jnp.sum(mask > 0, -1), initial=0)
             chosen = jnp.searchsorted(jnp.array(sizes), needed)
             branches = [partial(at, capacity) for capacity in sizes]
-            if isinstance(chosen, jax.core.Tracer):
+            if isinstance(chosen, Tracer):
                 output, computed = lax.switch(chosen, branches)
             else:
                 # Outside of jit a switch would be compiled at each call.
