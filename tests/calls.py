@@ -280,11 +280,11 @@ OTHERS = [
             "values": _lattice(3, 2, 4),
             "like": _lattice(3, 5, 4, seed=1),
             "gate": _lattice(3, 5, seed=2),
+            "active": F.Active(
+                np.int32([[0, 2], [1, 3], [3, 4]]),
+                np.array([[True, True], [False, True], [True, True]]),
+            ),
         },
-        active=F.Active(
-            np.int32([[0, 2], [1, 3], [3, 4]]),
-            np.array([[True, True], [False, True], [True, True]]),
-        ),
     ),
     _given(
         F.token_targets,

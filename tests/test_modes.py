@@ -230,7 +230,9 @@ def test_numbers_of_any_dtype(call):
     for dtype in (jnp.float8_e4m3fn, jnp.int4):
         narrow = {name: jnp.asarray(x, dtype) for name, x in call.numbers.items() if name != "z"}
         result = jax.eval_shape(lambda numbers: call(**numbers), narrow)
-        assert all(x.dtype in (jnp.float32, jnp.complex64) for x in jax.tree.leaves(result))
+        inexact = [x for x in jax.tree.leaves(result) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        assert inexact
+        assert all(x.dtype in (jnp.float32, jnp.complex64) for x in inexact)
 
 
 @every_config
@@ -243,6 +245,8 @@ def test_a_config_never_widens(config, x64):
 @quick_calls
 def test_narrow_dtypes_are_upcast(call):
     """Quantised values are what they are in float32."""
+    if call.function in (pj.gather_active, pj.scatter_active):
+        pytest.skip("what is moved keeps its dtype")
 
     def differences(arrays):
         for dtype in (jnp.float8_e4m3fn, jnp.int4):

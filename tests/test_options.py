@@ -139,7 +139,9 @@ def _options(function):
     """The parameters of a function that are no arrays, numbers of a formula or functions."""
     for name, parameter in inspect.signature(function).parameters.items():
         words = str(parameter.annotation)
-        if not re.search(r"array|PyTree|Callable|Any|Sequence|Mapping", words, re.IGNORECASE):
+        if not re.search(
+            r"array|PyTree|Callable|Any|Sequence|Mapping|Active", words, re.IGNORECASE
+        ):
             yield name, parameter.annotation
 
 

@@ -15,6 +15,7 @@ from penalties_jax.functional.checks import (
     NONNEGATIVE,
     POSITIVE,
     UNIT,
+    bare,
     check_fits,
     check_same_shape,
     check_where,
@@ -437,7 +438,10 @@ def scatter_active(
     """
     if not isinstance(active, Active):
         raise TypeError(f"active must be a pj.Active, as pj.gather_active returns, got {active!r}")
+    active = bare(active)
     slots = jnp.shape(active.indices)
+    if not slots:
+        raise ValueError("active needs slots on its last axis, got shape ()")
     _check_positions(slots, values=values)
     positions = (*slots[:-1], *jnp.shape(like)[len(slots) - 1 : len(slots)])
     _check_positions(positions, like=like)
@@ -471,7 +475,7 @@ def take_first(
     exists = jnp.ones(scores[0].shape, bool) if where is None else jnp.asarray(where)
     positions = lax.broadcasted_iota(jnp.int32, exists.shape, exists.ndim - 1)
     x, (scores, exists, positions) = _lie_by_example(x, (scores, exists, positions))
-    keys = ~exists, *(-score for score in scores)
+    keys = ~exists, *(jnp.where(exists, -score, 0) for score in scores)
     excluded, *_, positions = lax.sort((*keys, positions), num_keys=len(keys))
     indices, mask = lax.sort((positions[..., :capacity], ~excluded[..., :capacity]), num_keys=1)
     active = Active(indices, mask)

@@ -551,7 +551,8 @@ def gathered_by_hand(x, scores, capacity, where):
     values, positions, used = [], [], []
     for row, score, exists in zip(x, scores, where, strict=True):
         known = [-np.inf if np.isnan(s) else s for s in score]
-        ranks = zip(~exists, np.negative(known), np.isnan(score), range(len(row)), strict=True)
+        keys = (np.where(exists, key, 0) for key in (np.negative(known), np.isnan(score)))
+        ranks = zip(~exists, *keys, range(len(row)), strict=True)
         chosen = sorted(i for *_, i in sorted(ranks)[:capacity])
         values.append([row[i] * exists[i] for i in chosen])
         positions.append(chosen)

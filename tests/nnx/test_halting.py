@@ -18,7 +18,7 @@ from tests.programs import carried, doubles, quick_jit
 
 DEPTH, FEATURES = 5, 6
 X = jnp.asarray(lattice(0, 8, 7, FEATURES), jnp.float32)
-WHERE = np.random.default_rng(0).random((8, 7)) < 0.6
+WHERE = jnp.asarray(np.random.default_rng(0).random((8, 7)) < 0.6)
 PENALTIES = {"act": pj.PonderCost(), "ponder": pj.PonderDivergence(0.3)}
 every_penalty = pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
 

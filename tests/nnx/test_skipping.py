@@ -370,5 +370,5 @@ def test_bad_masks():
         layer(X, mask=jnp.ones(BATCH))
     with pytest.raises(ValueError, match="capacity must be from 1 to the number of positions"):
         layer(X, capacity=N + 1)
-    mask = np.arange(N) % 2 == np.arange(BATCH)[:, None] % 2
+    mask = jnp.arange(N) % 2 == jnp.arange(BATCH)[:, None] % 2
     assert jnp.array_equal(layer(X, mask=mask), layer(X, mask=jnp.float32(mask)))

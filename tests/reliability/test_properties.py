@@ -454,7 +454,8 @@ def accepted(subject):
 def test_without_entries_or_axes(subject):
     """What is not refused is a number, and 0 if it is the sum or the mean of nothing."""
     inputs = [*itertools.islice(accepted(subject), None if HARD else 2)]
-    assert inputs
+    # The shapes of what is scattered are tied to those of its slots.
+    assert inputs or subject.function is F.scatter_active
     numbers = subject.calls[0].numbers
     results = quick_jit(lambda inputs: [subject.of_everything(x, numbers) for x in inputs])
     for result in results(inputs):
