@@ -392,10 +392,7 @@ def gather_active(
         check_same_shape(scores=scores, where=where)
     size = jnp.shape(scores)[-1]
     capacity = operator.index(capacity)
-    if not 1 <= capacity <= size:
-        raise ValueError(
-            f"capacity must be from 1 to the number of positions, {size}, got {capacity}"
-        )
+    check_capacity(capacity, size)
     return take_first(x, (scores,), where, capacity=capacity)
 
 
@@ -460,6 +457,14 @@ def scatter_active(
     return _scatter_active(values, active, like, gate)
 
 
+def check_capacity(capacity: int, size: int) -> None:
+    """Raises ValueError for a capacity that there are not so many positions for."""
+    if not 1 <= capacity <= size:
+        raise ValueError(
+            f"capacity must be from 1 to the number of positions, {size}, got {capacity}"
+        )
+
+
 def _check_positions(shape, **arrays):
     for name, x in arrays.items():
         if jnp.shape(x)[: len(shape)] != shape:
@@ -479,21 +484,20 @@ def take_first(
     excluded, *_, positions = lax.sort((*keys, positions), num_keys=len(keys))
     indices, mask = lax.sort((positions[..., :capacity], ~excluded[..., :capacity]), num_keys=1)
     active = Active(indices, mask)
-    values = take_active(x, active)
+    values = _taken(x, active)
     return jnp.where(_beside(mask, values), values, jnp.zeros_like(values)), active
 
 
 @jax.jit
 def _scatter_active(values, active, like, gate):
-    dtype = jnp.result_type(values, like)
-    like = jnp.asarray(like, dtype)
+    like = jnp.asarray(like, jnp.result_type(values, like))
     (like, values), (active, gate) = _lie_by_example((like, values), (active, gate))
-    before = take_active(like, active)
+    before = _taken(like, active)
     # Before the gate, whose derivative would else be NaN where an empty slot is.
     after = jnp.where(_beside(active.mask, before), values, before)
     if gate is not None:
-        after = between(before, after, _beside(take_active(gate, active), before))
-    return _by_example(_put, active, like, after.astype(dtype))
+        after = between(before, after, _beside(_taken(gate, active), before))
+    return _by_example(_put, active, like, after)
 
 
 def between(before: Array, after: Array, gate: Array) -> Array:
@@ -510,7 +514,7 @@ def _lie_by_example(arrays, positions):
     return arrays, positions
 
 
-def take_active(x: Array, active: Active) -> Array:
+def _taken(x, active):
     """What lies at the positions of all slots."""
     return _by_example(_take, active, x)
 

@@ -14,6 +14,7 @@ from penalties_jax.functional.checks import check_same_shape, option_of
 from penalties_jax.functional.sparsity import (
     Active,
     between,
+    check_capacity,
     scatter_active,
     sparsity_rate,
     take_first,
@@ -83,12 +84,13 @@ class Skipping(Configured):
                 least of `SIZES` that has room for the open gates of the fullest example.
         """
         size = x.shape[-2]
+        if capacity is not None:
+            check_capacity(capacity, size)
         if where is not None:
             where = jnp.broadcast_to(where, mask.shape)
             mask = jnp.where(where, mask, 0)
 
         def at(capacity):
-            check_capacity(capacity, size)
             if capacity == size:
                 return run(x, None, mask), mask
             values, active = take_first(x, (mask, logits), where, capacity=capacity)
@@ -154,14 +156,6 @@ def existing(x: Float[Array, "*batch n d"], where: Bool[Array, "..."] | None) ->
     if where is None:
         return x
     return jnp.where(jnp.broadcast_to(where, x.shape[:-1])[..., None], x, 0)
-
-
-def check_capacity(capacity: int, size: int) -> None:
-    """Raises ValueError for a capacity that there are not so many positions for."""
-    if not 1 <= capacity <= max(size, 1):
-        raise ValueError(
-            f"capacity must be from 1 to the number of positions, {size}, got {capacity}"
-        )
 
 
 def put_back(
