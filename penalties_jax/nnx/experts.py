@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,10 @@ from jax.sharding import NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-# How much more rows the blocks may have than there are, as a share of them.
-SPARE = 1 / 8
+# How many more rows may be computed than there are, as a share of them.
+SPARE = 1 / 6
+
+_anew = partial(jax.checkpoint, prevent_cse=False)
 
 
 class MixtureOfExperts(nnx.Module):
@@ -62,6 +65,7 @@ def by_shard(
     return jax.shard_map(function, mesh=sharding.mesh, in_specs=specs, out_specs=cut)(*placed)
 
 
+@jax.jit
 def routed(
     x: Float[Array, "*positions d"],
     routes: Int[Array, "*positions k"],
@@ -70,46 +74,85 @@ def routed(
 ) -> Float[Array, "*positions k d"]:
     """What each position's experts make of it, by matrix products of the positions they have.
 
-    Positions are sorted by expert and cut into blocks of one expert each. However they are spread,
-    the blocks have at most `SPARE` more rows than there are: `lax.ragged_dot` would compute every
-    expert for every row, where a platform has no kernel for it.
+    Positions are sorted by expert. However they are spread, few more are computed than there are:
+    `lax.ragged_dot` would compute every expert for every row, where a platform has no kernel for
+    it. On accelerators that is one product of blocks of rows. On a CPU many small products take
+    longer than few large ones, and a branch costs nothing: there it is one for each expert.
     """
-    shape, (experts, features) = routes.shape, up.shape[:2]
-    rows = x.reshape(math.prod(shape[:-1]), features)
-    count = routes.size
-    size = 1 + int(SPARE * count / experts)
-    blocks = (count + experts * (size - 1)) // size
+    shape, features = routes.shape, up.shape[1]
     expert = routes.reshape(-1)
     order = jnp.argsort(expert)
-    rows_of = jnp.bincount(expert, length=experts)
-    blocks_of = -(-rows_of // size)
-    ends = jnp.cumsum(blocks_of)
-    empty_before = size * (ends - blocks_of) - (jnp.cumsum(rows_of) - rows_of)
+    load = jnp.bincount(expert, length=len(up))
+    rows = x.reshape(math.prod(shape[:-1]), features)[order // shape[-1]]
+    outputs = lax.platform_dependent(rows, load, up, down, cpu=_by_expert, default=_by_block)
     options = {"unique_indices": True, "mode": "promise_in_bounds"}
-    sorted_slots = jnp.arange(count) + empty_before[expert[order]]
-    slot = jnp.zeros(count, int).at[order].set(sorted_slots, **options)
-    # A slot that stays empty reads beyond the rows, which is 0.
-    source = jnp.full(blocks * size, len(rows))
-    source = source.at[slot].set(jnp.arange(count) // shape[-1], **options)
-    block_expert = jnp.searchsorted(ends, jnp.arange(blocks), side="right").clip(max=experts - 1)
-
-    inputs = rows.at[source].get(mode="fill", fill_value=0).reshape(blocks, size, features)
-    # XLA's CPU backend gathers the experts of all blocks entry by entry, which takes longer than
-    # the products; one at a time they are slices.
-    outputs = lax.platform_dependent(
-        inputs, block_expert, up, down, cpu=_one_by_one, default=_all_at_once
-    )
-    return outputs.reshape(blocks * size, features)[slot].reshape(*shape, features)
+    return jnp.zeros_like(outputs).at[order].set(outputs, **options).reshape(*shape, features)
 
 
-def _all_at_once(blocks, expert, up, down):
-    hidden = jax.nn.gelu(jnp.einsum("bsd,bdh->bsh", blocks, up[expert]))
-    return jnp.einsum("bsh,bhd->bsd", hidden, down[expert])
+def _by_block(rows, load, up, down):
+    """Cuts the rows of each expert into blocks; what a block has beyond them is not looked at."""
+    count, experts = len(rows), len(up)
+    size = 1 + int(SPARE * count / experts)
+    blocks_of = -(-load // size)
+    ends = jnp.cumsum(blocks_of)
+    block = jnp.arange((count + experts * (size - 1)) // size)
+    expert = jnp.searchsorted(ends, block, side="right").clip(max=experts - 1)
+    # How much further than its row each expert's slot is.
+    shift = size * (ends - blocks_of) - (jnp.cumsum(load) - load)
+    taken = (size * block - shift[expert])[:, None] + jnp.arange(size)
+    inputs = rows.at[taken].get(mode="fill", fill_value=0)
+    hidden = jax.nn.gelu(jnp.einsum("bsd,bdh->bsh", inputs, up[expert]))
+    outputs = jnp.einsum("bsh,bhd->bsd", hidden, down[expert])
+    row = jnp.arange(count)
+    slot = row + shift[jnp.searchsorted(jnp.cumsum(load), row, side="right")]
+    return outputs.reshape(len(block) * size, rows.shape[-1])[slot]
 
 
-def _one_by_one(blocks, expert, up, down):
-    def step(_, block):
-        x, e = block
-        return None, jax.nn.gelu(x @ up[e]) @ down[e]
+def _by_expert(rows, load, up, down):
+    """Computes for each expert the least of `_sizes` that has room for its rows.
 
-    return lax.scan(step, None, (blocks, expert))[1]
+    What that has beyond them, the experts after it write over.
+    """
+    sizes = _sizes(len(rows), len(up))
+    chosen = _shared(jnp.searchsorted(jnp.array(sizes), load))
+    rows = jnp.concatenate([rows, jnp.zeros_like(rows)])
+
+    def product(size, outputs, up, down, start):
+        if size == 0:
+            return outputs
+        own = lax.dynamic_slice_in_dim(rows, start, size)
+        return lax.dynamic_update_slice_in_dim(outputs, jax.nn.gelu(own @ up) @ down, start, 0)
+
+    # What a branch keeps for its derivative, all of them would have to fill: each computes it anew.
+    branches = [_anew(partial(product, size)) for size in sizes]
+
+    def step(outputs, expert):
+        chosen, *operands = expert
+        return lax.switch(chosen, branches, outputs, *operands), None
+
+    start = jnp.cumsum(load) - load
+    outputs = jnp.zeros_like(rows, jnp.result_type(rows, up, down))
+    outputs, _ = lax.scan(_anew(step), outputs, (chosen, up, down, start))
+    return outputs[: len(rows) // 2]
+
+
+def _sizes(count: int, experts: int) -> list[int]:
+    """Numbers of rows, from 0 to `count`, each at most by `SPARE` more than the one before.
+
+    Or by that share of the rows of an expert, if all have equally many.
+    """
+    sizes, least = [0], math.ceil(SPARE * count / experts)
+    while sizes[-1] < count:
+        sizes.append(min(count, sizes[-1] + max(least, int(SPARE * sizes[-1]))))
+    return sizes
+
+
+@jax.custom_batching.custom_vmap
+def _shared(chosen: Int[Array, " experts"]) -> Int[Array, " experts"]:
+    """Under vmap the largest of all members: if each had its own, they would take every branch."""
+    return chosen
+
+
+@_shared.def_vmap
+def _(_axis_size, _in_batched, chosen):
+    return _shared(jnp.max(chosen, 0)), False
