@@ -106,7 +106,7 @@ class Rows(NamedTuple):
         softcaps, numbers = apart((self.softcaps, numbers))
         return self._replace(softcaps=softcaps), numbers
 
-    def wide_logits(self) -> tuple[Float[Array, "*rows C"], ...]:
+    def wide_logits(self) -> tuple[Float[Array, "... C"], ...]:
         """The logits in the dtype of the computation, capped."""
         logits = tuple(_only(self.included, z, 0) for z in promote(*self.logits))
         caps = self.softcaps or (None,) * len(logits)
@@ -128,7 +128,7 @@ class Normaliser(NamedTuple):
     total: Float[Array, "*rows"]
     excess: Float[Array, "*rows"] | None = None
 
-    def by_class(self) -> tuple[Float[Array, "*rows 1"], Float[Array, "*rows 1"]]:
+    def by_class(self) -> tuple[Float[Array, "... 1"], Float[Array, "... 1"]]:
         """Peak and total, beside the classes of their row."""
         return self.peak[..., None], self.total[..., None]
 
@@ -461,7 +461,7 @@ def _through_normaliser(formula, x, others):
 @singledispatch
 def gradients_of(
     formula: Formula, walk: Walk, rows: Rows, statistics: Statistics
-) -> list[Float[Array, "*rows C"]]:
+) -> list[Float[Array, "... C"]]:
     """The gradients of each row's divergence through its logits, after they are capped."""
     temperature = rows.parameters[0]
     rows, statistics = rows.apart(statistics)
@@ -476,7 +476,7 @@ def cotangents_of(
     rows: Rows,
     statistics: Statistics,
     cotangent: Float[Array, "*rows"],
-) -> list[Float[Array, "*rows C"]]:
+) -> list[Float[Array, "... C"]]:
     """The same by the cotangents of rows, in the dtypes of their logits."""
     gradients = gradients_of(formula, walk, rows, statistics)
     return [
