@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.typing import ArrayLike
@@ -47,8 +48,11 @@ class Measurement(nnx.Variable[Float[Array, ""]]):
 
     @classmethod
     def none_yet(cls) -> "Measurement":
-        """With a dtype: a weakly typed NaN would be traced again once a number takes its place."""
-        return cls(jnp.full((), jnp.nan, jnp.float32))
+        """With a dtype: a weakly typed NaN would be traced again once a number takes its place.
+
+        It is put on the device, not computed there: `jax_debug_nans` would refuse it.
+        """
+        return cls(jax.device_put(np.float32(np.nan)))
 
 
 class Configured(nnx.Module):

@@ -12,7 +12,7 @@ from penalties_jax._pytree import in_range
 from penalties_jax.controllers import SparsityControl
 from penalties_jax.functional.checks import NONNEGATIVE, public
 from penalties_jax.functional.reduction import promote
-from penalties_jax.functional.sparsity import DEFAULT_WEIGHT, Kind, sparsity_rate
+from penalties_jax.functional.sparsity import DEFAULT_WEIGHT, Kind
 from penalties_jax.nnx.base import field_of, held
 from penalties_jax.nnx.losses import PenaltyValue
 from penalties_jax.nnx.skipping import Compute, Skipping, existing, put_back
@@ -142,8 +142,8 @@ class SparsityGate(Skipping):
         """
         logits = self.predictor(existing(x, where))
         mask, settled = self._gates(logits, where, control, temperature, step)
-        if not self.deterministic:
-            self.rate[...] = sparsity_rate(settled, where=where)
+        counted = mask if where is None else jnp.where(where, mask, 0)
+        self._measure(settled, counted, counted, where)
         return mask
 
     def run(

@@ -110,12 +110,22 @@ class Skipping(Configured):
             else:
                 # Outside of jit a switch would be compiled at each call.
                 output, computed = branches[int(chosen)]()
+        self._measure(settled, mask, computed, where)
+        return output
+
+    def _measure(
+        self,
+        settled: Float[Array, "*batch n"],
+        mask: Float[Array, "*batch n"],
+        computed: Float[Array, "*batch n"],
+        where: Bool[Array, "..."] | None,
+    ) -> None:
+        """Remembers the rate of the gates without noise, and how many are computed and dropped."""
         self.rate[...] = sparsity_rate(settled, where=where)
         examples = max(1, math.prod(mask.shape[:-1]))
         count = partial(jnp.sum, dtype=jnp.float32)
         self.computed[...] = count(lax.stop_gradient(computed)) / examples
         self.dropped[...] = count(lax.stop_gradient(mask - computed)) / examples
-        return output
 
     def _room(self, size: int) -> int:
         """How many of `size` positions are computed in training."""

@@ -247,6 +247,11 @@ def evaluation(name, model, same):
     assert changed <= {"computed", "depth", "dropped", "rate"}
 
 
+def with_debug_nans(name, model, same):
+    with jax.debug_nans(True):
+        nnx.jit(total)(Model(name, nnx.Rngs(0)), X)
+
+
 IDIOMS = [
     update,
     split_and_merge,
@@ -259,13 +264,14 @@ IDIOMS = [
     sharded_initialisation,
     lora,
     evaluation,
+    with_debug_nans,
 ]
 
 
 def cells():
     """One each; a compiled gradient of the whole layer is left to make test-slow."""
     for idiom, name in itertools.product(IDIOMS, MODULES):
-        slow = idiom is cached_partial_and_optimizer and "SparseMoE" in name
+        slow = idiom in (cached_partial_and_optimizer, with_debug_nans) and "SparseMoE" in name
         marks = pytest.mark.slow if slow else ()
         yield pytest.param(idiom, name, id=f"{idiom.__name__}-{name}", marks=marks)
 
