@@ -61,7 +61,8 @@ def frontiers(
             for colour, (name, points) in zip(_colours(len(groups)), groups.items(), strict=True):
                 x, y = zip(*sorted(points), strict=True)
                 plot.plot(x, y, "o-", color=colour, label=name, markersize=8)
-            plot.set(xlabel=across, xlim=(-0.04 * plot.get_xlim()[1], None))
+            furthest = max(x for points in groups.values() for x, _ in points) or 1
+            plot.set(xlabel=across, xlim=(-0.04 * furthest, 1.04 * furthest))
         plots[0].set(ylabel=label)
         plots[0].legend(frameon=False)
         return _png(figure)

@@ -66,6 +66,9 @@ def test_everything_is_written(folders):
     report = (folder / "report.html").read_text()
     assert len(re.findall("data:image/png;base64,", report)) == 3
     assert "://" not in report
+    evaluation = [r for r in read_log(folders[0]) if r["kind"] == "evaluation"]
+    off = [r for r in evaluation if abs(r["rate"] + r["dropped"] - r["target"]) > 0.05]
+    assert 0 < len(off) == len(re.findall(r"skips \d", report))
 
 
 @pytest.mark.slow

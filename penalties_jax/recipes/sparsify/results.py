@@ -14,6 +14,8 @@ from penalties_jax.recipes.text import Corpus, unigram_loss
 
 IMAGES = FRONTIER, CURVES, SKIPPED = "frontier.png", "curves.png", "skipped.png"
 TIMES = "times.jsonl"
+# How far the share that is skipped may be from its target without a word in the report.
+TOLERANCE = 0.05
 
 
 class Result(NamedTuple):
@@ -43,6 +45,11 @@ class Result(NamedTuple):
     excess: float
     spread: float
 
+    @property
+    def skipped(self) -> float:
+        """The share of positions that are skipped, because their gate is closed or dropped."""
+        return self.rate + self.dropped
+
 
 class Shown(NamedTuple):
     """A window of the held-out text, and 1 where the gate of a layer of a member is open."""
@@ -59,7 +66,7 @@ def report(
     text: Corpus,
 ) -> Report:
     """Return the report of the results, of the times, and of the training records of the log."""
-    across = {"share of positions skipped, held-out text": [r.rate + r.dropped for r in results]}
+    across = {"share of positions skipped, held-out text": [r.skipped for r in results]}
     if times:
         # Both controllers run the programs of a target.
         of_dense, *of_targets = times
@@ -82,7 +89,7 @@ def report(
         [record for record in records if not record["member"].startswith(DENSE)],
         panels={
             "target": "target share of skipped positions",
-            "rate": "realised share of skipped positions",
+            "rate": "share of gates that are closed",
             "dropped": "share of positions that there was no room for",
             "weight": "weight of the sparsity loss",
             "loss": "loss, nats per byte",
@@ -99,19 +106,20 @@ def report(
         },
         scale="share of layers whose gate is open at the position",
     )
-    headers = ("controller", "target", "kind", "weight", "capacity", "rate", "dropped", "loss")
+    headers = ("controller", "target", "kind", "weight", "capacity", "rate", "dropped", "skipped")
     rows = [
         [r.controller, f"{r.target:g}", r.loss_kind or "", f"{r.weight:.3g}", f"{r.capacity}"]
-        + [f"{value:.4f}" for value in (r.rate, r.dropped, r.loss, r.excess, r.spread)]
+        + [f"{x:.4f}" for x in (r.rate, r.dropped, r.skipped, r.loss, r.excess, r.spread)]
         for r in results
     ]
     return Report(
         template="sparsify/report.html.jinja",
-        table=((*headers, "above dense", "spread of the gate"), rows),
+        table=((*headers, "loss", "above dense", "spread of the gate"), rows),
         units="losses in nats per byte, on held-out text",
         images={FRONTIER: frontier, CURVES: curves, SKIPPED: highlighted},
         values={
             "unigram": unigram_loss(text),
+            "missed": [r for r in results if abs(r.skipped - r.target) > TOLERANCE],
             "times": table_of_times(times) if times else None,
         },
     )
