@@ -414,9 +414,7 @@ def _geman_mcclure_gamma_slope(x, gamma):
 @elementwise_derivatives(_geman_mcclure_slope, _geman_mcclure_gamma_slope)
 def _geman_mcclure(x, gamma):
     # Nothing in common with the slope, which XLA would keep in memory from one to the other.
-    zero = x == 0
-    inverse = gamma / jnp.where(zero, 1, x)
-    return jnp.where(zero, 0, gamma / (gamma + gamma * jnp.square(inverse)))
+    return gamma / (gamma + gamma * jnp.square(gamma / x))
 
 
 def _geman_mcclure_at_one_slope(x, gamma):
@@ -478,14 +476,12 @@ def _log_eps_slope(x, eps):
 
 @elementwise_derivatives(_log_slope, _log_eps_slope)
 def _log_magnitude(x, eps):
+    # Beyond 2^100, where the ratio may overflow, by its root; and without a choice, whose result
+    # XLA's CPU backend would write to memory before it sums it.
     magnitude = jnp.abs(x)
-    ratio = magnitude / eps
-    overflown = jnp.isinf(ratio)
-    return jnp.where(
-        overflown,
-        jnp.log(jnp.where(overflown, magnitude, 1)) - jnp.log(eps),
-        jnp.log1p(ratio),
-    )
+    root = jnp.sqrt(magnitude) / jnp.sqrt(eps)
+    near = jnp.log1p(jnp.minimum(magnitude / eps, 2.0**100))
+    return near + 2 * jnp.log(jnp.maximum(root / 2.0**50, 1))
 
 
 @public
@@ -717,7 +713,8 @@ def _scad_fall(x, a, lam):
 )
 def _scad(x, a, lam):
     near, inside = (jnp.minimum(jnp.abs(x), edge) for edge in (lam, a * lam))
-    return lam * near + (inside - near) * (lam - _scad_fall(x, a, lam) / 2)
+    # Where a mask excludes, a is 1.
+    return lam * near + (inside - near) * (lam - (inside - near) / jnp.maximum(2 * (a - 1), 1))
 
 
 @public
