@@ -377,6 +377,22 @@ def linear_cross_entropy(hidden, kernel, labels):
     return -jnp.mean(jnp.take_along_axis(log_p, labels[:, None], -1))
 
 
+def linear_peers() -> dict[str, tuple[Callable[..., Any], tuple[int, int]]]:
+    """The cross entropies of the packages that are here, and their kernels' shapes."""
+    found = {}
+    if find_spec("jax_cce"):
+        peer = import_module("jax_cce").linear_cross_entropy
+        found["jax-cce"] = peer, (CLASSES, FEATURES)
+    if find_spec("tokamax"):
+        loss = import_module("tokamax").linear_softmax_cross_entropy_loss
+
+        def chunked(hidden, kernel, labels):
+            return loss(hidden, labels, kernel, reduction="mean", implementation="chunked_xla")
+
+        found["tokamax"] = chunked, (FEATURES, CLASSES)
+    return found
+
+
 def kl_to_top_k(logits, ids, log_q):
     """KL(teacher||student) with a bucket, whose probability is what the tokens leave of 1."""
     log_p = jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), ids, -1)
@@ -560,11 +576,11 @@ def cases() -> dict[str, Case]:
             TOP_BAR,
             quick=dtype == jnp.float32,
         )._replace(held=logits.size * logits.dtype.itemsize // 20)
-    if find_spec("jax_cce"):
-        result["`linear_cross_entropy` of jax-cce"] = Case(
-            jax.value_and_grad(import_module("jax_cce").linear_cross_entropy, (0, 1)),
+    for package, (peer, shape) in linear_peers().items():
+        result[f"`linear_cross_entropy` of {package}"] = Case(
+            jax.value_and_grad(peer, (0, 1)),
             None,
-            (hidden, _struct(kernel.shape[::-1], jnp.bfloat16), labels),
+            (hidden, _struct(shape, jnp.bfloat16), labels),
             None,
             relative=True,
         )

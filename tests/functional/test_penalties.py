@@ -382,6 +382,20 @@ def test_errors(call, message):
             wrapped(jnp.ones((2, 3)))
 
 
+@every(SEPARABLE)
+def test_no_array_is_written_before_it_is_summed(case):
+    """As a select or a clamp would be on a CPU: XLA fuses arithmetic alone with its sums."""
+    x = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+    numbers = {name: jnp.float32(number) for name, number in case.numbers.items()}
+
+    def penalty(x, numbers):
+        return case.call(x, **numbers)
+
+    for function in (penalty, jax.value_and_grad(penalty)):
+        program = jax.jit(function).lower(x, numbers).compile()
+        assert program.memory_analysis().temp_size_in_bytes < 0.01 * 4 * x.size
+
+
 FLOATS = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
 
 
