@@ -72,6 +72,9 @@ KNOWN_MISSES = {(SCAN, "H100"), (SCAN, "v5e")} | {
     for dtype in ("float32", "bfloat16")
     for machine in ("v5e", "v5p", "v6e")
 }
+# A row that weighs nothing may have an infinite slope, which a choice keeps out of the products: in
+# that the backend holds one block of logits more.
+KNOWN_MISSES |= {("`linear_log_prob`", "v5e")}
 
 
 @cache
