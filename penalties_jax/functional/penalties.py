@@ -2,6 +2,9 @@ r"""Penalties on values, each beside its proximal operator.
 
 A penalty is a formula, handed to one reduction. A proximal operator is
 $\operatorname{prox}_{t f}(v) = \arg\min_z \tfrac12 \lVert z - v \rVert^2 + t f(z)$.
+
+Formulas are arithmetic: what a select or a clamp gives, XLA's CPU backend writes to memory before
+it sums it.
 """
 
 from functools import partial
@@ -350,7 +353,7 @@ def _power_eps_slope(x, p, eps):
 
 @elementwise_derivatives(_power_slope, _power_p_slope, _power_eps_slope)
 def _power(x, p, eps):
-    # Of p above 0, and without the choice that a sum would wait for.
+    # Without the choice of `_raise`: p is above 0.
     return jnp.exp(p * jnp.log(jnp.abs(x) + eps))
 
 
@@ -477,8 +480,7 @@ def _log_eps_slope(x, eps):
 
 @elementwise_derivatives(_log_slope, _log_eps_slope)
 def _log_magnitude(x, eps):
-    # Beyond 2^100, where the ratio may overflow, by its root; and without a choice, whose result
-    # XLA's CPU backend would write to memory before it sums it.
+    # What the ratio is beyond 2^100, where it may overflow, is told by its root.
     magnitude = jnp.abs(x)
     root = jnp.sqrt(magnitude) / jnp.sqrt(eps)
     near = jnp.log1p(jnp.minimum(magnitude / eps, 2.0**100))
