@@ -12,6 +12,8 @@ from jax.sharding import NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from penalties_jax.functional.reduction import vary_alike
+
 # How many more rows may be computed than there are, as a share of them.
 SPARE = 1 / 6
 
@@ -79,6 +81,9 @@ def routed(
     it. On accelerators that is one product of blocks of rows. On a CPU many small products take
     longer than few large ones, and a branch costs nothing: there it is one for each expert.
     """
+    # Members of a mapped axis may take other branches: where their gradients are summed is no place
+    # for one.
+    x, routes, up, down = vary_alike((x, routes, up, down))
     shape, features = routes.shape, up.shape[1]
     expert = routes.reshape(-1)
     order = jnp.argsort(expert)
