@@ -184,8 +184,9 @@ def test_no_byte_is_predicted_from_later_ones(model):
     changed = text.at[0, 7:].set((text[0, 7:] + 1) % 256)
     for dense in (True, False):
         a, b = (np.asarray(model(x, dense=dense)) for x in (text, changed))
-        np.testing.assert_array_equal(a[:, :7], b[:, :7])
-        assert np.abs(a[:, 7:] - b[:, 7:]).min(axis=-1).max() > 0
+        # Later bytes change how many rows an expert's product has, and so how it is rounded.
+        np.testing.assert_allclose(a[:, :7], b[:, :7], atol=2e-6)
+        assert np.abs(a[:, 7:] - b[:, 7:]).min(axis=-1).max() > 1e-3
 
 
 @pytest.mark.slow
