@@ -189,12 +189,17 @@ def vary_alike(tree: PyTree[Array]) -> PyTree[Array]:
     So that inside `shard_map` their cotangents may differ between members, and are summed where
     the array itself did not.
     """
+    axes = frozenset().union(*map(varies_over, jax.tree.leaves(tree)))
 
-    def varies(x):
-        return jax.typeof(x).manual_axis_type.varying
+    def varying(x):
+        return lax.pcast(x, tuple(sorted(axes - varies_over(x))), to="varying")
 
-    axes = frozenset().union(*map(varies, jax.tree.leaves(tree)))
-    return jax.tree.map(lambda x: lax.pcast(x, tuple(sorted(axes - varies(x))), to="varying"), tree)
+    return jax.tree.map(varying, tree)
+
+
+def varies_over(x: Array) -> frozenset[str]:
+    """The mapped axes, inside `shard_map`, over whose members an array may differ."""
+    return jax.typeof(x).manual_axis_type.varying
 
 
 def lie_alike(

@@ -11,6 +11,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from penalties_jax.functional.checks import check_same_shape, option_of
+from penalties_jax.functional.reduction import varies_over
 from penalties_jax.functional.sparsity import (
     Active,
     between,
@@ -103,6 +104,9 @@ class Skipping(Configured):
         else:
             sizes = self._sizes(size)
             needed = jnp.max(jnp.sum(mask > 0, -1), initial=0)
+            # Members of a mapped axis take one branch: the sum of their gradients may lie in it.
+            if axes := varies_over(needed):
+                needed = lax.pmax(needed, tuple(axes))
             chosen = jnp.searchsorted(jnp.array(sizes), needed)
             branches = [partial(at, capacity) for capacity in sizes]
             if isinstance(chosen, Tracer):

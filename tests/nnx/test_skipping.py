@@ -287,6 +287,27 @@ def test_batches_over_devices(make, call, devices):
     assert_alike(slopes(call, module, placed, capacity=3), expected)
 
 
+def test_members_of_a_mapped_axis_choose_one_capacity():
+    """Else the sum of their gradients, of what they share, would be in another branch of each."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    gate = make_gate(compute="gather", target=0.7)
+    gate.eval()
+    graph, weights, rest = nnx.split((gate, nnx.Linear(D, D, rngs=nnx.Rngs(1))), nnx.Param, ...)
+    x = jnp.asarray(lattice(1, 4, N, D) + 2 * np.arange(4).reshape(4, 1, 1) - 3, jnp.float32)
+
+    def loss(weights, x):
+        gate, block = nnx.merge(graph, weights, rest, copy=True)
+        return jnp.sum(jnp.sin(gate.run(block, x)))
+
+    @jax.shard_map(mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    def of_all(weights, x):
+        return jax.lax.psum(loss(weights, x), "data")
+
+    opened = np.sum(np.asarray(gate(x)), -1)
+    assert opened.min() <= 3 < opened.max()
+    assert_alike(jax.jit(jax.grad(of_all))(weights, x), jax.jit(jax.grad(loss))(weights, x))
+
+
 @pytest.mark.slow
 @every_module
 def test_transformations(make, call):
