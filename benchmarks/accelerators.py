@@ -33,8 +33,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from tqdm import tqdm
 
 import penalties_jax as pj
-from benchmarks import penalties
-from benchmarks.harness import table, verdict, write_json
+from benchmarks import harness, penalties
+from benchmarks.harness import ratio, spread, table, verdict, write_json
 
 # What keeps the compilers from looking for a machine, and from having it for themselves.
 ENVIRONMENT = {
@@ -61,6 +61,9 @@ BETA, EXPONENT, WEIGHT = 0.5, 0.9, 0.1
 TOP, TOP_BAR = 64, 8.1
 # Of the bytes of a device's logits: what collectives may send.
 COLLECTIVES_BAR = 0.01
+
+# Whose time to compile for an H100 is told, and how many textbooks' it may be.
+COMPILED, COMPILE_BAR = ("`kl_from_logits`, float32, forward", "`linear_kl`"), 2
 
 # (program, machine): bars that are missed, as README.md says. In a scan the value takes a pass of
 # its own, which otherwise is the gradient's: two arrays more. On an H100, XLA fills the stack of
@@ -698,6 +701,38 @@ def _row(result):
     }
 
 
+def compile_times() -> list[dict[str, str]]:
+    """A table of the seconds that programs take to be traced and compiled for an H100."""
+
+    def compiling(function, arguments):
+        def once():
+            jax.clear_caches()
+            compile_for(SINGLE["H100"], lambda *xs: function(*xs), *arguments)
+
+        return once
+
+    rows = []
+    for name in COMPILED:
+        case = cases()[name]
+        programs = {
+            side: compiling(function, case.arguments)
+            for side, function in (("ours", case.ours), ("textbook", case.textbook))
+        }
+        times = harness.measure(programs, rounds=7, label=f"compiling {name}")
+        over = ratio(times["ours"], times["textbook"])
+        rows.append(
+            {
+                "program": name,
+                "seconds": spread(times["ours"]).text(),
+                "textbook": spread(times["textbook"]).text(),
+                "over the textbook": over.text(),
+                "bar": f"{COMPILE_BAR}",
+                "verdict": verdict(met=over.median <= COMPILE_BAR),
+            }
+        )
+    return rows
+
+
 def main(quick: bool = False, out: Path = Path(__file__).parent / "results") -> None:
     """Counts the bytes that programs for an H100 and for TPUs move, and prints a table.
 
@@ -721,6 +756,8 @@ def main(quick: bool = False, out: Path = Path(__file__).parent / "results") -> 
     write_json(out / "accelerators.json", {"results": [result._asdict() for result in results]})
     print(", ".join(f"{name} {version(name)}" for name in ("jax", "libtpu", "jax-cuda13-plugin")))
     print("\n" + table([_row(result) for result in results]))
+    if not quick:
+        print("\n" + table(compile_times()))
     missed = {(r.name, r.machine) for r in results if not r.met}
     if missed - KNOWN_MISSES:
         print("\nMissed: " + "; ".join(f"{n} on {m}" for n, m in sorted(missed - KNOWN_MISSES)))

@@ -67,8 +67,13 @@ def _rows(classes, size):
     return max(1, size // (4 * classes))
 
 
-def by_platform(function: Callable[..., T], *arguments: object) -> T:
-    """A function of the platform and of arguments, for the platform of the program."""
+def by_platform(function: Callable[..., T], *arguments: object, known: Platform | None = None) -> T:
+    """A function of the platform and of arguments, for the platform of the program.
+
+    Both are traced, unless that is known, as it is within such a function.
+    """
+    if known is not None:
+        return function(known, *arguments)
     return lax.platform_dependent(
         *arguments, cpu=partial(function, CPU), default=partial(function, ACCELERATOR)
     )

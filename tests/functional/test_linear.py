@@ -1,5 +1,6 @@
 """Divergences from hidden states, beside the same from logits in float64 and on one device."""
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 from scipy import special
 
 import penalties_jax.functional as F  # noqa: N812
+from penalties_jax.functional.divergences import heads
+from penalties_jax.functional.platform import ACCELERATOR, CPU
 from penalties_jax.functional.reduction import reduce
 from tests import oracles
 from tests.catalogue import DIVERGENCE_CASES, every, first_of_each
@@ -483,6 +486,21 @@ def test_memory():
     loss = jax.value_and_grad(partial(F.linear_kl, block_size=4), (0, 1))
     temporaries = jax.jit(loss).lower(*inputs).compile().memory_analysis().temp_size_in_bytes
     assert temporaries < 4 * (width * classes + 0.15 * rows * classes)
+
+
+def test_a_block_is_traced_once_for_each_platform(monkeypatch):
+    traced, statistics_of = [], heads.statistics_of
+
+    def counted(formula, walk, *arguments):
+        traced.append(walk.platform)
+        return statistics_of(formula, walk, *arguments)
+
+    monkeypatch.setattr(heads, "statistics_of", counted)
+    loss = jax.value_and_grad(partial(F.linear_kl, block_size=8))
+    shapes = [jax.ShapeDtypeStruct(n, jnp.float32) for n in ((64, 2), (2, 3), (64, 2), (2, 3))]
+    jax.jit(loss).trace(*shapes)
+    # For the value, and for the value with its gradient, which takes that one's place.
+    assert Counter(traced) == {CPU: 2, ACCELERATOR: 2}
 
 
 def test_half_precision_multiplies_as_it_is_and_accumulates_in_float32():

@@ -80,25 +80,31 @@ def sum_rows(
     grid = _grid(jax.tree.leaves(rows), block_size)
     if grid.length <= 1:
         return function(rows, jnp.ones(grid.positions, bool))
-    whole = jax.eval_shape(lambda rows: function(rows, jnp.ones(grid.positions, bool))[0], rows)
-    rows = jax.tree.map(grid.split, rows)
+    # Traced once for the first block and for the others.
+    traced = jax.jit(function, inline=True)
+    split = jax.tree.map(grid.split, rows)
 
     # A function is given one axis for each axis of positions: two, XLA's TPU backend would copy.
     # Its CPU backend divides work between cores along the first, which should not have size 1.
     single = [i for i, (g, n) in enumerate(zip(grid.shards, grid.sizes, strict=True)) if g * n == 1]
 
     def run(index):
-        block = jax.tree.map(lambda x: jnp.squeeze(grid.join(grid.block(x, index)), single), rows)
-        kept, sums = function(block, jnp.squeeze(grid.join(grid.fresh(index)), single))
-        return jax.tree.map(lambda x: grid.split(jnp.expand_dims(x, single)), kept), sums
+        block = jax.tree.map(lambda x: jnp.squeeze(grid.join(grid.block(x, index)), single), split)
+        kept, sums = traced(block, jnp.squeeze(grid.join(grid.fresh(index)), single))
+        return jax.tree.map(lambda x: jnp.expand_dims(x, single), kept), sums
 
     def step(index, carry):
         (kept, sums), (parts, terms) = carry, run(index)
-        kept = jax.tree.map(partial(grid.put, index), whole, kept, parts)
+        kept = jax.tree.map(partial(grid.put, index), like, kept, parts)
         return kept, jax.tree.map(jnp.add, sums, terms)
 
     kept, sums = run(0)
-    kept = jax.tree.map(grid.pad, whole, kept)
+    # Whether a result is the same along an axis, a block with one row of it does not tell.
+    like = kept
+    if any(grid.positions[i] != 1 for i in single):
+        fresh = jnp.ones(grid.positions, bool)
+        like = jax.eval_shape(lambda rows: function(rows, fresh)[0], rows)
+    kept = jax.tree.map(grid.pad, like, kept)
     kept, sums = lax.fori_loop(1, grid.length, step, (kept, sums))
     return jax.tree.map(grid.join, kept), sums
 
@@ -165,19 +171,25 @@ class Grid(NamedTuple):
         block = [n for axis in zip(self.shards, self.sizes, strict=True) for n in axis]
         return jnp.broadcast_to(result, block)
 
-    def pad(self, whole: jax.ShapeDtypeStruct, part: Array) -> Array:
+    def pad(self, like: jax.Array | jax.ShapeDtypeStruct, part: Array) -> Array:
         """The first block with room for the others: an array like the whole result, in shards."""
+        part = self.split(part)
         room = [(0, 0, 0)] * part.ndim
-        for axis, shared in enumerate(self._shared(whole)):
+        for axis, shared in enumerate(self._shared(like)):
             room[2 * axis + 1] = (0, 0 if shared else self.rows[axis] - self.sizes[axis], 0)
         return lax.pad(part, jnp.zeros((), part.dtype), room)
 
     def put(
-        self, index: Int[Array, ""] | int, whole: jax.ShapeDtypeStruct, so_far: Array, part: Array
+        self,
+        index: Int[Array, ""] | int,
+        like: jax.Array | jax.ShapeDtypeStruct,
+        so_far: Array,
+        part: Array,
     ) -> Array:
         """Writes what was computed of a block to its rows of the whole result."""
+        part = self.split(part)
         offsets = [0] * part.ndim
-        starts = zip(self._shared(whole), self._starts(index), strict=True)
+        starts = zip(self._shared(like), self._starts(index), strict=True)
         for axis, (shared, start) in enumerate(starts):
             offsets[2 * axis + 1] = 0 if shared else start
         return lax.dynamic_update_slice(so_far, part, offsets)
@@ -189,9 +201,9 @@ class Grid(NamedTuple):
             index = index // count
         return starts
 
-    def _shared(self, whole):
+    def _shared(self, like):
         """Along which axes a result does not depend on the position: there it has size 1."""
-        return [own == 1 != n for own, n in zip(whole.shape, self.positions, strict=False)]
+        return [own == 1 != n for own, n in zip(like.shape, self.positions, strict=False)]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

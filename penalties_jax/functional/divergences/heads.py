@@ -357,6 +357,8 @@ def _values_and_gradients_on(formulas, walk, perturbed, platform, inputs, weight
         )
         gradients = [
             _through(head, z, _weighted(by, through_logits, i), want, fresh)
+            if any(jax.tree.leaves(want))
+            else jax.tree.map(lambda _: None, want)
             for i, (head, z, want) in enumerate(
                 zip(own.heads, logits, perturbed.heads, strict=True)
             )
@@ -421,14 +423,16 @@ def _parts(platform, formulas, walk, wanted, inputs):
         None if head.softcap is None else jnp.expand_dims(head.softcap, range(logits[0].ndim))
         for head in inputs.heads
     )
-    walk = walk._replace(block_size=None)
+    walk = walk._replace(block_size=None, platform=platform)
     values, through_logits, through_parameters = [], [], []
     for formula, want, parameters in zip(formulas, wanted, inputs.parameters, strict=True):
         n = len(formula.slopes)
         rows = Rows(logits[:n], parameters, inputs.labels, softcaps=softcaps[:n])
         value, statistics = statistics_of(formula, walk, want, rows)
         values.append(value)
-        through_logits.append(gradients_of(formula, walk, rows, statistics))
+        through_logits.append(
+            gradients_of(formula, walk, rows, statistics) if any(want.logits) else []
+        )
         through_parameters.append(statistics.parameters)
     return logits, values, through_logits, through_parameters
 

@@ -43,7 +43,7 @@ from penalties_jax.functional.divergences.formulas import (
 )
 from penalties_jax.functional.divergences.running import difference, moments
 from penalties_jax.functional.divergences.softcap import capped
-from penalties_jax.functional.platform import apart, by_platform, rows_in_block
+from penalties_jax.functional.platform import Platform, apart, by_platform, rows_in_block
 from penalties_jax.functional.reduction import (
     AxisName,
     Reduction,
@@ -75,13 +75,17 @@ class Options(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """How rows are walked: so many at once, of classes that are sharded over these axes.
+    """How rows are walked.
 
-    If None, as many as the platform is best at.
+    Attributes:
+        block_size: So many at once; if None, as many as the platform is best at.
+        class_axis_name: Axes over which the classes are sharded.
+        platform: Of the program, where it is known.
     """
 
     block_size: int | None
     class_axis_name: AxisName | None
+    platform: Platform | None = None
 
 
 class Rows(NamedTuple):
@@ -319,7 +323,7 @@ def statistics_of(
             found = map_rows(lambda rows, _: in_passes(rows), rows, size)
         return vary_alike((rows, found))[1]
 
-    return by_platform(on, rows)
+    return by_platform(on, rows, known=walk.platform)
 
 
 def _in_passes(formula, class_axis_name, wanted, rows):

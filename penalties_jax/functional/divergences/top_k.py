@@ -311,7 +311,7 @@ def _(formula: TopK, walk, wanted, rows):
         size = walk.block_size or platform.rows_in_mask(rows.logits[0].shape[-1])
         return vary_alike((rows, map_rows(lambda rows, _: block(rows), rows, size)))[1]
 
-    return by_platform(on, rows)
+    return by_platform(on, rows, known=walk.platform)
 
 
 @gradients_of.register
