@@ -67,8 +67,7 @@ COMPILED, COMPILE_BAR = ("`kl_from_logits`, float32, forward", "`linear_kl`"), 2
 
 # (program, machine): bars that are missed, as README.md says. In a scan the value takes a pass of
 # its own, which otherwise is the gradient's: two arrays more. On an H100, XLA fills the stack of
-# the gradients with zeros before: one more, for the textbook too; and writes the log-ratio, in
-# float32, and reads it: four more of half precision.
+# the gradients with zeros before: one more, for the textbook too.
 SCAN = "`kl_from_logits`, bfloat16, in a `scan`"
 # A TPU scatters into copies, the textbook too.
 KNOWN_MISSES = {(SCAN, "H100"), (SCAN, "v5e")} | {

@@ -41,7 +41,7 @@ from penalties_jax.functional.divergences.formulas import (
     Formula,
     Mean,
 )
-from penalties_jax.functional.divergences.running import difference, moments
+from penalties_jax.functional.divergences.running import difference, moments, of_one_alone
 from penalties_jax.functional.divergences.softcap import capped
 from penalties_jax.functional.platform import Platform, apart, by_platform, rows_in_block
 from penalties_jax.functional.reduction import (
@@ -356,7 +356,8 @@ def _mean(x, normalisers, temperature):
     if x.lone is None:
         return Mean(weighted - jnp.log(x.total), 0)
     lone = x.lone / x.total
-    ratio = _from_peaks(weighted, 1 - lone, normalisers, jnp.squeeze(temperature, -1))
+    between = _from_peaks(weighted, 1 - lone, normalisers)
+    ratio = _log_ratio(between, 1 - lone, normalisers, jnp.squeeze(temperature, -1))
     infinite = jnp.abs(ratio) > INFINITE
     return Mean(jnp.where(infinite, 0, ratio), jnp.where(infinite, 1, lone))
 
@@ -512,10 +513,11 @@ def _distributions(rows, class_axis_name, normalisers):
             log_normaliser=_log_normaliser(normalisers[0], temperature),
         )
     by_class = [Normaliser(*n.by_class()) for n in normalisers]
-    ratio = _from_peaks(difference(*logits), 1, by_class, temperature)
+    between = _from_peaks(difference(*logits), 1, by_class)
+    ratio = _log_ratio(between, 1, by_class, temperature)
     # A class of which both have nothing, unless one alone excludes it.
-    (z_p, z_q), (p, q) = logits, probabilities
-    nowhere = (p == 0) & (q == 0) & (jnp.isneginf(z_p) == jnp.isneginf(z_q))
+    p, q = probabilities
+    nowhere = (p == 0) & (q == 0) & ~of_one_alone(between)
     ratio = jnp.where(nowhere & (jnp.abs(ratio) > INFINITE), 0, ratio)
     x, raised = Distributions(probabilities, logs, ratio), normalisers[1].excess
     return x if raised is None else floored(x, rows.parameters[-1], raised[..., None])
@@ -527,13 +529,20 @@ def _log_normaliser(normaliser, temperature):
     return jnp.clip(peak / temperature, -largest, largest) + jnp.log(total)
 
 
-def _from_peaks(ratio, share, normalisers, temperature):
-    """The log-ratio, or a share of it, of a difference of logits by `difference`."""
-    # Of near logits that difference is exact, and so is that of the normalisers, but for rounding
-    # of its size. Before T divides it, since logits over T may be infinite, both of them.
+def _from_peaks(between, share, normalisers):
+    """A difference of logits by `difference`, or a share of it, where both count from their peaks.
+
+    Of near logits it is exact, but for rounding of its size; nothing is divided by T yet, over
+    which both may be infinite.
+    """
     p, q = normalisers
-    above_peaks = ratio - share * difference(p.peak, q.peak)
-    return above_peaks / DOWN / temperature - share * jnp.log(q.total / p.total)
+    return between - share * difference(p.peak, q.peak)
+
+
+def _log_ratio(between, share, normalisers, temperature):
+    """The log-ratio, or a share of it, of a difference by `_from_peaks`."""
+    p, q = normalisers
+    return between / DOWN / temperature - share * jnp.log(q.total / p.total)
 
 
 def _label(rows, class_axis_name):

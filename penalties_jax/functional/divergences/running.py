@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from penalties_jax.functional.divergences.formulas import DOWN, MOST, log_ratio
 from penalties_jax.functional.reduction import AxisName
@@ -66,7 +66,8 @@ def _of_single_classes(logits, rate, weighted):
     if len(logits) == 1:
         return (Moments(logits[0], ones, jnp.zeros_like(rate)),)
     p, q = logits
-    finite = jnp.where(jnp.isneginf(p) | jnp.isneginf(q), 0, difference(p, q))
+    between = difference(p, q)
+    finite = jnp.where(of_one_alone(between), 0, between)
     # An expression of its own for each: XLA's GPU backend writes to memory what has many users.
     pairs = zip(logits, reversed(logits), strict=True)
     return tuple(
@@ -77,6 +78,12 @@ def _of_single_classes(logits, rate, weighted):
 def difference(p: Float[Array, "..."], q: Float[Array, "..."]) -> Float[Array, "..."]:
     """Scaled down, q - p of logits, 0 where both are -inf."""
     return log_ratio(p * DOWN, q * DOWN)
+
+
+def of_one_alone(between: Float[Array, "..."]) -> Bool[Array, "..."]:
+    """Where one logit is -inf and the other is not, by their `difference`, also from peaks."""
+    # Masks by the logits themselves XLA's GPU backend would write to memory in a loop.
+    return jnp.abs(between) > jnp.finfo(between.dtype).max / 2
 
 
 def _united(a, b):
