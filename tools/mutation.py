@@ -2,10 +2,14 @@
 
 The mutants are mutmut's. Its way of running them leaves out decorated functions, which most are
 here: so each is a file in a copy of the repository, tested by a process that is forked from one
-that has imported jax.
+that has imported jax. First all tests have to pass, and are seen to trace this function or that:
+a mutant meets the tests that trace what it changes.
+
+With JAX_COMPILATION_CACHE_DIR the next call need not compile what this one did.
 """
 
 import argparse
+import ast
 import difflib
 import multiprocessing
 import os
@@ -16,11 +20,13 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import coverage
+import jax
 import libcst as cst
 import pytest
 from mutmut.mutation.mutators import mutation_operators
@@ -62,6 +68,10 @@ OTHERS = [
 NO_BEHAVIOUR = {"__all__", "AxisName", "Axis", "Softcap", "R", "T", "ROW_BYTES", "MOST_CLASSES"}
 NO_BEHAVIOUR |= {"LEAST_ROWS", "CPU", "ACCELERATOR", "_rows", "rows_in_block", "rows_in_product"}
 
+# Of each test's cases those that CI runs, in quarters on one Python and another.
+CASES = "12"
+TRACES = "traces"
+
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["__main__", "jax", "flax.nnx", "optax", "scipy.special"])
 
@@ -77,6 +87,24 @@ class Mutant(NamedTuple):
         texts = self.path.read_text().splitlines(), self.text.splitlines()
         _, _, *diff = difflib.unified_diff(*texts, n=0, lineterm="")
         return "\n".join([str(self.path.relative_to(ROOT)), *diff])
+
+    def lines(self) -> set[int]:
+        """Those of the module that it changes, and all of the functions that these are in."""
+        before = self.path.read_text()
+        match = difflib.SequenceMatcher(None, before.splitlines(), self.text.splitlines(), False)
+        changed = [
+            line
+            for kind, first, last, *_ in match.get_opcodes()
+            if kind != "equal"
+            for line in range(first + 1, max(last, first + 1) + 1)
+        ]
+        bodies = [
+            range(node.body[0].lineno, node.end_lineno + 1)
+            for node in ast.walk(ast.parse(before))
+            if isinstance(node, ast.FunctionDef)
+        ]
+        around = [body for body in bodies if any(line in body for line in changed)]
+        return {*changed, *(line for body in around for line in body)}
 
     def stages(self) -> list[list[Path]]:
         """The tests that are of its module, and then those that are not."""
@@ -125,7 +153,7 @@ def drawn(size: int, seed: int) -> list[Mutant]:
     ]
 
 
-def _test(tree, tests, function):
+def _run(tree, tests, plugin):
     os.setsid()
     os.chdir(tree)
     with open("output.txt", "w") as file:
@@ -133,27 +161,55 @@ def _test(tree, tests, function):
         os.dup2(file.fileno(), 2)
     # Mutants of one size and second would be taken for each other.
     sys.dont_write_bytecode = True
-    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--no-header"]
-    paths = [str(path.relative_to(ROOT)) for path in tests]
-    code = pytest.main([*options, *paths], plugins=[NearestFirst(function)])
+    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--no-header", "--cases", CASES]
+    code = pytest.main([*options, *(str(path.relative_to(ROOT)) for path in tests)], [plugin])
     # A module without examples, or tests of its own, is no failure.
-    sys.exit(0 if code == pytest.ExitCode.NO_TESTS_COLLECTED else code)
+    return 0 if code == pytest.ExitCode.NO_TESTS_COLLECTED else code
 
 
-class NearestFirst:
-    """A plugin of pytest: first the tests that are named as a function is, then the others."""
+def _test(tree, tests, chosen, function):
+    sys.exit(_run(tree, tests, Chosen(chosen, function)))
 
-    def __init__(self, function):
+
+def _trace(tree, tests):
+    seen = coverage.Coverage(
+        data_file=tree / TRACES, config_file=False, include=[f"{tree}/penalties_jax/*"]
+    )
+    with seen.collect():
+        code = _run(tree, tests, Traced(seen))
+    seen.save()
+    sys.exit(code)
+
+
+class Chosen:
+    """A plugin of pytest: of the tests only these, first those that are named as a function is."""
+
+    def __init__(self, chosen, function):
+        self.chosen = chosen
         self.words = [word for word in function.lower().split("_") if len(word) > 2]
 
     def pytest_collection_modifyitems(self, items):
-        """Sorts them."""
+        """Leaves out and sorts."""
+        if self.chosen is not None:
+            items[:] = [item for item in items if item.nodeid in self.chosen]
         items.sort(key=lambda item: -sum(word in item.nodeid for word in self.words))
 
 
-def outcome(tree: Path, tests: list[Path], function: str, seconds: float | None) -> str:
+class Traced:
+    """A plugin of pytest: what is run is told apart by the test that runs it."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def pytest_runtest_setup(self, item):
+        """Forgets what other tests traced, which would not be traced again."""
+        jax.clear_caches()
+        self.seen.switch_context(item.nodeid)
+
+
+def outcome(target: Callable, *arguments: object, seconds: float | None = None) -> str:
     """What tests in a copy of the repository say: "survived", "killed", or "slow" to do either."""
-    process = SERVER.Process(target=_test, args=(tree, tests, function))
+    process = SERVER.Process(target=target, args=arguments)
     process.start()
     process.join(seconds)
     if process.exitcode is None:
@@ -162,13 +218,34 @@ def outcome(tree: Path, tests: list[Path], function: str, seconds: float | None)
     return "killed" if process.exitcode else "survived"
 
 
-def judge(mutant: Mutant, trees: queue.Queue, seconds: float) -> str:
+class Tests:
+    """Which tests trace the lines of the modules, by copies of the repository with their traces."""
+
+    def __init__(self, trees: list[Path]):
+        self.traces = []
+        for tree in trees:
+            self.traces.append((tree, coverage.CoverageData(tree / TRACES)))
+            self.traces[-1][1].read()
+
+    def of(self, mutant: Mutant) -> set[str] | None:
+        """Those that trace what a mutant changes; None, for all, of what is run on import alone."""
+        found = set()
+        lines = mutant.lines()
+        for tree, data in self.traces:
+            path = tree / mutant.path.relative_to(ROOT)
+            for line, tests in data.contexts_by_lineno(str(path)).items():
+                found |= set(tests) if line in lines else set()
+        return found - {""} or None
+
+
+def judge(mutant: Mutant, trees: queue.Queue, tests: Tests, seconds: float) -> str:
     """What becomes of a mutant, which is said if it isn't killed."""
     tree = trees.get()
     place = tree / mutant.path.relative_to(ROOT)
     place.write_text(mutant.text)
-    for tests in mutant.stages():
-        verdict = outcome(tree, tests, mutant.function, seconds)
+    chosen = tests.of(mutant)
+    for stage in mutant.stages():
+        verdict = outcome(_test, tree, stage, chosen, mutant.function, seconds=seconds)
         if verdict != "survived":
             break
     shutil.copy2(mutant.path, place)
@@ -188,21 +265,25 @@ def main() -> int:
     mutants = drawn(options.sample, options.seed)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
         # What is compiled for the code as it is, mutants don't compile again.
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{folder}/compiled")
         os.environ |= {
-            "JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
-        trees = queue.Queue()
-        for i in range(options.jobs):
-            tree = Path(folder, str(i))
+        trees = [Path(folder, str(i)) for i in range(options.jobs)]
+        for tree in trees:
             shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "runs", "site"))
-            trees.put(tree)
-        tests = {test for mutant in mutants for stage in mutant.stages() for test in stage}
-        if outcome(tree, sorted(tests), "", None) == "killed":
-            print((tree / "output.txt").read_text())
-            return 1
-        counts = Counter(pool.map(lambda x: judge(x, trees, options.seconds), mutants))
+        files = sorted({x for mutant in mutants for stage in mutant.stages() for x in stage})
+        shares = [files[i :: options.jobs] for i in range(options.jobs)]
+        verdicts = pool.map(lambda tree, share: outcome(_trace, tree, share), trees, shares)
+        for tree, verdict in zip(trees, verdicts, strict=True):
+            if verdict == "killed":
+                print((tree / "output.txt").read_text())
+                return 1
+        tests, free = Tests(trees), queue.Queue()
+        for tree in trees:
+            free.put(tree)
+        counts = Counter(pool.map(lambda x: judge(x, free, tests, options.seconds), mutants))
     share = counts["killed"] / len(mutants)
     print(f"\n{share:.1%} of {len(mutants)} are killed, with seed {options.seed}: {dict(counts)}")
     return int(share < LEAST)
