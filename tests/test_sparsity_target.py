@@ -402,5 +402,7 @@ def test_an_array_of_targets_is_none_for_a_tree_of_rates():
     with pytest.raises(ValueError, match="target must broadcast"):
         pj.SparsityTarget(jnp.array([0.1, 0.9]), "l1")(rates)
     with pytest.raises(ValueError, match="target must broadcast"):
+        pj.sparsity_target_loss([rates["a"]], jnp.array([0.1, 0.9]))
+    with pytest.raises(ValueError, match="target must broadcast"):
         pj.SparsityTarget(jnp.array([0.1, 0.9]), from_mask=True)({"a": jnp.ones(4)})
     assert float(pj.SparsityTarget({"a": 0.1, "b": 0.9}, "l1")(rates)) == 0

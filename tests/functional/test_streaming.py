@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 from scipy import special
 
 import penalties_jax.functional as F  # noqa: N812
+from penalties_jax.functional.divergences import formulas
+from penalties_jax.functional.divergences.rows import Rows, Wanted, _at_once, _in_passes
 from tests import oracles
 from tests.catalogue import (
     DIVERGENCE_CASES,
@@ -218,6 +220,20 @@ def test_an_accelerator_computes_the_same_in_one_pass(case):
     assert_close(found, value, rtol=1e-6)
     for slope, desired in zip(others, slopes, strict=True):
         assert_close(slope, desired, rtol=1e-4, atol=1e-7)
+
+
+def test_sums_of_slopes_that_means_tell(x64):
+    """As one pass finds them, in which the largest logits come late or early."""
+    orders = np.sort, lambda x: np.sort(x)[:, ::-1]
+    for formula, order in itertools.product((*formulas.KL.values(), formulas.ENTROPY), orders):
+        logits = tuple(order(np.float64(x)) for x in rows(9, 1.0)[: len(formula.slopes)])
+        of_rows = Rows(logits, (np.full((4, 1), 0.7),))
+        wanted = Wanted((True,) * len(logits), (False,))
+        (_, found), (_, desired) = (
+            function(formula, None, wanted, of_rows) for function in (_at_once, _in_passes)
+        )
+        for each, other in zip(found.slope_sums, desired.slope_sums, strict=True):
+            assert_close(each, other, rtol=1e-12, atol=1e-14)
 
 
 @every(FUNCTIONS, slow=streamed_again)
