@@ -102,6 +102,19 @@ def test_is_nonexpansive_if_the_penalty_is_convex(case):
     assert together == case.is_a("convex")
 
 
+def test_where_scad_jumps(x64):
+    """From the soft threshold to v, once steps leave no line between them."""
+    a, lam, formula = 3.7, 0.8, PROXIMAL["scad"].formula
+    for t in (a - 1, a - 0.5, a, a + 0.5, a + 1, a + 1.5, a + 4):
+        edge = lam * ((a + 1 + t) / 2 if t <= a + 1 else np.sqrt(t * (a + 1)))
+        below, above = edge - 1e-9, edge + 1e-9
+        soft = min(max(below - t * lam, 0), lam)
+        assert_close(F.prox_scad(np.array([below, above]), t, a=a, lam=lam), [soft, above])
+        # There both are as good.
+        costs = [0.5 * (z - edge) ** 2 + t * formula(z, a=a, lam=lam) for z in (soft, edge)]
+        assert_close(*costs, rtol=1e-7)
+
+
 def test_exact_zeros():
     v = jnp.asarray([0.5, -0.5, 0.49999, -0.2, 0.0, -0.0])
     assert np.all(np.asarray(F.prox_l1(v, 0.5)) == 0)
