@@ -351,6 +351,17 @@ def test_spectral_norm_has_a_subgradient_at_repeated_values(x):
         assert np.isfinite(second).all()
 
 
+def test_second_derivatives_of_the_spectral_norm(x64):
+    x, direction = np.random.default_rng(0).normal(size=(2, 4, 3))
+    along = jax.jvp(jax.grad(F.spectral_norm), (x,), (direction,))[1]
+
+    def slope_along(x):
+        u, _, v = np.linalg.svd(x)
+        return u[:, 0] @ direction @ v[0]
+
+    assert_close(along, gradient(slope_along, x), rtol=1e-9)
+
+
 def test_spectral_norm_at_zero():
     value, slope = jax.value_and_grad(F.spectral_norm)(jnp.zeros((2, 3, 4)))
     assert value == 0
