@@ -50,6 +50,20 @@ def test_every_public_function_has_an_entry():
     assert tested <= public, f"{sorted(tested - public)} is not public"
 
 
+def test_a_function_its_config_and_its_operator_have_the_same_defaults():
+    compared = set()
+    for entry in ENTRIES:
+        callables = entry.function, entry.config, operator_of(entry)
+        signatures = [inspect.signature(x).parameters for x in callables if x]
+        for name, parameter in signatures[0].items():
+            others = [own[name].default for own in signatures[1:] if name in own]
+            # A center of None is 0.
+            if inspect.Parameter.empty not in (parameter.default, *others):
+                assert {other or None for other in others} <= {parameter.default or None}, name
+                compared |= {name} if others else set()
+    assert {"l1_ratio", "delta", "reduction"} <= compared
+
+
 def test_every_config_has_an_entry():
     missing = {x.__name__ for x in CLASSES} - {
         *(entry.config.__name__ for entry in ENTRIES if entry.config),

@@ -449,6 +449,7 @@ def test_the_setpoint_is_a_view_of_itself():
     dual = pj.DualAscent(pj.anneal(0, 1, start=0, end=4))
     assert isinstance(dual.target, Setpoint)
     state, values = dual.target.init(), []
+    assert state.count.dtype == jnp.int32
     for _ in range(6):
         values.append(float(dual.target(state, rate=0.1)))
         state = dual.target.update(state, rate=0.1)

@@ -165,6 +165,27 @@ def test_js_over_mixture_tends_to_kl():
         assert_close(np.asarray(values) / mixture, oracles.kl(log_q, log_p), rtol=tolerance)
 
 
+@pytest.mark.parametrize("alpha", [0.3, -0.6, 2.0])
+def test_derivatives_with_respect_to_alpha(alpha, x64):
+    """The first and the second, of distributions near and far: alone, and with the inputs."""
+    log_p, log_q = (special.log_softmax(4 * lattice(seed, 4, 5), axis=-1) for seed in (2, 3))
+
+    @quick_jit
+    def slopes(alpha):
+        total = partial(F.alpha_divergence, reduction="sum")
+        return jax.grad(total, (0, 1, 2))(log_p, log_q, alpha)
+
+    p, q = np.exp(log_p), np.exp(log_q)
+    desired = gradient(
+        lambda a: ((a * p + (1 - a) * q - p**a * q ** (1 - a)) / (a * (1 - a))).sum(), alpha
+    )
+    assert_close(slopes(alpha)[2], desired, rtol=1e-7)
+    second = jax.jvp(slopes, (alpha,), (1.0,))[1]
+    ahead, behind = (slopes(alpha + step) for step in (1e-5, -1e-5))
+    for found, a, b in zip(second, ahead, behind, strict=True):
+        assert_close(found, (a - b) / 2e-5, rtol=1e-6, atol=1e-8)
+
+
 def test_derivative_with_respect_to_the_mixture(x64):
     log_p, log_q = (special.log_softmax(lattice(seed, 4, 5), axis=-1) for seed in (2, 3))
     log_p[0], log_q[0] = np.log([0.5, 0.5, 1, 1, 1]), np.log([1, 0.2, 0.8, 1, 1])

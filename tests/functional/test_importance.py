@@ -495,9 +495,13 @@ def test_metrics_leave_out_masked_positions():
     padded = np.full((12, 4), np.nan)
     padded[mask] = kept
     metrics = pj.importance_metrics(
-        {"a": jnp.asarray(padded)}, {"l0": pj.SmoothL0(gamma=GAMMA)}, beta=0.5, where=mask
+        {"a": jnp.asarray(padded)},
+        {"l0": pj.SmoothL0(gamma=GAMMA)},
+        beta=0.5,
+        reference_count=30.0,
+        where=mask,
     )
-    (total, sparsity, _), _ = oracle([kept], smooth_l0, beta=0.5)
+    (total, sparsity, _), _ = oracle([kept], smooth_l0, beta=0.5, reference_count=30.0)
     used, dead = (kept > 0).sum() / 9, (kept == 0).all(0).mean()
     assert 0 < dead < 1
     desired = {"l0": total, "l0_no_beta": sparsity, "ci_l0_0": used, "ci_l0_0/a": used} | {

@@ -1,5 +1,6 @@
 """Divergences from hidden states, beside the same from logits in float64 and on one device."""
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -511,8 +512,12 @@ def test_half_precision_multiplies_as_it_is_and_accumulates_in_float32():
     assert {x.dtype for x in slopes} == {jnp.dtype(jnp.bfloat16)}
     rounded = [np.asarray(x).astype(np.float64) for x in half]
     assert_close(value, oracles.kl(*logs(rounded)).mean(), rtol=1e-5)
-    text = jax.jit(kl).lower(half, labels).as_text()
-    assert "bf16>, tensor<" in text.split("dot_general", 1)[1].splitlines()[0]
+    text = jax.jit(jax.value_and_grad(kl)).lower(half, labels).as_text()
+    # A bias's gradient is a sum, of one axis.
+    products = re.findall(r"dot_general.* : (\(.*\) -> tensor<\d+x\d.*>)", text)
+    assert products
+    for product in products:
+        assert re.fullmatch(r"\(tensor<[\dx]+xbf16>, tensor<[\dx]+xbf16>\) -> .*xf32>", product)
 
 
 @pytest.mark.parametrize(
@@ -633,6 +638,8 @@ def test_bad_inputs_of_other_kinds():
         F.linear_kl(HIDDEN, KERNEL, [[1.0]], KERNEL)
     with pytest.raises(ValueError, match=r"mixture must be in \[0, 1\], got 2"):
         F.linear_js(HIDDEN, KERNEL, HIDDEN, KERNEL, mixture=2)
+    with pytest.raises(ValueError, match=r"^kernel must be \[3, classes\] for hidden of shape"):
+        F.linear_entropy(HIDDEN, KERNEL.T)
     with pytest.raises(ValueError, match=r"kl_weight .* shape \(\), got shape \(2,\)"):
         F.linear_distillation(
             *(HIDDEN, KERNEL, HIDDEN, KERNEL, np.zeros(2, int)), kl_weight=np.ones(2)

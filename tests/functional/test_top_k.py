@@ -597,6 +597,7 @@ def test_what_is_refused_by_its_values():
     with pytest.raises(ValueError, match="log_q must be log-probabilities"):
         call(2.0, where=np.array([True]))
     assert call(2.0, where=jnp.array([False])) == 0
+    assert math.isfinite(pj.kl_to_top_k(z, ids[:, :1], np.array([[0]])))
     bad = np.array([[7, 7]])
     assert pj.kl_to_top_k(z, bad, np.zeros((1, 2)), where=np.array([False])) == 0
     assert math.isfinite(pj.kl_to_top_k(z, jnp.asarray(bad), jnp.log(jnp.full((1, 2), 0.25))))
