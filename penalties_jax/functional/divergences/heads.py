@@ -357,7 +357,7 @@ def _values_and_gradients_on(formulas, walk, perturbed, platform, inputs, weight
         )
         gradients = [
             _through(head, z, _weighted(by, through_logits, i), want, fresh)
-            if any(jax.tree.leaves(want))
+            if any(want)
             else jax.tree.map(lambda _: None, want)
             for i, (head, z, want) in enumerate(
                 zip(own.heads, logits, perturbed.heads, strict=True)
@@ -401,7 +401,7 @@ def _of_rows(rows, shared):
 
 def _wanted(formulas, perturbed):
     """What each part's statistics are asked for."""
-    heads = [any(jax.tree.leaves(head)) for head in perturbed.heads]
+    heads = [any(head) for head in perturbed.heads]
     return [
         Wanted(tuple(heads[: len(formula.slopes)]), parameters)
         for formula, parameters in zip(formulas, perturbed.parameters, strict=True)
