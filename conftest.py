@@ -61,9 +61,9 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _quarter(item):
-    """Which quarter of its test's cases one is in; the first case is in every quarter."""
+    """Which quarter of its test's cases one is in; a cheap or the first case is in all of them."""
     case = getattr(item, "callspec", None)
-    if case is None or not any(case.indices.values()):
+    if case is None or not any(case.indices.values()) or item.get_closest_marker("cheap"):
         return ""
     return "1234"[zlib.crc32(item.nodeid.encode()) % 4]
 

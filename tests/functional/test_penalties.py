@@ -15,6 +15,7 @@ from tests.catalogue import PENALTY_CASES, SEPARABLE, by_structure, every, first
 from tests.oracles import as_float32, assert_close, gradient, lattice
 from tests.programs import quick_jit
 
+pytestmark = pytest.mark.cheap
 PROGRAMS = first_of_each(lambda case: case.structure, SEPARABLE)
 
 

@@ -11,6 +11,7 @@ import penalties_jax.functional as F  # noqa: N812
 from tests.catalogue import PROXIMAL, every, first_of_each, only
 from tests.oracles import as_float32, assert_close, lattice
 
+pytestmark = pytest.mark.cheap
 SEPARABLE = only(lambda case: case.is_a("separable"), PROXIMAL)
 every_prox = every(SEPARABLE)
 every_structure = every(first_of_each(lambda case: case.structure, PROXIMAL))

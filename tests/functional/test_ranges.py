@@ -27,6 +27,7 @@ from tests.catalogue import (
 )
 from tests.oracles import as_float32, assert_close
 
+pytestmark = pytest.mark.cheap
 NUMBERS = (-1, -0.5, 0, 0.0, 1, 1.5, 2.0, math.nan, np.float32(-2), np.int8(-1), np.float32([-2]))
 
 
