@@ -85,6 +85,17 @@ def test_a_function_under_strict_promotion(call, dtype):
         assert operations(everything, with_first(call, dtype)) == usual
 
 
+@pytest.mark.parametrize(
+    "strict",
+    [partial(jax.numpy_dtype_promotion, "strict"), partial(jax.numpy_rank_promotion, "raise")],
+    ids=["dtypes", "ranks"],
+)
+def test_either_mode_alone(strict):
+    x, weights = jnp.ones((2, 3), jnp.bfloat16), jnp.arange(3, dtype=jnp.float32)
+    with strict():
+        assert float(pj.l1(x, weights=weights)) == 6
+
+
 @every_config
 def test_a_config_under_strict_promotion(config):
     def everything(inputs):
