@@ -259,6 +259,22 @@ def test_an_excluded_position_may_hold_anything(case):
         assert_close(slope[1], 0)
 
 
+def test_the_temperature_of_an_excluded_position_may_be_0():
+    """In a second reverse pass too, and where NaNs that are made are refused."""
+    p, q = (x[:, :3] for x in rows(6, 1.0, count=3))
+    mask, scales = np.array([True, False, True]), np.float32([1.0, 0.0, 2.0])
+
+    def value(temperature, p, q, scales, where=None):
+        return KL.raw(p, q, temperature=temperature * scales, where=where)
+
+    twice = jax.grad(jax.grad(value))
+    desired = twice(1.5, p[mask], q[mask], scales[mask])
+    with jax.debug_nans(True):
+        found = jax.grad(value)(1.5, p, q, scales, where=mask)
+    assert_close(found, jax.grad(value)(1.5, p[mask], q[mask], scales[mask]), rtol=1e-5)
+    assert_close(twice(1.5, p, q, scales, where=mask), desired, rtol=1e-5)
+
+
 @every(FUNCTIONS, slow=streamed_again)
 def test_a_position_that_the_caller_leaves_out_may_hold_anything(case):
     """By `jnp.where` on the values of all positions: no derivative sees it."""

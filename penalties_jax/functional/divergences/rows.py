@@ -230,6 +230,8 @@ def _evaluate(
         (logits, numbers, labels), (scale, where), axis=-1
     )
     included = None if where is None else where[..., None]
+    # Of what may be no number a reverse pass through another one would see the derivative.
+    numbers = tuple(x if x.size == 1 else _only(included, x, 1) for x in numbers)
     scale = _only(where, scale, 0) if scale.ndim else scale
     walk = Walk(block_size, class_axis_name)
     values: Array = _divergences(formula, walk, vary_alike(Rows(logits, numbers, labels, included)))
