@@ -226,9 +226,9 @@ def test_sums_of_slopes_that_means_tell(x64):
     """As one pass finds them, in which the largest logits come late or early."""
     orders = np.sort, lambda x: np.sort(x)[:, ::-1]
     for formula, order in itertools.product((*formulas.KL.values(), formulas.ENTROPY), orders):
-        logits = tuple(order(np.float64(x)) for x in rows(9, 1.0)[: len(formula.slopes)])
-        of_rows = Rows(logits, (np.full((4, 1), 0.7),))
-        wanted = Wanted((True,) * len(logits), (False,))
+        logits = (jnp.asarray(order(x), float) for x in rows(9, 1.0)[: len(formula.slopes)])
+        of_rows = Rows(tuple(logits), (jnp.full((4, 1), 0.7),))
+        wanted = Wanted((True,) * len(formula.slopes), (False,))
         (_, found), (_, desired) = (
             function(formula, None, wanted, of_rows) for function in (_at_once, _in_passes)
         )
