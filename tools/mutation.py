@@ -19,7 +19,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -216,32 +216,27 @@ def outcome(target: Callable, *arguments: object, seconds: float | None = None) 
     return "killed" if process.exitcode else "survived"
 
 
-class Tests:
-    """Which tests trace the lines of the modules, by copies of the repository with their traces."""
-
-    def __init__(self, trees: list[Path]):
-        self.traces = []
-        for tree in trees:
-            self.traces.append((tree, coverage.CoverageData(tree / TRACES)))
-            self.traces[-1][1].read()
-
-    def of(self, mutant: Mutant) -> set[str] | None:
-        """Those that trace what a mutant changes; None, for all, of what is run on import alone."""
-        found = set()
-        lines = mutant.lines()
-        for tree, data in self.traces:
-            path = tree / mutant.path.relative_to(ROOT)
-            for line, tests in data.contexts_by_lineno(str(path)).items():
-                found |= set(tests) if line in lines else set()
-        return found - {""} or None
+def traces(trees: list[Path]) -> dict[Path, dict[int, set[str]]]:
+    """The tests that trace each line of the modules, from copies of the repository."""
+    found = {path: defaultdict(set) for path in MUTATED}
+    for tree in trees:
+        data = coverage.CoverageData(tree / TRACES)
+        data.read()
+        for path, lines in found.items():
+            own = tree / path.relative_to(ROOT)
+            for line, tests in data.contexts_by_lineno(str(own)).items():
+                # What is run on import is of no test.
+                lines[line] |= {*tests} - {""}
+    return found
 
 
-def judge(mutant: Mutant, trees: queue.Queue, tests: Tests, seconds: float) -> str:
+def judge(mutant: Mutant, trees: queue.Queue, tests: dict, seconds: float) -> str:
     """What becomes of a mutant, which is said if it isn't killed."""
     tree = trees.get()
     place = tree / mutant.path.relative_to(ROOT)
     place.write_text(mutant.text)
-    chosen = tests.of(mutant)
+    # All of them, of what is run on import alone.
+    chosen = set().union(*(tests[mutant.path][line] for line in mutant.lines())) or None
     for stage in mutant.stages():
         verdict = outcome(_test, tree, stage, chosen, mutant.function, seconds=seconds)
         if verdict != "survived":
@@ -278,7 +273,7 @@ def main() -> int:
             if verdict == "killed":
                 print((tree / "output.txt").read_text())
                 return 1
-        tests, free = Tests(trees), queue.Queue()
+        tests, free = traces(trees), queue.Queue()
         for tree in trees:
             free.put(tree)
         counts = Counter(pool.map(lambda x: judge(x, free, tests, options.seconds), mutants))

@@ -355,14 +355,14 @@ def _values_and_gradients_on(formulas, walk, perturbed, platform, inputs, weight
         logits, values, through_logits, through_parameters = _parts(
             platform, formulas, walk, wanted, own
         )
-        gradients = [
-            _through(head, z, _weighted(by, through_logits, i), want, fresh)
-            if any(want)
-            else jax.tree.map(lambda _: None, want)
-            for i, (head, z, want) in enumerate(
-                zip(own.heads, logits, perturbed.heads, strict=True)
-            )
-        ]
+
+        def through(i, want):
+            if not any(want):
+                return jax.tree.map(lambda _: None, want)
+            gradient = _weighted(by, through_logits, i)
+            return _through(own.heads[i], logits[i], gradient, want, fresh)
+
+        gradients = [through(i, want) for i, want in enumerate(perturbed.heads)]
         numbers = tuple(
             tuple(
                 times(by[..., j], x) if want else None for x, want in zip(part, flags, strict=True)
